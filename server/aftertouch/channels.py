@@ -1,0 +1,282 @@
+"""The channel author's door: what a channel declares, what it is handed and what it answers.
+
+Everything here is a frozen, keyword-only value or an abstract class, so a later field breaks no plugin. The module
+imports the standard library and pydantic only: a channel can be written and tested without the server.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from types import TracebackType
+from typing import ClassVar, Generic, Self, TypeVar
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ReasonClass(StrEnum):
+    """What a provider's refusal means, and so what may happen next."""
+
+    RECIPIENT_GONE = "recipient_gone"
+    """The address will never work: the subscription becomes invalid."""
+    OPTED_OUT = "opted_out"
+    """The person said stop: the subscription is suppressed at once."""
+    CAPPED = "capped"
+    """The provider holds this person back for now; other channels may go at once."""
+    WINDOW = "window"
+    """A free-form message outside the provider's service window: it needs a template."""
+    CONTENT = "content"
+    """This message cannot be sent to this person as it is (too long, a parameter missing)."""
+    CONFIG = "config"
+    """Our account, key or template is wrong: nobody is written off, the campaign has to wait."""
+    RATE = "rate"
+    """Too fast: tried again after the provider's delay, never a failure of the person."""
+    TRANSIENT = "transient"
+    """A timeout or a 5xx: tried again with jitter, up to a limit."""
+    UNKNOWN = "unknown"
+    """A code that nobody has met yet: treated as transient with a low limit, and kept."""
+
+    @property
+    def is_retryable(self) -> bool:
+        """True when the same message may be tried again without anybody changing anything."""
+        return self in (ReasonClass.RATE, ReasonClass.TRANSIENT, ReasonClass.UNKNOWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """A fact that can become true of a recipient and never becomes false again.
+
+    The server knows four signals of its own on every channel: ``attempted`` (a provider call was begun), ``sent`` (the
+    provider took the message; implies attempted), ``failed`` (it was refused, or reported undeliverable; implies
+    attempted) and ``skipped`` (the server decided not to send, with a reason). A channel declares the others.
+    """
+
+    name: str
+    """Lower-case word, as in ``read``."""
+    label: str
+    """For people, as in "Read"."""
+    implies: tuple[str, ...] = ()
+    """Names of signals that are true whenever this one is, as in ``("delivered",)``; transitive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What a person can retarget on: a named, labelled boolean expression over signals.
+
+    ``expression`` uses signal names, ``&``, ``|``, ``~`` and parentheses. It must be false for somebody of whom nothing is
+    known, so that people who were never sent to can never match (``~read`` alone is refused, ``delivered & ~read`` is not).
+    """
+
+    name: str
+    label: str
+    short_name: str
+    """For titles, as in "not read": the wave is called "Retarget: Summer Sale (not read)"."""
+    expression: str
+    apart: str | None = None
+    """People of whom the answer cannot be known (yet), as an expression. They are counted apart and left out unless asked for."""
+    apart_label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a channel's provider can do; the contract suite chooses its checks by these."""
+
+    idempotent_sends: bool = False
+    """The same token sent twice reaches the person once (web push with a Topic): after a crash such messages are sent again."""
+    webhooks: bool = True
+    """Receipts arrive over HTTP; ``verify`` and ``parse`` are then required."""
+    batch_size: int = 50
+    """How many messages one call of ``send`` may be handed (1 to 1,000)."""
+
+
+class Address(BaseModel, ABC):
+    """Where one subscription of a contact is reached. Subclass it with your fields and validators."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """The same string for the same address, however it was written; at most 2,048 characters. Never shown or logged."""
+
+
+class Content(BaseModel):
+    """What a campaign says on this channel. Every string in it is a Liquid template until it reaches ``send``, rendered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Settings(BaseModel):
+    """The operator's settings for a channel, read from ``AFTERTOUCH_<CHANNEL>_<FIELD>``. Use ``SecretStr`` for secrets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+A = TypeVar("A", bound="Address", covariant=True)
+C = TypeVar("C", bound="Content", covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message(Generic[A, C]):
+    """One message to one subscription."""
+
+    token: str
+    """24 characters of the base64url alphabet that name campaign and recipient and cannot be forged. It is the same when the
+    message is sent again. Put it into the provider's echo field, so that receipts carry it back."""
+    address: A = field(repr=False)
+    content: C = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """The provider took the message."""
+
+    message_id: str = ""
+    """The provider's name for it, at most 256 characters; empty where it has none."""
+    signals: tuple[str, ...] = ()
+    """Declared signals that are already known to be true, besides ``sent``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """The provider certainly did not take the message, or we refused it before asking (a limit)."""
+
+    code: str
+    """The provider's code, or a word of yours (``payload_too_large``); its class is looked up in ``Channel.reasons``."""
+    retry_after: timedelta | None = None
+    """What the provider asked for, if it did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unclear:
+    """The message may or may not have been taken: a timeout or a reset after the request had left.
+
+    It is not sent again unless the channel's sends are idempotent; a receipt that carries the token settles it.
+    """
+
+    detail: str
+    """For the operator; no address, no body, no secret."""
+
+
+Outcome = Accepted | Refused | Unclear
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookRequest:
+    """A provider's HTTP request, untouched."""
+
+    method: str
+    url: str
+    """The public address as it was configured at the provider, with path and query exactly as received."""
+    path: str
+    """What follows the channel's webhook address, without a leading slash; often empty."""
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes = field(repr=False)
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The first value of every query parameter."""
+        return {name: values[0] for name, values in parse_qs(urlsplit(self.url).query, keep_blank_values=True).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """News of one message: the signal that became true, of whom, when and why."""
+
+    signal: str
+    token: str | None = None
+    """The token that the provider echoed. Without it ``message_id`` names the message."""
+    message_id: str | None = None
+    time: datetime | None = None
+    """When it happened, aware; None when the provider does not say (the time of arrival is taken)."""
+    code: str | None = None
+    """With ``failed``: the provider's code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookAnswer:
+    """What the provider gets back once the receipts are durable."""
+
+    status: int = 204
+    body: str = ""
+    content_type: str = "text/plain; charset=utf-8"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Webhook:
+    """What a webhook request said."""
+
+    receipts: tuple[Receipt, ...] = ()
+    unrecognized: tuple[str, ...] = ()
+    """Items that were authentic but not understood (a new status), as text. They are kept for the operator, never an error."""
+    answer: WebhookAnswer = WebhookAnswer()
+
+
+class InvalidSignature(Exception):
+    """The request does not prove that it comes from the provider: answered 403, nothing is stored."""
+
+
+class InvalidWebhook(Exception):
+    """The request is authentic but makes no sense: answered 400, nothing is stored. The text reaches the caller."""
+
+
+class Channel(ABC):
+    """A way to reach people. The server makes one object per channel and enters it as an async context manager."""
+
+    name: ClassVar[str]
+    """Lower-case word of up to 32 letters, digits and hyphens: ``sms``."""
+    label: ClassVar[str]
+    address_model: ClassVar[type[Address]]
+    content_model: ClassVar[type[Content]]
+    settings_model: ClassVar[type[Settings]]
+    capabilities: ClassVar[Capabilities]
+    signals: ClassVar[tuple[Signal, ...]]
+    """The channel's own signals, besides the four that every channel has."""
+    actions: ClassVar[tuple[Action, ...]]
+    reasons: ClassVar[Mapping[str, ReasonClass]]
+    """The class of each code that ``send`` and ``parse`` can bring."""
+
+    def __init__(self, settings: Settings, *, webhook_url: str) -> None:
+        """Keep the settings; do no I/O here.
+
+        Args:
+            settings: an instance of this class's ``settings_model``.
+            webhook_url: the public address of this channel's webhooks; paths below it are yours too.
+        """
+        self.settings = settings
+        self.webhook_url = webhook_url
+
+    async def __aenter__(self) -> Self:
+        """Open what sending needs (an HTTP session). Called once, in the event loop that will send."""
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close it again."""
+        return
+
+    @abstractmethod
+    async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
+        """Send each message and say what became of it: one outcome per message, in their order.
+
+        Never raises for a provider's trouble; an exception is taken for a bug, and every message of the batch for ``Unclear``.
+        Set a timeout on every call, follow no redirects, and keep the provider's limits before asking it.
+        """
+
+    def verify(self, request: WebhookRequest) -> None:
+        """Raise ``InvalidSignature`` unless the request proves where it comes from. Pure: bytes and headers in, nothing else."""
+        raise NotImplementedError
+
+    def parse(self, request: WebhookRequest) -> Webhook:
+        """Turn a verified request into receipts. Pure. One strange item must not lose the rest."""
+        raise NotImplementedError
+
+    @classmethod
+    def classify(cls, code: str) -> ReasonClass:
+        """The class of a code; ``UNKNOWN`` for one that nobody has met yet."""
+        return cls.reasons.get(code, ReasonClass.UNKNOWN)
