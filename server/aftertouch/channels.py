@@ -260,6 +260,14 @@ class Channel(ABC):
         """Close it again."""
         return
 
+    def parse_address(self, values: Mapping[str, object]) -> Address:
+        """Check what a caller gives as an address. Override it where the settings decide what is allowed (which hosts).
+
+        Raises:
+            pydantic.ValidationError: with the fields and reasons that the caller is shown.
+        """
+        return self.address_model.model_validate(values)
+
     @abstractmethod
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         """Send each message and say what became of it: one outcome per message, in their order.
