@@ -1,0 +1,1 @@
+"""Generated stubs of the aftertouch.v1 protocol; `make protos` writes them."""
