@@ -1,0 +1,134 @@
+"""The arithmetic of chunks: contact numbers, positions, slots and packed bits; pure numpy.
+
+A *roll* is a campaign's recipients as sorted contact numbers, cut into chunks of 8,192 positions. A *slot* names one
+chunk of one campaign, a *block* 8,192 contact numbers of one app; both are single integers, so that either can be a
+distribution key, and all chunks of a campaign are one range of slots. Bits are packed most significant first, as
+PostgreSQL's ``bit varying`` is, and always whole bytes long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_BITS = 13
+CHUNK = 1 << CHUNK_BITS
+"""Positions in a chunk. 8,192 bits are 1 kB a row: PostgreSQL compresses a row only above about 2 kB, and upserts then
+become ten times slower."""
+CHUNK_BYTES = CHUNK // 8
+SLOT_SHIFT = 20
+"""Room for 2^20 chunks, so 8.6 billion people, in a campaign or an app."""
+
+Numbers = NDArray[np.int64]
+Bits = NDArray[np.uint8]
+"""Packed bits, one byte for eight positions."""
+
+
+def slot_of(campaign_id: int, chunk: int) -> int:
+    """The slot of a campaign's chunk."""
+    return campaign_id << SLOT_SHIFT | chunk
+
+
+def slot_range(campaign_id: int) -> tuple[int, int]:
+    """The first slot of a campaign, and the first that is no longer its own."""
+    return campaign_id << SLOT_SHIFT, (campaign_id + 1) << SLOT_SHIFT
+
+
+def chunk_of(slot: int) -> int:
+    """Which chunk of its campaign a slot is."""
+    return slot & ((1 << SLOT_SHIFT) - 1)
+
+
+def block_of(app_id: int, number: int) -> int:
+    """The block in which a contact number lives."""
+    return app_id << SLOT_SHIFT | number >> CHUNK_BITS
+
+
+def blocks_of(app_id: int, numbers: Numbers) -> Numbers:
+    """The block of each contact number."""
+    return (numbers >> CHUNK_BITS) | (app_id << SLOT_SHIFT)
+
+
+def byte_length(members: int) -> int:
+    """How many bytes the bits of a chunk with so many members take."""
+    return (members + 7) // 8
+
+
+def members_of(recipients: int, chunk: int) -> int:
+    """How many people a chunk of a roll with so many recipients holds."""
+    return max(0, min(CHUNK, recipients - chunk * CHUNK))
+
+
+@dataclass(frozen=True)
+class RollChunk:
+    """One chunk of a roll: its contact numbers, sorted."""
+
+    slot: int
+    numbers: Numbers
+
+    def encode_offsets(self) -> bytes:
+        """The numbers as 32-bit little-endian offsets from the first."""
+        return bytes((self.numbers - self.numbers[0]).astype("<u4").tobytes())
+
+
+def decode_offsets(first: int, offsets: bytes) -> Numbers:
+    """The inverse of ``encode_offsets``."""
+    return np.frombuffer(offsets, "<u4").astype(np.int64) + first
+
+
+def cut_roll(campaign_id: int, numbers: Numbers) -> Iterator[RollChunk]:
+    """Cut sorted, distinct contact numbers into the chunks of a roll."""
+    for chunk, start in enumerate(range(0, len(numbers), CHUNK)):
+        yield RollChunk(slot_of(campaign_id, chunk), numbers[start : start + CHUNK])
+
+
+def pack_positions(positions: NDArray[np.integer], members: int) -> Bits:
+    """Bits of a chunk with ``members`` people in which these positions are set."""
+    flags = np.zeros(byte_length(members) * 8, np.bool_)
+    flags[positions] = True
+    return np.packbits(flags)
+
+
+def unpack_positions(bits: Bits) -> NDArray[np.int64]:
+    """The positions that are set, ascending."""
+    return np.flatnonzero(np.unpackbits(bits))
+
+
+@dataclass(frozen=True)
+class BitRows:
+    """Packed bits for distinct (slot, kind) pairs, sorted by them: what one upsert of receipts writes."""
+
+    slots: list[int]
+    kinds: list[int]
+    bits: list[bytes]
+
+
+def group_bits(slots: Numbers, kinds: NDArray[np.integer], offsets: NDArray[np.integer], members: NDArray[np.integer]) -> BitRows:
+    """Turn events into the rows of an upsert.
+
+    Args:
+        slots, kinds: of each event.
+        offsets: the position of each event within its slot.
+        members: how many people the slot of each event has.
+    """
+    if not len(slots):
+        return BitRows([], [], [])
+    order = np.lexsort((kinds, slots))
+    slots, kinds, offsets, members = slots[order], kinds[order], offsets[order], members[order]
+    starts = np.flatnonzero(np.concatenate(([True], (slots[1:] != slots[:-1]) | (kinds[1:] != kinds[:-1]))))
+    lengths = (members[starts] + 7) // 8
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(slots))))
+    flags = np.zeros(int(bounds[-1]) * 8, np.bool_)
+    flags[bounds[group] * 8 + offsets] = True
+    packed = np.packbits(flags).tobytes()
+    edges = bounds.tolist()
+    return BitRows(
+        slots[starts].tolist(),
+        kinds[starts].tolist(),
+        [packed[start:end] for start, end in pairwise(edges)],
+    )

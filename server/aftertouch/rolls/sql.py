@@ -1,0 +1,228 @@
+"""Rolls, receipts and contact sets in PostgreSQL: whole chunks, never a row per person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg.rows import TupleRow
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.rolls.chunks import (
+    CHUNK,
+    CHUNK_BITS,
+    CHUNK_BYTES,
+    SLOT_SHIFT,
+    BitRows,
+    Bits,
+    Numbers,
+    cut_roll,
+    decode_offsets,
+    slot_range,
+    unpack_positions,
+)
+from aftertouch.signals import Expression
+from aftertouch.store.engine import BitStrings, driver
+
+Kinds = Mapping[str, list[int]]
+"""For each signal, the kinds that are evidence of it (what implies it, whatever the reason)."""
+
+_ZERO = bytes(CHUNK_BYTES)
+
+
+async def _rows(conn: AsyncConnection, statement: str, parameters: Any = None) -> list[TupleRow]:
+    cursor = (await driver(conn)).cursor(binary=True)
+    await cursor.execute(statement, parameters)
+    return await cursor.fetchall()
+
+
+async def write_roll(conn: AsyncConnection, campaign_id: int, numbers: Numbers) -> int:
+    """Write a campaign's recipients, sorted and distinct, and return how many chunks they make. Once per campaign."""
+    count = 0
+    cursor = (await driver(conn)).cursor()
+    async with cursor.copy("COPY rolls (slot, first, last, members, offsets) FROM STDIN (FORMAT BINARY)") as copy:
+        copy.set_types(["int8", "int8", "int8", "int4", "bytea"])
+        for chunk in cut_roll(campaign_id, numbers):
+            first, last = int(chunk.numbers[0]), int(chunk.numbers[-1])
+            await copy.write_row((chunk.slot, first, last, len(chunk.numbers), chunk.encode_offsets()))
+            count += 1
+    return count
+
+
+async def read_roll(conn: AsyncConnection, campaign_id: int) -> Numbers:
+    """All contact numbers of a roll, in the order of positions."""
+    start, end = slot_range(campaign_id)
+    rows = await _rows(conn, "SELECT first, offsets FROM rolls WHERE slot >= %s AND slot < %s ORDER BY slot", (start, end))
+    if not rows:
+        return np.empty(0, np.int64)
+    return np.concatenate([decode_offsets(first, offsets) for first, offsets in rows])
+
+
+async def read_roll_chunk(conn: AsyncConnection, slot: int) -> Numbers:
+    """The contact numbers of one chunk."""
+    ((first, offsets),) = await _rows(conn, "SELECT first, offsets FROM rolls WHERE slot = %s", (slot,))
+    return decode_offsets(first, offsets)
+
+
+async def upsert_receipts(conn: AsyncConnection, rows: BitRows) -> None:
+    """OR bits into the receipts; repeating it changes nothing.
+
+    The rows come sorted and are inserted in that order: without it, concurrent batches on the same slots only deadlock.
+    """
+    if not rows.slots:
+        return
+    pg = await driver(conn)
+    await pg.execute(
+        "INSERT INTO receipts AS r (slot, kind, bits)"
+        " SELECT * FROM unnest(%b::bigint[], %b::int[], %b::varbit[]) AS new (slot, kind, bits) ORDER BY slot, kind"
+        " ON CONFLICT (slot, kind) DO UPDATE SET bits = r.bits | excluded.bits",
+        (rows.slots, rows.kinds, BitStrings(rows.bits)),
+    )
+
+
+async def read_receipts(conn: AsyncConnection, slot: int) -> dict[int, Bits]:
+    """The bits of one slot by kind."""
+    rows = await _rows(conn, "SELECT kind, bits FROM receipts WHERE slot = %s", (slot,))
+    return {kind: np.frombuffer(bits, np.uint8) for kind, bits in rows}
+
+
+def _per_slot(kinds: Kinds, columns: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """SQL of one row per slot with one non-null bit string per signal, and its parameters."""
+    parameters: dict[str, Any] = {"zero": BitStrings([_ZERO])}
+    selected = []
+    for signal, column in columns.items():
+        parameters[column] = kinds.get(signal, [])
+        # A signal that nobody has yet is a string of zeros as long as the slot's other strings.
+        selected.append(
+            f"coalesce(bit_or(bits) FILTER (WHERE kind = ANY(%({column})b::int[])),"
+            f" substring((%(zero)b::varbit[])[1] FROM 1 FOR max(length(bits)))) AS {column}"
+        )
+    return (
+        f"SELECT slot{''.join(', ' + part for part in selected)} FROM receipts"
+        " WHERE slot >= %(start)s AND slot < %(end)s GROUP BY slot",
+        parameters,
+    )
+
+
+async def count_expressions(
+    conn: AsyncConnection, campaign_id: int, kinds: Kinds, expressions: Mapping[str, Any]
+) -> dict[str, int]:
+    """Count the people of whom each expression is true, in one scan of the campaign's receipts.
+
+    Args:
+        expressions: by any key, over signals of ``kinds``.
+    """
+    signals = sorted({name for expression in expressions.values() for name in expression.names})
+    columns = {signal: f"s{i}" for i, signal in enumerate(signals)}
+    inner, parameters = _per_slot(kinds, columns)
+    parameters["start"], parameters["end"] = slot_range(campaign_id)
+    column_of = columns.__getitem__
+    sums = ", ".join(
+        f"coalesce(sum(bit_count({expression.compile_sql(column_of)})), 0)::bigint" for expression in expressions.values()
+    )
+    ((*counts,),) = await _rows(conn, f"SELECT {sums} FROM ({inner}) AS per_slot", parameters)
+    return dict(zip(expressions, counts, strict=True))
+
+
+async def select_positions(conn: AsyncConnection, campaign_id: int, kinds: Kinds, expression: Expression) -> Numbers:
+    """The positions, over the whole roll, of the people of whom the expression is true; ascending."""
+    columns = {signal: f"s{i}" for i, signal in enumerate(sorted(expression.names))}
+    inner, parameters = _per_slot(kinds, columns)
+    parameters["start"], parameters["end"] = start, _ = slot_range(campaign_id)
+    rows = await _rows(
+        conn, f"SELECT slot, {expression.compile_sql(columns.__getitem__)} FROM ({inner}) AS per_slot ORDER BY slot", parameters
+    )
+    return _expand(((slot - start, bits) for slot, bits in rows))
+
+
+def _expand(chunks: Iterable[tuple[int, bytes]]) -> Numbers:
+    parts = [unpack_positions(np.frombuffer(bits, np.uint8)) + chunk * CHUNK for chunk, bits in chunks]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+async def count_by_kind(conn: AsyncConnection, campaign_id: int) -> dict[int, int]:
+    """How many people have each kind in a campaign."""
+    start, end = slot_range(campaign_id)
+    return dict(
+        await _rows(
+            conn,
+            "SELECT kind, sum(bit_count(bits))::bigint FROM receipts WHERE slot >= %s AND slot < %s GROUP BY kind",
+            (start, end),
+        )
+    )
+
+
+async def read_set(conn: AsyncConnection, app_id: int, name: str) -> Numbers:
+    """The contact numbers in a contact set, ascending."""
+    rows = await _rows(
+        conn,
+        "SELECT block, bits FROM contact_sets WHERE block >= %s AND block < %s AND name = %s ORDER BY block",
+        (app_id << SLOT_SHIFT, (app_id + 1) << SLOT_SHIFT, name),
+    )
+    return _expand((block - (app_id << SLOT_SHIFT), bits) for block, bits in rows)
+
+
+async def filter_by_set(conn: AsyncConnection, app_id: int, name: str, numbers: Numbers) -> NDArray[np.bool_]:
+    """For each contact number, whether it is in the set; a gather, so it costs the same however scattered they are."""
+    rows = await _rows(
+        conn,
+        "SELECT block, bits FROM contact_sets WHERE block >= %s AND block < %s AND name = %s",
+        (app_id << SLOT_SHIFT, (app_id + 1) << SLOT_SHIFT, name),
+    )
+    if not len(numbers):
+        return np.zeros(0, np.bool_)
+    blocks = int(numbers.max() >> CHUNK_BITS) + 1
+    packed = np.zeros(blocks * CHUNK_BYTES, np.uint8)
+    for block, bits in rows:
+        at = (block - (app_id << SLOT_SHIFT)) * CHUNK_BYTES
+        if at < len(packed):
+            packed[at : at + CHUNK_BYTES] = np.frombuffer(bits, np.uint8)
+    found: NDArray[np.bool_] = (packed[numbers >> 3] >> (7 - (numbers & 7)).astype(np.uint8) & 1).astype(np.bool_)
+    return found
+
+
+@dataclass(frozen=True)
+class SetChange:
+    """New membership of some contact numbers of one block in one set."""
+
+    block: int
+    name: str
+    touched: Bits
+    members: Bits
+
+
+async def change_sets(conn: AsyncConnection, changes: list[SetChange]) -> None:
+    """Give the touched contact numbers their new membership. The caller holds the blocks' locks (``lock_blocks``)."""
+    if not changes:
+        return
+    changes = sorted(changes, key=lambda change: (change.block, change.name))
+    pg = await driver(conn)
+    await pg.execute(
+        "INSERT INTO contact_sets AS s (block, name, bits)"
+        " SELECT block, name, members FROM unnest(%b::bigint[], %b::text[], %b::varbit[]) AS new (block, name, members)"
+        " ORDER BY block, name"
+        " ON CONFLICT (block, name) DO UPDATE SET bits = s.bits | excluded.bits",
+        ([c.block for c in changes], [c.name for c in changes], BitStrings([c.members.tobytes() for c in changes])),
+    )
+    await pg.execute(
+        "UPDATE contact_sets AS s SET bits = s.bits & ~ new.cleared"
+        " FROM unnest(%b::bigint[], %b::text[], %b::varbit[]) AS new (block, name, cleared)"
+        " WHERE s.block = new.block AND s.name = new.name",
+        (
+            [c.block for c in changes],
+            [c.name for c in changes],
+            BitStrings([(c.touched & ~c.members).tobytes() for c in changes]),
+        ),
+    )
+
+
+async def lock_blocks(conn: AsyncConnection, blocks: Iterable[int]) -> None:
+    """Serialise changes of these blocks' subscriptions until the transaction ends; in order, so that nobody deadlocks.
+
+    Two changes of one contact's subscriptions must see each other to compute its reach.
+    """
+    pg = await driver(conn)
+    await pg.execute("SELECT pg_advisory_xact_lock(block) FROM unnest(%b::bigint[]) AS locks (block)", (sorted(set(blocks)),))

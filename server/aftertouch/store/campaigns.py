@@ -1,0 +1,112 @@
+"""Campaigns: the drafts, and where each stands. What became true of their recipients is in ``rolls``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.errors import AlreadyExists
+from aftertouch.store.tables import campaigns
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """One content to one audience on one channel."""
+
+    campaign_id: int
+    app_id: int
+    campaign: str
+    display_name: str
+    channel: str
+    content: Mapping[str, Any] | None
+    audience: Mapping[str, Any] | None
+    """The Audience message as JSON."""
+    state: str
+    """The name of a value of ``Campaign.State``."""
+    state_reason: str
+    version: int
+    recipients: int
+    root_id: int | None
+    create_time: datetime
+    update_time: datetime
+    launch_time: datetime | None
+    finish_time: datetime | None
+
+
+def _campaign(row: Row[Any]) -> Campaign:
+    return Campaign(**row._mapping)
+
+
+async def create_campaign(conn: AsyncConnection, app_id: int, campaign: str, values: Mapping[str, Any]) -> Campaign:
+    """Make a draft.
+
+    Raises:
+        AlreadyExists: its id is taken.
+    """
+    try:
+        async with conn.begin_nested():
+            return _campaign(
+                (
+                    await conn.execute(
+                        insert(campaigns).values(app_id=app_id, campaign=campaign, state="DRAFT", **values).returning(campaigns)
+                    )
+                ).one()
+            )
+    except IntegrityError as error:
+        raise AlreadyExists(f"campaigns/{campaign}") from error
+
+
+async def find_campaign(conn: AsyncConnection, app_id: int, campaign: str, *, lock: bool = False) -> Campaign | None:
+    """The campaign of this id; with ``lock``, nobody else changes it until the transaction ends."""
+    statement = select(campaigns).where(campaigns.c.app_id == app_id, campaigns.c.campaign == campaign)
+    row = (await conn.execute(statement.with_for_update() if lock else statement)).one_or_none()
+    return _campaign(row) if row else None
+
+
+async def read_campaign(conn: AsyncConnection, campaign_id: int, *, lock: bool = False) -> Campaign | None:
+    """The campaign of this number."""
+    statement = select(campaigns).where(campaigns.c.campaign_id == campaign_id)
+    row = (await conn.execute(statement.with_for_update() if lock else statement)).one_or_none()
+    return _campaign(row) if row else None
+
+
+async def find_campaigns(conn: AsyncConnection, app_id: int, names: list[str]) -> dict[str, Campaign]:
+    """Those of these campaigns that exist, by id."""
+    rows = await conn.execute(select(campaigns).where(campaigns.c.app_id == app_id, campaigns.c.campaign.in_(names)))
+    return {row.campaign: _campaign(row) for row in rows}
+
+
+async def read_campaigns(conn: AsyncConnection, campaign_ids: list[int]) -> dict[int, Campaign]:
+    """Those of these campaigns that exist, by number."""
+    rows = await conn.execute(select(campaigns).where(campaigns.c.campaign_id.in_(campaign_ids)))
+    return {row.campaign_id: _campaign(row) for row in rows}
+
+
+async def list_campaigns(conn: AsyncConnection, app_id: int, before: int | None, limit: int) -> list[Campaign]:
+    """Newest first, those made before the campaign with this number."""
+    statement = select(campaigns).where(campaigns.c.app_id == app_id).order_by(campaigns.c.campaign_id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(campaigns.c.campaign_id < before)
+    return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def update_campaign(conn: AsyncConnection, campaign_id: int, **values: Any) -> Campaign:
+    """Change a campaign; its version and update_time move on. The caller holds its lock."""
+    statement = (
+        update(campaigns)
+        .where(campaigns.c.campaign_id == campaign_id)
+        .values(version=campaigns.c.version + 1, update_time=func.now(), **values)
+        .returning(campaigns)
+    )
+    return _campaign((await conn.execute(statement)).one())
+
+
+async def delete_campaign(conn: AsyncConnection, campaign_id: int) -> None:
+    """Delete a draft."""
+    await conn.execute(delete(campaigns).where(campaigns.c.campaign_id == campaign_id))

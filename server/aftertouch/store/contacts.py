@@ -1,0 +1,294 @@
+"""Contacts, their subscriptions, and the contact sets that say who can be reached on which channel.
+
+A contact's standing on a channel is one of active, opted_out and invalid, or nothing without a subscription: active when
+any subscription is, else opted_out when any is, else invalid. Each standing is a contact set (``active/sms``), kept in
+the transaction that changes the subscriptions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from sqlalchemy import select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.rolls.chunks import CHUNK, SLOT_SHIFT, Numbers, block_of, blocks_of, pack_positions
+from aftertouch.rolls.sql import SetChange, change_sets, lock_blocks
+from aftertouch.store.engine import driver
+from aftertouch.store.tables import contact_counters, contact_ids, contacts, subscriptions
+
+STANDINGS = ("active", "opted_out", "invalid")
+"""What a subscription can be, strongest first: the strongest of a contact's subscriptions is its standing on the channel."""
+
+
+def standing_set(standing: str, channel: str) -> str:
+    """The name of the contact set of everybody with this standing on a channel."""
+    return f"{standing}/{channel}"
+
+
+def hash_address(key: str) -> bytes:
+    """What identifies an address within a contact and channel."""
+    return blake2b(key.encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """One address of a contact on one channel."""
+
+    channel: str
+    address: Mapping[str, Any] = field(repr=False)
+    address_key: str = field(repr=False)
+    state: str | None = None
+    """None keeps the state of one that exists, and makes a new one active."""
+    reason: str = ""
+    update_time: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Contact:
+    """A person in an app."""
+
+    external_id: str
+    attributes: Mapping[str, Any] = field(repr=False)
+    """To be merged: a null removes an attribute."""
+    time_zone: str = ""
+    """Empty keeps the one that is stored."""
+    subscriptions: tuple[Subscription, ...] = ()
+    number: int = -1
+    create_time: datetime | None = None
+    update_time: datetime | None = None
+
+
+async def find_numbers(conn: AsyncConnection, app_id: int, external_ids: Sequence[str]) -> dict[str, int]:
+    """The contact numbers of those external_ids that exist."""
+    if not external_ids:
+        return {}
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT external_id, number FROM contact_ids WHERE app_id = %b AND external_id = ANY(%b)", (app_id, list(external_ids))
+    )
+    return dict(await rows.fetchall())
+
+
+async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable[str]) -> tuple[dict[str, int], int]:
+    """The contact numbers of all these external_ids, and how many had to be made."""
+    wanted = list(dict.fromkeys(external_ids))
+    numbers = await find_numbers(conn, app_id, wanted)
+    if len(numbers) == len(wanted):
+        return numbers, 0
+    # The counter's row is locked until the end of the transaction, so the second look sees all that others made, and numbers
+    # have no holes even when a transaction is rolled back.
+    await conn.execute(insert(contact_counters).values(app_id=app_id, next_number=0).on_conflict_do_nothing())
+    start = (
+        await conn.execute(select(contact_counters.c.next_number).where(contact_counters.c.app_id == app_id).with_for_update())
+    ).scalar_one()
+    numbers = await find_numbers(conn, app_id, wanted)
+    new = [external_id for external_id in wanted if external_id not in numbers]
+    if new:
+        await conn.execute(
+            update(contact_counters).where(contact_counters.c.app_id == app_id).values(next_number=start + len(new))
+        )
+        made = {external_id: start + i for i, external_id in enumerate(new)}
+        await conn.execute(
+            insert(contact_ids), [{"app_id": app_id, "external_id": key, "number": number} for key, number in made.items()]
+        )
+        numbers |= made
+    return numbers, len(new)
+
+
+async def upsert_contacts(conn: AsyncConnection, app_id: int, given: Sequence[Contact]) -> tuple[int, int]:
+    """Create or update contacts, and return how many were made and how many existed. The later of two with one id wins."""
+    by_id = {contact.external_id: contact for contact in given}
+    numbers, created = await _number_new(conn, app_id, by_id)
+    people = sorted(((numbers[key], contact) for key, contact in by_id.items()), key=lambda person: person[0])
+    pg = await driver(conn)
+    await pg.execute(
+        "INSERT INTO contacts AS c (block, number, external_id, attributes, time_zone)"
+        " SELECT block, number, external_id, jsonb_strip_nulls(attributes::jsonb), time_zone"
+        " FROM unnest(%b::bigint[], %b::bigint[], %b::text[], %b::text[], %b::text[])"
+        " AS new (block, number, external_id, attributes, time_zone) ORDER BY block, number"
+        " ON CONFLICT (block, number) DO UPDATE SET"
+        " attributes = jsonb_strip_nulls(c.attributes || excluded.attributes),"
+        " time_zone = coalesce(nullif(excluded.time_zone, ''), c.time_zone), update_time = now()",
+        (
+            [block_of(app_id, number) for number, _ in people],
+            [number for number, _ in people],
+            [contact.external_id for _, contact in people],
+            [json.dumps(contact.attributes) for _, contact in people],
+            [contact.time_zone for _, contact in people],
+        ),
+    )
+    await put_subscriptions(
+        conn, app_id, [(number, subscription) for number, contact in people for subscription in contact.subscriptions]
+    )
+    return created, len(by_id) - created
+
+
+async def put_subscriptions(conn: AsyncConnection, app_id: int, rows: Sequence[tuple[int, Subscription]]) -> None:
+    """Add subscriptions to contacts by their numbers, or change those with the same address."""
+    if not rows:
+        return
+    unique = {(number, s.channel, hash_address(s.address_key)): s for number, s in rows}
+    keys = sorted(unique)
+    blocks = [block_of(app_id, number) for number, _, _ in keys]
+    numbers, channels, hashes = (list(column) for column in zip(*keys, strict=True))
+    await lock_blocks(conn, blocks)
+    pg = await driver(conn)
+    await pg.execute(
+        "INSERT INTO subscriptions (block, number, channel, address_hash, address, state, reason)"
+        " SELECT block, number, channel, address_hash, address::jsonb, coalesce(state, 'active'), reason"
+        " FROM unnest(%b::bigint[], %b::bigint[], %b::text[], %b::bytea[], %b::text[], %b::text[], %b::text[])"
+        " AS new (block, number, channel, address_hash, address, state, reason) ORDER BY block, number, channel, address_hash"
+        " ON CONFLICT (block, number, channel, address_hash) DO UPDATE SET address = excluded.address",
+        (
+            blocks,
+            numbers,
+            channels,
+            hashes,
+            [json.dumps(unique[key].address) for key in keys],
+            [unique[key].state for key in keys],
+            [unique[key].reason for key in keys],
+        ),
+    )
+    stated = [key for key in keys if unique[key].state]
+    await set_states(conn, app_id, [(*key, unique[key].state or "", unique[key].reason) for key in stated])
+    await _refresh_standings(conn, app_id, {(number, channel) for number, channel, _ in keys})
+
+
+async def set_states(conn: AsyncConnection, app_id: int, changes: Sequence[tuple[int, str, bytes, str, str]]) -> None:
+    """Set state and reason of subscriptions that exist: (number, channel, address hash, state, reason) each."""
+    if not changes:
+        return
+    changes = sorted(set(changes))
+    numbers, channels, hashes, states, reasons = (list(column) for column in zip(*changes, strict=True))
+    blocks = [block_of(app_id, number) for number in numbers]
+    await lock_blocks(conn, blocks)
+    pg = await driver(conn)
+    await pg.execute(
+        "UPDATE subscriptions AS s SET state = new.state, reason = new.reason, update_time = now()"
+        " FROM unnest(%b::bigint[], %b::bigint[], %b::text[], %b::bytea[], %b::text[], %b::text[])"
+        " AS new (block, number, channel, address_hash, state, reason)"
+        " WHERE s.block = new.block AND s.number = new.number AND s.channel = new.channel"
+        " AND s.address_hash = new.address_hash AND s.state <> new.state",
+        (blocks, numbers, channels, hashes, states, reasons),
+    )
+    await _refresh_standings(conn, app_id, set(zip(numbers, channels, strict=True)))
+
+
+async def _refresh_standings(conn: AsyncConnection, app_id: int, touched: set[tuple[int, str]]) -> None:
+    """Bring the contact sets of these contacts and channels in line with their subscriptions; the blocks are locked."""
+    numbers = sorted({number for number, _ in touched})
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT number, channel, bool_or(state = 'active'), bool_or(state = 'opted_out') FROM subscriptions"
+        " WHERE block = ANY(%b) AND number = ANY(%b) AND channel = ANY(%b) GROUP BY block, number, channel",
+        (sorted({block_of(app_id, number) for number in numbers}), numbers, sorted({channel for _, channel in touched})),
+    )
+    seen: dict[tuple[int, str], list[int]] = defaultdict(list)
+    members: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for number, channel, active, opted_out in await rows.fetchall():
+        block, offset = block_of(app_id, number), number % CHUNK
+        seen[block, channel].append(offset)
+        standing = "active" if active else "opted_out" if opted_out else "invalid"
+        members[block, standing_set(standing, channel)].append(offset)
+    await change_sets(
+        conn,
+        [
+            SetChange(
+                block,
+                name := standing_set(standing, channel),
+                pack_positions(np.array(offsets), CHUNK),
+                pack_positions(np.array(members[block, name], np.int64), CHUNK),
+            )
+            for (block, channel), offsets in seen.items()
+            for standing in STANDINGS
+        ],
+    )
+
+
+async def read_contacts(conn: AsyncConnection, app_id: int, numbers: Sequence[int]) -> list[Contact]:
+    """Contacts with all their subscriptions, by number, ascending."""
+    if not numbers:
+        return []
+    blocks = sorted({block_of(app_id, number) for number in numbers})
+    held: dict[int, list[Subscription]] = defaultdict(list)
+    columns = subscriptions.c
+    for row in await conn.execute(
+        select(subscriptions)
+        .where(columns.block.in_(blocks), columns.number.in_(numbers))
+        .order_by(columns.number, columns.channel, columns.update_time, columns.address_hash)
+    ):
+        held[row.number].append(Subscription(row.channel, row.address, "", row.state, row.reason, row.update_time))
+    rows = await conn.execute(
+        select(contacts).where(contacts.c.block.in_(blocks), contacts.c.number.in_(numbers)).order_by(contacts.c.number)
+    )
+    return [
+        Contact(
+            row.external_id, row.attributes, row.time_zone, tuple(held[row.number]), row.number, row.create_time, row.update_time
+        )
+        for row in rows
+    ]
+
+
+async def list_contacts(conn: AsyncConnection, app_id: int, after: int, limit: int) -> list[Contact]:
+    """Contacts whose number is larger than ``after``, ascending."""
+    rows = await conn.execute(
+        select(contacts.c.number)
+        .where(
+            contacts.c.block >= block_of(app_id, max(after, 0)),
+            contacts.c.block < (app_id + 1) << SLOT_SHIFT,
+            contacts.c.number > after,
+        )
+        .order_by(contacts.c.block, contacts.c.number)
+        .limit(limit)
+    )
+    return await read_contacts(conn, app_id, [row.number for row in rows])
+
+
+async def find_external_ids(conn: AsyncConnection, app_id: int, numbers: Numbers) -> dict[int, str]:
+    """The external_ids of contact numbers."""
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT number, external_id FROM contacts WHERE block = ANY(%b) AND number = ANY(%b)",
+        (np.unique(blocks_of(app_id, numbers)).tolist(), numbers.tolist()),
+    )
+    return dict(await rows.fetchall())
+
+
+@dataclass(frozen=True)
+class Addressee:
+    """What sending to one contact on one channel needs."""
+
+    number: int
+    external_id: str
+    attributes: Mapping[str, Any] = field(repr=False)
+    addresses: tuple[tuple[bytes, Mapping[str, Any]], ...] = field(repr=False)
+    """Hash and address of each active subscription; empty when the person can no longer be reached."""
+
+
+async def read_addressees(conn: AsyncConnection, app_id: int, channel: str, numbers: Numbers) -> dict[int, Addressee]:
+    """The addressees behind contact numbers."""
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT c.number, c.external_id, c.attributes, s.address_hash, s.address FROM contacts AS c"
+        " LEFT JOIN subscriptions AS s ON s.block = c.block AND s.number = c.number AND s.channel = %b AND s.state = 'active'"
+        " WHERE c.block = ANY(%b) AND c.number = ANY(%b)",
+        (channel, np.unique(blocks_of(app_id, numbers)).tolist(), numbers.tolist()),
+    )
+    found: dict[int, tuple[str, Any, list[tuple[bytes, Any]]]] = {}
+    for number, external_id, attributes, address_hash, address in await rows.fetchall():
+        _, _, addresses = found.setdefault(number, (external_id, attributes, []))
+        if address_hash is not None:
+            addresses.append((address_hash, address))
+    return {
+        number: Addressee(number, external_id, attributes, tuple(addresses))
+        for number, (external_id, attributes, addresses) in found.items()
+    }

@@ -1,0 +1,122 @@
+"""The connections to PostgreSQL, and the check that its schema is the one this code was written for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from aftertouch.errors import DatabaseUnavailable
+
+SCHEMA_REVISION = "0001"
+"""The newest migration: what this code needs."""
+
+
+class SchemaMismatch(Exception):
+    """The database's schema is not the one that this code needs; the text names the command that mends it."""
+
+
+def create_engine(database_url: str, *, pool_size: int = 10) -> AsyncEngine:
+    """An engine for a libpq URL (``postgresql://user@host/name``). Connections that died are replaced before use."""
+    return create_async_engine(
+        make_url(database_url).set(drivername="postgresql+psycopg"),
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        pool_timeout=10,
+        connect_args={"connect_timeout": 5, "application_name": "aftertouch", "options": "-c timezone=UTC"},
+        # psycopg reports a foreign URL's password in no error, and neither do we: statements' values stay out of exceptions.
+        hide_parameters=True,
+    )
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A transaction on a connection of the pool.
+
+    Raises:
+        DatabaseUnavailable: the server could not be reached, or went away in the middle; nothing was committed.
+    """
+    try:
+        async with engine.begin() as conn:
+            yield conn
+    except (OperationalError, InterfaceError) as error:
+        if is_disconnect(error):
+            raise DatabaseUnavailable from error
+        raise
+    except TimeoutError as error:
+        raise DatabaseUnavailable from error
+
+
+def is_disconnect(error: DBAPIError) -> bool:
+    """True when the server is away or going, and the same transaction may succeed later."""
+    cause = error.orig
+    state = getattr(cause, "sqlstate", None)
+    return error.connection_invalidated or state is None or state[:2] == "08" or state in ("57P01", "57P02", "57P03")
+
+
+async def driver(conn: AsyncConnection) -> psycopg.AsyncConnection[Any]:
+    """The psycopg connection below, inside the same transaction: for COPY, and for statements over arrays of bits."""
+    raw = await conn.get_raw_connection()
+    assert isinstance(raw.driver_connection, psycopg.AsyncConnection)
+    return raw.driver_connection
+
+
+async def check_schema(engine: AsyncEngine) -> None:
+    """Raise ``SchemaMismatch`` unless the schema is exactly the one that this code needs."""
+    async with transaction(engine) as conn:
+        try:
+            found = (await conn.execute(text("select version_num from alembic_version"))).scalar()
+        except ProgrammingError:
+            found = None
+    if found is None:
+        raise SchemaMismatch("the database is empty; run `aftertouch migrate` once")
+    if found < SCHEMA_REVISION:
+        raise SchemaMismatch(
+            f"the database's schema is {found}, older than this server's {SCHEMA_REVISION}; run `aftertouch migrate`"
+        )
+    if found > SCHEMA_REVISION:
+        raise SchemaMismatch(f"the database's schema is {found}, newer than this server's {SCHEMA_REVISION}; upgrade the server")
+
+
+class BitStrings:
+    """Packed bits of whole bytes as an array parameter of type ``bit varying[]``.
+
+    In binary: 1,000 rows of 8,192 bits take 11 ms to upsert, against 60 ms as text.
+    """
+
+    def __init__(self, items: list[bytes]) -> None:
+        self.items = items
+
+
+class _BitStringsDumper(psycopg.adapt.Dumper):
+    format = psycopg.pq.Format.BINARY
+    oid = psycopg.postgres.types["varbit"].array_oid
+
+    def dump(self, obj: BitStrings) -> bytes:
+        """Write PostgreSQL's binary array: a header, then length, bit length and bytes of each element."""
+        varbit = psycopg.postgres.types["varbit"].oid
+        parts = [(value).to_bytes(4, "big") for value in (1, 0, varbit, len(obj.items), 1)]
+        for item in obj.items:
+            parts.append((len(item) + 4).to_bytes(4, "big") + (len(item) * 8).to_bytes(4, "big"))
+            parts.append(item)
+        return b"".join(parts)
+
+
+class _BitsLoader(psycopg.adapt.Loader):
+    format = psycopg.pq.Format.BINARY
+
+    def load(self, data: psycopg.abc.Buffer) -> bytes:
+        """Drop the bit length: our bit strings are whole bytes."""
+        return bytes(data[4:])
+
+
+psycopg.adapters.register_dumper(BitStrings, _BitStringsDumper)
+# Aggregates and operators over varbit return the type bit.
+for _type in ("bit", "varbit"):
+    psycopg.adapters.register_loader(_type, _BitsLoader)

@@ -1,0 +1,28 @@
+"""Bring a database's schema up to date. Alembic takes most of a second to import, so only the commands that migrate do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection
+
+from aftertouch.store.engine import create_engine
+
+
+async def migrate(database_url: str) -> None:
+    """Apply every migration that is missing, in one transaction; waits for another migration that is running."""
+    engine = create_engine(database_url)
+    try:
+        async with engine.begin() as conn:
+            await conn.run_sync(_upgrade)
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")

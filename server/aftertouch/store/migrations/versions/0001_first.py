@@ -1,0 +1,171 @@
+"""Apps, contacts, campaigns, rolls and receipts."""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "apps",
+        sa.Column("app_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("app", sa.Text(), nullable=False, comment="last part of the resource name"),
+        sa.Column("display_name", sa.Text(), nullable=False),
+        sa.Column("retargeting_enabled", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("retargetable_since", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("retention_days", sa.Integer(), server_default=sa.text("30"), nullable=False),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("app_id", name=op.f("apps_pkey")),
+        sa.UniqueConstraint("app", name=op.f("apps_app_key")),
+    )
+    op.create_table(
+        "contact_counters",
+        sa.Column("app_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("next_number", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("app_id", name=op.f("contact_counters_pkey")),
+        comment="the row is locked while contacts are made, so numbers have no holes",
+    )
+    op.create_table(
+        "contact_ids",
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("external_id", sa.Text(), nullable=False),
+        sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("app_id", "external_id", name=op.f("contact_ids_pkey")),
+    )
+    op.create_table(
+        "contact_sets",
+        sa.Column("block", sa.BigInteger(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False, comment="as in active/sms"),
+        sa.Column("bits", postgresql.BIT(varying=True), nullable=False, comment="8,192 bits by contact number"),
+        sa.PrimaryKeyConstraint("block", "name", name=op.f("contact_sets_pkey")),
+    )
+    op.create_table(
+        "contacts",
+        sa.Column("block", sa.BigInteger(), nullable=False),
+        sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.Column("external_id", sa.Text(), nullable=False),
+        sa.Column("attributes", postgresql.JSONB(), nullable=False),
+        sa.Column("time_zone", sa.Text(), nullable=False),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("block", "number", name=op.f("contacts_pkey")),
+    )
+    op.create_table(
+        "events",
+        sa.Column("arrive_time", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("slot", sa.BigInteger(), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False, comment="within the slot"),
+        sa.Column("kind", sa.Integer(), nullable=False),
+        sa.Column("time", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        comment="every event as it came, by the day of its arrival",
+        postgresql_partition_by="RANGE (arrive_time)",
+    )
+    op.create_table(
+        "kinds",
+        sa.Column("kind", sa.Integer(), sa.Identity(always=True), nullable=False),
+        sa.Column("signal", sa.Text(), nullable=False),
+        sa.Column("reason_class", sa.Text(), nullable=False),
+        sa.Column("reason_code", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("kind", name=op.f("kinds_pkey")),
+        sa.UniqueConstraint("signal", "reason_class", "reason_code", name=op.f("kinds_signal_reason_class_reason_code_key")),
+        comment="a signal with its reason as one small number",
+    )
+    op.create_table(
+        "receipts",
+        sa.Column("slot", sa.BigInteger(), nullable=False),
+        sa.Column("kind", sa.Integer(), nullable=False),
+        sa.Column("bits", postgresql.BIT(varying=True), nullable=False, comment="one bit a position, rounded up to bytes"),
+        sa.PrimaryKeyConstraint("slot", "kind", name=op.f("receipts_pkey")),
+        comment="of whom it became true; only ever OR-ed",
+    )
+    op.create_table(
+        "requests",
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("request_id", sa.Text(), nullable=False),
+        sa.Column("fingerprint", sa.LargeBinary(), nullable=False, comment="of method and request"),
+        sa.Column("answer", sa.LargeBinary(), nullable=True, comment="null only while the transaction that makes it runs"),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("app_id", "request_id", name=op.f("requests_pkey")),
+        comment="what a request_id was answered with",
+    )
+    op.create_table(
+        "rolls",
+        sa.Column("slot", sa.BigInteger(), autoincrement=False, nullable=False, comment="campaign_id << 20 | chunk"),
+        sa.Column("first", sa.BigInteger(), nullable=False, comment="smallest contact number"),
+        sa.Column("last", sa.BigInteger(), nullable=False),
+        sa.Column("members", sa.Integer(), nullable=False),
+        sa.Column("offsets", sa.LargeBinary(), nullable=False, comment="32-bit little-endian offsets from first"),
+        sa.PrimaryKeyConstraint("slot", name=op.f("rolls_pkey")),
+        comment="who is at which position; written once",
+    )
+    op.create_table(
+        "send_units",
+        sa.Column("slot", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("campaign_id", sa.BigInteger(), nullable=False),
+        sa.Column("lease", sa.BigInteger(), server_default=sa.text("0"), nullable=False, comment="counts up with every claim"),
+        sa.Column("lease_until", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("slot", name=op.f("send_units_pkey")),
+        comment="chunks that are not dealt with yet; a finished one is deleted",
+    )
+    op.create_index(op.f("send_units_campaign_id_idx"), "send_units", ["campaign_id"], unique=False)
+    op.create_index(op.f("send_units_lease_until_idx"), "send_units", ["lease_until"], unique=False)
+    op.create_table(
+        "subscriptions",
+        sa.Column("block", sa.BigInteger(), nullable=False),
+        sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("address_hash", sa.LargeBinary(), nullable=False, comment="blake2b-128 of the address's key"),
+        sa.Column("address", postgresql.JSONB(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False, comment="active, opted_out or invalid"),
+        sa.Column("reason", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("block", "number", "channel", "address_hash", name=op.f("subscriptions_pkey")),
+    )
+    op.create_table(
+        "unrecognized_receipts",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("item", sa.Text(), nullable=False),
+        sa.Column("arrive_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("unrecognized_receipts_pkey")),
+        comment="authentic news that the channel's plugin does not understand",
+    )
+    op.create_table(
+        "api_keys",
+        sa.Column("api_key", sa.Text(), nullable=False, comment="public part of the secret"),
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("display_name", sa.Text(), nullable=False),
+        sa.Column("scopes", postgresql.ARRAY(sa.Text()), nullable=False),
+        sa.Column("secret_hash", sa.LargeBinary(), nullable=False, comment="sha256; the secret has 256 random bits, so no salt"),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("revoke_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("api_keys_app_id_fkey")),
+        sa.PrimaryKeyConstraint("api_key", name=op.f("api_keys_pkey")),
+    )
+    op.create_index(op.f("api_keys_app_id_idx"), "api_keys", ["app_id"], unique=False)
+    op.create_table(
+        "campaigns",
+        sa.Column("campaign_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("campaign", sa.Text(), nullable=False, comment="last part of the resource name"),
+        sa.Column("display_name", sa.Text(), nullable=False),
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("content", postgresql.JSONB(), nullable=True),
+        sa.Column("audience", postgresql.JSONB(), nullable=True, comment="the Audience message as JSON"),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("state_reason", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("version", sa.BigInteger(), server_default=sa.text("1"), nullable=False, comment="the etag"),
+        sa.Column("recipients", sa.BigInteger(), server_default=sa.text("0"), nullable=False, comment="length of the roll"),
+        sa.Column("root_id", sa.BigInteger(), nullable=True, comment="campaign at the root of the chain, of a wave"),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("launch_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("finish_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("campaigns_app_id_fkey")),
+        sa.PrimaryKeyConstraint("campaign_id", name=op.f("campaigns_pkey")),
+        sa.UniqueConstraint("app_id", "campaign", name=op.f("campaigns_app_id_campaign_key")),
+    )
+    op.create_index(op.f("campaigns_app_id_campaign_id_idx"), "campaigns", ["app_id", "campaign_id"], unique=False)

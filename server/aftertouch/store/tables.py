@@ -1,0 +1,220 @@
+"""Every table. Migrations bring a database here, and a test compares the two.
+
+The shape is one that a distributed PostgreSQL can run as well: rolls and receipts are keyed by slot, contacts, their
+subscriptions and contact sets by block, and no statement joins the two; the distribution key is part of every primary
+key. Times are aware UTC.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, BIT, JSONB, TIMESTAMP
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+
+def _time(name: str, *, nullable: bool = False, default: bool = False) -> Column[Any]:
+    return Column(name, TIMESTAMP(timezone=True), nullable=nullable, server_default=text("now()") if default else None)
+
+
+apps = Table(
+    "apps",
+    metadata,
+    Column("app_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("app", Text, nullable=False, unique=True, comment="last part of the resource name"),
+    Column("display_name", Text, nullable=False),
+    Column("retargeting_enabled", Boolean, nullable=False, server_default=text("true")),
+    _time("retargetable_since", default=True),
+    Column("retention_days", Integer, nullable=False, server_default=text("30")),
+    _time("create_time", default=True),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("api_key", Text, primary_key=True, comment="public part of the secret"),
+    Column("app_id", BigInteger, ForeignKey(apps.c.app_id), nullable=False, index=True),
+    Column("display_name", Text, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("secret_hash", LargeBinary, nullable=False, comment="sha256; the secret has 256 random bits, so no salt"),
+    _time("create_time", default=True),
+    _time("revoke_time", nullable=True),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("app_id", BigInteger, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("fingerprint", LargeBinary, nullable=False, comment="of method and request"),
+    Column("answer", LargeBinary, comment="null only while the transaction that makes it runs"),
+    _time("create_time", default=True),
+    PrimaryKeyConstraint("app_id", "request_id"),
+    comment="what a request_id was answered with",
+)
+
+contact_counters = Table(
+    "contact_counters",
+    metadata,
+    Column("app_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("next_number", BigInteger, nullable=False),
+    comment="the row is locked while contacts are made, so numbers have no holes",
+)
+
+contact_ids = Table(
+    "contact_ids",
+    metadata,
+    Column("app_id", BigInteger, nullable=False),
+    Column("external_id", Text, nullable=False),
+    Column("number", BigInteger, nullable=False),
+    PrimaryKeyConstraint("app_id", "external_id"),
+)
+
+contacts = Table(
+    "contacts",
+    metadata,
+    Column("block", BigInteger, nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("external_id", Text, nullable=False),
+    Column("attributes", JSONB, nullable=False),
+    Column("time_zone", Text, nullable=False),
+    _time("create_time", default=True),
+    _time("update_time", default=True),
+    PrimaryKeyConstraint("block", "number"),
+)
+
+subscriptions = Table(
+    "subscriptions",
+    metadata,
+    Column("block", BigInteger, nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("channel", Text, nullable=False),
+    Column("address_hash", LargeBinary, nullable=False, comment="blake2b-128 of the address's key"),
+    Column("address", JSONB, nullable=False),
+    Column("state", Text, nullable=False, comment="active, opted_out or invalid"),
+    Column("reason", Text, nullable=False, server_default=text("''")),
+    _time("update_time", default=True),
+    PrimaryKeyConstraint("block", "number", "channel", "address_hash"),
+)
+
+contact_sets = Table(
+    "contact_sets",
+    metadata,
+    Column("block", BigInteger, nullable=False),
+    Column("name", Text, nullable=False, comment="as in active/sms"),
+    Column("bits", BIT(varying=True), nullable=False, comment="8,192 bits by contact number"),
+    PrimaryKeyConstraint("block", "name"),
+)
+
+campaigns = Table(
+    "campaigns",
+    metadata,
+    Column("campaign_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("app_id", BigInteger, ForeignKey(apps.c.app_id), nullable=False),
+    Column("campaign", Text, nullable=False, comment="last part of the resource name"),
+    Column("display_name", Text, nullable=False),
+    Column("channel", Text, nullable=False),
+    Column("content", JSONB),
+    Column("audience", JSONB, comment="the Audience message as JSON"),
+    Column("state", Text, nullable=False),
+    Column("state_reason", Text, nullable=False, server_default=text("''")),
+    Column("version", BigInteger, nullable=False, server_default=text("1"), comment="the etag"),
+    Column("recipients", BigInteger, nullable=False, server_default=text("0"), comment="length of the roll"),
+    Column("root_id", BigInteger, comment="campaign at the root of the chain, of a wave"),
+    _time("create_time", default=True),
+    _time("update_time", default=True),
+    _time("launch_time", nullable=True),
+    _time("finish_time", nullable=True),
+    UniqueConstraint("app_id", "campaign"),
+    Index(None, "app_id", "campaign_id"),
+)
+
+rolls = Table(
+    "rolls",
+    metadata,
+    Column("slot", BigInteger, primary_key=True, autoincrement=False, comment="campaign_id << 20 | chunk"),
+    Column("first", BigInteger, nullable=False, comment="smallest contact number"),
+    Column("last", BigInteger, nullable=False),
+    Column("members", Integer, nullable=False),
+    Column("offsets", LargeBinary, nullable=False, comment="32-bit little-endian offsets from first"),
+    comment="who is at which position; written once",
+)
+
+kinds = Table(
+    "kinds",
+    metadata,
+    Column("kind", Integer, Identity(always=True), primary_key=True),
+    Column("signal", Text, nullable=False),
+    Column("reason_class", Text, nullable=False),
+    Column("reason_code", Text, nullable=False),
+    UniqueConstraint("signal", "reason_class", "reason_code"),
+    comment="a signal with its reason as one small number",
+)
+
+receipts = Table(
+    "receipts",
+    metadata,
+    Column("slot", BigInteger, nullable=False),
+    Column("kind", Integer, nullable=False),
+    Column("bits", BIT(varying=True), nullable=False, comment="one bit a position, rounded up to bytes"),
+    PrimaryKeyConstraint("slot", "kind"),
+    comment="of whom it became true; only ever OR-ed",
+)
+
+events = Table(
+    "events",
+    metadata,
+    _time("arrive_time"),
+    Column("slot", BigInteger, nullable=False),
+    Column("position", Integer, nullable=False, comment="within the slot"),
+    Column("kind", Integer, nullable=False),
+    _time("time"),
+    comment="every event as it came, by the day of its arrival",
+    postgresql_partition_by="RANGE (arrive_time)",
+)
+
+unrecognized_receipts = Table(
+    "unrecognized_receipts",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("channel", Text, nullable=False),
+    Column("item", Text, nullable=False),
+    _time("arrive_time", default=True),
+    comment="authentic news that the channel's plugin does not understand",
+)
+
+send_units = Table(
+    "send_units",
+    metadata,
+    Column("slot", BigInteger, primary_key=True, autoincrement=False),
+    Column("campaign_id", BigInteger, nullable=False, index=True),
+    Column("lease", BigInteger, nullable=False, server_default=text("0"), comment="counts up with every claim"),
+    _time("lease_until", nullable=True),
+    Index(None, "lease_until"),
+    comment="chunks that are not dealt with yet; a finished one is deleted",
+)
