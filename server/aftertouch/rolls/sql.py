@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from aftertouch.store.engine import BitStrings, driver
 
 Kinds = Mapping[str, list[int]]
 """For each signal, the kinds that are evidence of it (what implies it, whatever the reason)."""
+
+K = TypeVar("K")
 
 _ZERO = bytes(CHUNK_BYTES)
 
@@ -108,8 +110,8 @@ def _per_slot(kinds: Kinds, columns: Mapping[str, str]) -> tuple[str, dict[str, 
 
 
 async def count_expressions(
-    conn: AsyncConnection, campaign_id: int, kinds: Kinds, expressions: Mapping[str, Any]
-) -> dict[str, int]:
+    conn: AsyncConnection, campaign_id: int, kinds: Kinds, expressions: Mapping[K, Expression]
+) -> dict[K, int]:
     """Count the people of whom each expression is true, in one scan of the campaign's receipts.
 
     Args:

@@ -292,3 +292,16 @@ async def read_addressees(conn: AsyncConnection, app_id: int, channel: str, numb
         number: Addressee(number, external_id, attributes, tuple(addresses))
         for number, (external_id, attributes, addresses) in found.items()
     }
+
+
+async def read_active_addresses(conn: AsyncConnection, app_id: int, channel: str, number: int) -> list[bytes]:
+    """The hashes of a contact's active addresses on a channel."""
+    rows = await conn.execute(
+        select(subscriptions.c.address_hash).where(
+            subscriptions.c.block == block_of(app_id, number),
+            subscriptions.c.number == number,
+            subscriptions.c.channel == channel,
+            subscriptions.c.state == "active",
+        )
+    )
+    return [row.address_hash for row in rows]

@@ -67,6 +67,12 @@ async def driver(conn: AsyncConnection) -> psycopg.AsyncConnection[Any]:
     return raw.driver_connection
 
 
+async def connect_listener(engine: AsyncEngine) -> psycopg.AsyncConnection[Any]:
+    """A connection of its own for LISTEN, in autocommit; close it."""
+    url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
+
+
 async def check_schema(engine: AsyncEngine) -> None:
     """Raise ``SchemaMismatch`` unless the schema is exactly the one that this code needs."""
     async with transaction(engine) as conn:

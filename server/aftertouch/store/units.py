@@ -35,11 +35,10 @@ class Unit:
 
 
 async def create_units(conn: AsyncConnection, campaign_id: int, chunks: int) -> None:
-    """Make the units of a campaign that is being launched, and wake the workers when the transaction commits."""
+    """Make the units of a campaign that is being launched."""
     await conn.execute(
         insert(send_units), [{"slot": slot_of(campaign_id, chunk), "campaign_id": campaign_id} for chunk in range(chunks)]
     )
-    await conn.execute(select(func.pg_notify(CHANNEL, "")))
 
 
 async def claim_unit(conn: AsyncConnection, channels: Sequence[str], lease_for: timedelta) -> Unit | None:
@@ -88,10 +87,24 @@ async def hold_unit(conn: AsyncConnection, unit: Unit, lease_for: timedelta) -> 
         raise LeaseLost
 
 
-async def release_unit(conn: AsyncConnection, unit: Unit) -> None:
-    """Hand a unit back, for anybody to go on with at once."""
+async def release_unit(conn: AsyncConnection, unit: Unit, delay: timedelta) -> None:
+    """Hand a unit back, for anybody to go on with after ``delay``."""
     await conn.execute(
-        update(send_units).where(send_units.c.slot == unit.slot, send_units.c.lease == unit.lease).values(lease_until=None)
+        update(send_units)
+        .where(send_units.c.slot == unit.slot, send_units.c.lease == unit.lease)
+        .values(lease_until=func.now() + delay)
+    )
+
+
+async def wake_workers(conn: AsyncConnection) -> None:
+    """Wake free workers when the transaction commits."""
+    await conn.execute(select(func.pg_notify(CHANNEL, "")))
+
+
+async def free_units(conn: AsyncConnection, campaign_id: int) -> None:
+    """Let the units of a campaign be claimed at once; whoever still holds one has lost it."""
+    await conn.execute(
+        update(send_units).where(send_units.c.campaign_id == campaign_id).values(lease=send_units.c.lease + 1, lease_until=None)
     )
 
 

@@ -612,6 +612,36 @@ class LaunchCampaignRequest(_message.Message):
 Global___LaunchCampaignRequest: _TypeAlias = LaunchCampaignRequest  # noqa: Y015
 
 @_typing.final
+class ResumeCampaignRequest(_message.Message):
+    """Request of ResumeCampaign."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    etag: _builtins.str
+    """The etag you read; empty means whatever it is now."""
+    request_id: _builtins.str
+    """A UUID that makes a repeat within 24 hours return the same answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeCampaignRequest: _TypeAlias = ResumeCampaignRequest  # noqa: Y015
+
+@_typing.final
 class ListRecipientsRequest(_message.Message):
     """Request of ListRecipients."""
 

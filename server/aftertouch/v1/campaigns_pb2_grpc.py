@@ -67,6 +67,11 @@ class CampaignsStub:
                 request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.LaunchCampaignRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
                 _registered_method=True)
+        self.ResumeCampaign = channel.unary_unary(
+                '/aftertouch.v1.Campaigns/ResumeCampaign',
+                request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.ResumeCampaignRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+                _registered_method=True)
         self.ListRecipients = channel.unary_unary(
                 '/aftertouch.v1.Campaigns/ListRecipients',
                 request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.ListRecipientsRequest.SerializeToString,
@@ -124,6 +129,14 @@ class CampaignsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResumeCampaign(self, request, context):
+        """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
+        dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRecipients(self, request, context):
         """Lists the people of a launched campaign, in the order of its roll, with what is true of each.
         """
@@ -162,6 +175,11 @@ def add_CampaignsServicer_to_server(servicer, server):
             'LaunchCampaign': grpc.unary_unary_rpc_method_handler(
                     servicer.LaunchCampaign,
                     request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.LaunchCampaignRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
+            ),
+            'ResumeCampaign': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeCampaign,
+                    request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.ResumeCampaignRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
             ),
             'ListRecipients': grpc.unary_unary_rpc_method_handler(
@@ -333,6 +351,33 @@ class Campaigns:
             target,
             '/aftertouch.v1.Campaigns/LaunchCampaign',
             aftertouch_dot_v1_dot_campaigns__pb2.LaunchCampaignRequest.SerializeToString,
+            aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeCampaign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Campaigns/ResumeCampaign',
+            aftertouch_dot_v1_dot_campaigns__pb2.ResumeCampaignRequest.SerializeToString,
             aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
             options,
             channel_credentials,

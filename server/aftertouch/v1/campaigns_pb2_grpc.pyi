@@ -53,6 +53,10 @@ class CampaignsStub:
     Reasons: CAMPAIGN_STATE_WRONG, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, ETAG_MISMATCH,
     REQUEST_ID_REUSED.
     """
+    ResumeCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ResumeCampaignRequest, _campaigns_pb2.Campaign]
+    """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
+    dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """
     ListRecipients: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
 
@@ -79,6 +83,10 @@ class CampaignsAsyncStub(CampaignsStub):
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with.
     Reasons: CAMPAIGN_STATE_WRONG, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, ETAG_MISMATCH,
     REQUEST_ID_REUSED.
+    """
+    ResumeCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ResumeCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
+    """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
+    dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     ListRecipients: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]  # type: ignore[assignment]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
@@ -139,6 +147,16 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with.
         Reasons: CAMPAIGN_STATE_WRONG, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, ETAG_MISMATCH,
         REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeCampaign(
+        self,
+        request: _campaigns_pb2.ResumeCampaignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
+        """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
+        dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod

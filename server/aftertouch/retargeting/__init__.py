@@ -1,0 +1,1 @@
+"""Who did, or did not, do a thing: counting actions, previewing a follow-up, and the people behind a selection."""
