@@ -1,0 +1,84 @@
+"""What is known of a campaign's recipients: counts of every signal and reason, and the people one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.declarations import ChannelType
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, slot_of
+from aftertouch.rolls.sql import count_by_kind, count_expressions, read_receipts, read_roll_chunk
+from aftertouch.signals import CORE_IMPLICATIONS, Expression, close_implications, parse
+from aftertouch.store.campaigns import Campaign
+from aftertouch.store.contacts import find_external_ids
+from aftertouch.store.kinds import Kind, group_evidence, load_kinds
+
+_CORE_EVIDENCE = close_implications(CORE_IMPLICATIONS)
+"""What is known of a channel whose plugin is gone."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """People of a campaign by what is true of them."""
+
+    signals: dict[str, int]
+    """Implied ones included; signals of nobody are left out."""
+    unclear: int
+    """Tried, and no outcome is known (yet)."""
+    reasons: list[tuple[Kind, int]]
+    """Failures and skips, most frequent first."""
+
+
+@dataclass(frozen=True)
+class Recipient:
+    """One person of a campaign."""
+
+    external_id: str
+    signals: list[str]
+    reasons: list[str]
+
+
+async def count_campaign(conn: AsyncConnection, campaign: Campaign, channel: ChannelType | None) -> Counts:
+    """Count everything that is known of a launched campaign."""
+    evidence = channel.evidence if channel else _CORE_EVIDENCE
+    numbered = await load_kinds(conn)
+    expressions: dict[str, Expression] = {signal: Expression("name", name=signal) for signal in evidence}
+    expressions[""] = parse("attempted & ~sent & ~failed", evidence)
+    counts = await count_expressions(conn, campaign.campaign_id, group_evidence(numbered, evidence), expressions)
+    unclear = counts.pop("")
+    by_kind = await count_by_kind(conn, campaign.campaign_id)
+    reasons = [(numbered[kind], count) for kind, count in by_kind.items() if numbered[kind].signal in ("failed", "skipped")]
+    reasons.sort(key=lambda item: (-item[1], item[0]))
+    return Counts({signal: count for signal, count in sorted(counts.items()) if count}, unclear, reasons)
+
+
+async def list_recipients(
+    conn: AsyncConnection, campaign: Campaign, channel: ChannelType | None, start: int, end: int
+) -> list[Recipient]:
+    """The people at the positions from ``start`` up to ``end`` of a campaign's roll."""
+    evidence = channel.evidence if channel else _CORE_EVIDENCE
+    numbered = await load_kinds(conn)
+    people: list[Recipient] = []
+    end = min(end, campaign.recipients)
+    for chunk in range(start >> CHUNK_BITS, (max(end, 1) - 1 >> CHUNK_BITS) + 1 if end > start else 0):
+        slot = slot_of(campaign.campaign_id, chunk)
+        first, last = max(start - chunk * CHUNK, 0), min(end - chunk * CHUNK, CHUNK)
+        roll = (await read_roll_chunk(conn, slot))[first:last]
+        external_ids = await find_external_ids(conn, campaign.app_id, roll)
+        true = {signal: np.zeros(len(roll), np.bool_) for signal in evidence}
+        reasons: list[list[str]] = [[] for _ in roll]
+        for number, bits in (await read_receipts(conn, slot)).items():
+            kind = numbered[number]
+            flags = np.unpackbits(bits)[first:last].astype(np.bool_)
+            for signal, proving in evidence.items():
+                if kind.signal in proving:
+                    true[signal] |= flags
+            if kind.signal in ("failed", "skipped") and kind.reason:
+                for index in np.flatnonzero(flags).tolist():
+                    reasons[index].append(kind.reason)
+        for index, number in enumerate(roll.tolist()):
+            signals = sorted(signal for signal, flags in true.items() if flags[index])
+            people.append(Recipient(external_ids.get(number, ""), signals, sorted(reasons[index])))
+    return people

@@ -1,0 +1,303 @@
+"""The Campaigns service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.empty_pb2 import Empty
+from pydantic import ValidationError
+
+from aftertouch.declarations import ChannelType
+from aftertouch.delivery.launch import launch, prepare_launch, resume
+from aftertouch.delivery.render import find_template_errors
+from aftertouch.errors import AlreadyExists, CampaignStateWrong, EtagMismatch, FieldsInvalid, NotFound, Violation
+from aftertouch.plugins import Registry
+from aftertouch.retargeting.audiences import (
+    AllSubscribers,
+    Audience,
+    GivenContacts,
+    decode_audience,
+    encode_audience,
+    find_source,
+)
+from aftertouch.retargeting.report import count_campaign, list_recipients
+from aftertouch.retargeting.selections import Selection
+from aftertouch.rpc.interceptor import Call
+from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
+from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
+from aftertouch.rpc.values import to_struct, to_timestamp
+from aftertouch.store import campaigns as store
+from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
+
+_CHANGEABLE = ("display_name", "content", "audience")
+_LARGEST_CONTENT = 65_536
+"""Bytes of a campaign's content as it is sent to us."""
+
+
+class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
+    """The campaigns of the caller's app."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def CreateCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.CreateCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        check_parent(call, request.parent)
+        given = request.campaign
+        if given.channel not in self._registry.types:
+            known = ", ".join(sorted(self._registry.types))
+            raise FieldsInvalid([Violation("campaign.channel", f"no channel {given.channel!r} is installed; there are {known}")])
+        found = self._registry.types[given.channel]
+        values: dict[str, Any] = {"display_name": given.display_name, "channel": given.channel}
+        values |= await self._read_parts(call, given, found, ("content", "audience"))
+        return await create_draft(call, request.campaign_id, values)
+
+    async def GetCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.GetCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        campaign = await find(call, request.name)
+        message = await to_campaign(call, campaign)
+        if campaign.launch_time:
+            counted = await count_campaign(await call.begin(), campaign, self._registry.types.get(campaign.channel))
+            message.counts.recipients = campaign.recipients
+            message.counts.unclear = counted.unclear
+            message.counts.signals.update(counted.signals)
+            for kind, count in counted.reasons:
+                message.counts.reasons.add(
+                    signal=kind.signal, reason_class=kind.reason_class, reason_code=kind.reason_code, count=count
+                )
+        return message
+
+    async def ListCampaigns(  # type: ignore[override]
+        self, request: campaigns_pb2.ListCampaignsRequest, call: Call
+    ) -> campaigns_pb2.ListCampaignsResponse:
+        check_parent(call, request.parent)
+        size = size_page(request.page_size)
+        position = read_page_token(request.page_token, request.parent)
+        found = await store.list_campaigns(await call.begin(), call.app.app_id, position[0] if position else None, size + 1)
+        return campaigns_pb2.ListCampaignsResponse(
+            campaigns=[await to_campaign(call, campaign) for campaign in found[:size]],
+            next_page_token=make_page_token(request.parent, [found[size - 1].campaign_id]) if len(found) > size else "",
+        )
+
+    async def UpdateCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.UpdateCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        given = request.campaign
+        campaign = await find(call, given.name, field="campaign.name", lock=True)
+        _check_etag(given.name, campaign, given.etag)
+        _check_draft(given.name, campaign)
+        paths = _read_mask(request)
+        if "channel" in paths and given.channel != campaign.channel:
+            raise FieldsInvalid(
+                [Violation("campaign.channel", f"cannot be changed from {campaign.channel}; make a new campaign")]
+            )
+        if "display_name" in paths and not given.display_name:
+            raise FieldsInvalid([Violation("campaign.display_name", "is required")])
+        if campaign.channel not in self._registry.types:
+            raise NotFound(f"channels/{campaign.channel}")
+        values: dict[str, Any] = {"display_name": given.display_name} if "display_name" in paths else {}
+        values |= await self._read_parts(call, given, self._registry.types[campaign.channel], paths)
+        return await to_campaign(call, await store.update_campaign(await call.begin(), campaign.campaign_id, **values))
+
+    async def DeleteCampaign(self, request: campaigns_pb2.DeleteCampaignRequest, call: Call) -> Empty:  # type: ignore[override]
+        campaign = await find(call, request.name, lock=True)
+        _check_etag(request.name, campaign, request.etag)
+        _check_draft(request.name, campaign)
+        await store.delete_campaign(await call.begin(), campaign.campaign_id)
+        return Empty()
+
+    async def LaunchCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.LaunchCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        campaign = await find(call, request.name, lock=True)
+        _check_etag(request.name, campaign, request.etag)
+        conn = await call.begin()
+        if request.validate_only:
+            message = await to_campaign(call, campaign)
+            message.counts.recipients = len(await prepare_launch(conn, self._registry, call.app, campaign))
+            return message
+        return await to_campaign(call, await launch(conn, self._registry, call.app, campaign))
+
+    async def ResumeCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.ResumeCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        campaign = await find(call, request.name, lock=True)
+        _check_etag(request.name, campaign, request.etag)
+        return await to_campaign(call, await resume(await call.begin(), call.app, campaign))
+
+    async def ListRecipients(  # type: ignore[override]
+        self, request: campaigns_pb2.ListRecipientsRequest, call: Call
+    ) -> campaigns_pb2.ListRecipientsResponse:
+        campaign = await find(call, request.parent, field="parent")
+        size = size_page(request.page_size)
+        position = read_page_token(request.page_token, request.parent)
+        start = position[0] if position else 0
+        people = await list_recipients(
+            await call.begin(), campaign, self._registry.types.get(campaign.channel), start, start + size
+        )
+        return campaigns_pb2.ListRecipientsResponse(
+            recipients=[
+                campaigns_pb2.Recipient(
+                    contact=f"{call.app.name}/contacts/{person.external_id}", signals=person.signals, reasons=person.reasons
+                )
+                for person in people
+            ],
+            next_page_token=make_page_token(request.parent, [start + size]) if start + size < campaign.recipients else "",
+        )
+
+    async def _read_parts(
+        self, call: Call, given: campaigns_pb2.Campaign, found: ChannelType, paths: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """Content and audience as they are stored, as far as the paths name them; an empty one is stored as none."""
+        values: dict[str, Any] = {}
+        if "content" in paths:
+            values["content"] = _read_content(found, given) if given.HasField("content") else None
+        if "audience" in paths:
+            values["audience"] = None
+            if given.HasField("audience"):
+                audience = read_audience(call, given.audience)
+                if isinstance(audience, Selection):
+                    source, _ = await find_source(
+                        await call.begin(), call.app, self._registry.types, audience, "campaign.audience.retarget"
+                    )
+                    values["root_id"] = source.root_id or source.campaign_id
+                values["audience"] = encode_audience(audience)
+        return values
+
+
+async def create_draft(call: Call, campaign_id: str, values: Mapping[str, Any]) -> campaigns_pb2.Campaign:
+    """Make a draft under the chosen id, or one of ours."""
+    try:
+        campaign = await store.create_campaign(await call.begin(), call.app.app_id, campaign_id or make_campaign_id(), values)
+    except AlreadyExists as error:
+        raise AlreadyExists(f"{call.app.name}/{error.metadata['resource']}") from error
+    return await to_campaign(call, campaign)
+
+
+async def find(call: Call, name: str, *, field: str = "name", lock: bool = False) -> store.Campaign:
+    """The campaign of this resource name.
+
+    Raises:
+        FieldsInvalid, NotFound.
+    """
+    campaign = await store.find_campaign(
+        await call.begin(), call.app.app_id, read_name(call, name, "campaigns", field), lock=lock
+    )
+    if campaign is None:
+        raise NotFound(name)
+    return campaign
+
+
+def _check_etag(name: str, campaign: store.Campaign, etag: str) -> None:
+    if etag and etag != str(campaign.version):
+        raise EtagMismatch(name)
+
+
+def _check_draft(name: str, campaign: store.Campaign) -> None:
+    if campaign.state != "DRAFT":
+        raise CampaignStateWrong(name, campaign.state, "DRAFT")
+
+
+def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
+    """The fields to change (AIP-134): those that are set without a mask, all with "*"."""
+    paths = tuple(request.update_mask.paths)
+    if not paths:
+        return tuple(field.name for field, _ in request.campaign.ListFields() if field.name in (*_CHANGEABLE, "channel"))
+    if "*" in paths:
+        return _CHANGEABLE
+    known = campaigns_pb2.Campaign.DESCRIPTOR.fields_by_name
+    unknown = [path for path in paths if path not in known]
+    if unknown:
+        raise FieldsInvalid(
+            Violation("update_mask", f"{path!r} is not a field that can be named; name one of {', '.join(_CHANGEABLE)}")
+            for path in unknown
+        )
+    return paths
+
+
+def _read_content(found: ChannelType, given: campaigns_pb2.Campaign) -> dict[str, Any]:
+    content: dict[str, Any] = json_format.MessageToDict(given.content)
+    violations = [Violation(f"campaign.{path}", text) for path, text in find_template_errors(content)]
+    if given.content.ByteSize() > _LARGEST_CONTENT:
+        violations.append(Violation("campaign.content", f"is larger than {_LARGEST_CONTENT} bytes"))
+    try:
+        found.channel.content_model.model_validate(content)
+    except ValidationError as error:
+        violations += [
+            Violation(".".join(["campaign.content", *map(str, fault["loc"])]), fault["msg"])
+            for fault in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+    if violations:
+        raise FieldsInvalid(violations)
+    return content
+
+
+def read_audience(call: Call, audience: campaigns_pb2.Audience) -> Audience:
+    """The audience of a message, names checked to be of the caller's app."""
+    match audience.WhichOneof("kind"):
+        case "given_contacts":
+            names = audience.given_contacts.contacts
+            field = "campaign.audience.given_contacts.contacts"
+            ids = [read_name(call, name, "contacts", f"{field}[{index}]") for index, name in enumerate(names)]
+            return GivenContacts(tuple(dict.fromkeys(ids)))
+        case "retarget":
+            return read_selection(call, audience.retarget, "campaign.audience.retarget")
+        case _:
+            return AllSubscribers()
+
+
+def read_selection(call: Call, selection: campaigns_pb2.RetargetSelection, path: str) -> Selection:
+    """The selection of a message."""
+    return Selection(
+        source=read_name(call, selection.source, "campaigns", f"{path}.source"),
+        action=selection.action,
+        reason_codes=tuple(selection.reason_codes),
+        reason_classes=tuple(selection.reason_classes),
+        include_apart=selection.include_apart,
+    )
+
+
+async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Campaign:
+    """A campaign as a message, without its counts."""
+    message = campaigns_pb2.Campaign(
+        name=f"{call.app.name}/campaigns/{campaign.campaign}",
+        display_name=campaign.display_name,
+        channel=campaign.channel,
+        state=campaigns_pb2.Campaign.State.Value(campaign.state),
+        state_reason=campaign.state_reason,
+        etag=str(campaign.version),
+        create_time=to_timestamp(campaign.create_time),
+        update_time=to_timestamp(campaign.update_time),
+        launch_time=to_timestamp(campaign.launch_time),
+        finish_time=to_timestamp(campaign.finish_time),
+    )
+    if campaign.content is not None:
+        message.content.CopyFrom(to_struct(campaign.content))
+    if campaign.audience is not None:
+        message.audience.CopyFrom(_to_audience(call, decode_audience(campaign.audience)))
+    if campaign.root_id is not None and (root := await store.read_campaign(await call.begin(), campaign.root_id)):
+        message.root = f"{call.app.name}/campaigns/{root.campaign}"
+    return message
+
+
+def _to_audience(call: Call, audience: Audience) -> campaigns_pb2.Audience:
+    match audience:
+        case AllSubscribers():
+            return campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+        case GivenContacts():
+            names = [f"{call.app.name}/contacts/{external_id}" for external_id in audience.external_ids]
+            return campaigns_pb2.Audience(given_contacts=campaigns_pb2.GivenContacts(contacts=names))
+        case Selection():
+            return campaigns_pb2.Audience(
+                retarget=campaigns_pb2.RetargetSelection(
+                    source=f"{call.app.name}/campaigns/{audience.source}",
+                    action=audience.action,
+                    reason_codes=audience.reason_codes,
+                    reason_classes=audience.reason_classes,
+                    include_apart=audience.include_apart,
+                )
+            )

@@ -1,0 +1,221 @@
+"""What happens around every call: who is it, may it, is it well formed, was it made before; then the servicer's method.
+
+A unary method gets a ``Call`` instead of gRPC's context. ``call.begin()`` opens the call's one transaction, which is
+committed before the answer leaves and rolled back with any error, so nothing is ever half done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf import descriptor_pool
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from aftertouch.errors import (
+    AftertouchError,
+    ApiKeyInvalid,
+    ApiKeyMissing,
+    FieldsInvalid,
+    Internal,
+    MessageTooLarge,
+    MethodUnknown,
+    NotFound,
+    ScopeInsufficient,
+    Violation,
+)
+from aftertouch.rpc.errors import to_status
+from aftertouch.rpc.validation import check_message
+from aftertouch.store.apps import App, find_caller
+from aftertouch.store.engine import transaction
+from aftertouch.store.requests import begin_request, finish_request
+from aftertouch.v1 import options_pb2
+
+log = structlog.get_logger()
+
+LARGEST_REQUEST = 4 * 1024 * 1024
+"""Bytes in one request message. gRPC itself lets four times as much through, so that larger ones get our reason."""
+
+_OPEN_SERVICES = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
+_INCLUDED = {
+    "admin": frozenset({"admin", "manage", "ingest", "read"}),
+    "manage": frozenset({"manage", "ingest", "read"}),
+    "ingest": frozenset({"ingest"}),
+    "read": frozenset({"read"}),
+}
+"""What each scope of a key allows."""
+
+
+class Call:
+    """One call: its app, and its transaction."""
+
+    def __init__(self, engine: AsyncEngine, app: App, stack: AsyncExitStack) -> None:
+        self.engine = engine
+        self.app = app
+        self._stack = stack
+        self._conn: AsyncConnection | None = None
+
+    async def begin(self) -> AsyncConnection:
+        """The call's connection, in its one transaction."""
+        if self._conn is None:
+            self._conn = await self._stack.enter_async_context(transaction(self.engine))
+        return self._conn
+
+    def check_app(self, app: str, resource: str) -> None:
+        """Raise ``NotFound`` unless a resource's name begins with the caller's own app."""
+        if app != self.app.app:
+            raise NotFound(resource)
+
+
+class Method:
+    """What is declared of a method in the protos."""
+
+    def __init__(self, path: str) -> None:
+        service, _, name = path.lstrip("/").partition("/")
+        found = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name]
+        scope = found.GetOptions().Extensions[options_pb2.required_scope]
+        if not scope:
+            raise TypeError(f"{path} declares no required_scope")
+        self.path = path
+        self.scope = options_pb2.Scope.Name(scope)
+        self.request_class = GetMessageClass(found.input_type)
+        self.response_class = GetMessageClass(found.output_type)
+
+    def parse(self, data: bytes) -> Message:
+        """The request in these bytes."""
+        if len(data) > LARGEST_REQUEST:
+            raise MessageTooLarge(LARGEST_REQUEST)
+        try:
+            return self.request_class.FromString(data)
+        except DecodeError as error:
+            text = "is not a valid message: wrong wire format, or a string that is not UTF-8"
+            raise FieldsInvalid([Violation(self.request_class.DESCRIPTOR.name, text)]) from error
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of our services."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._methods: dict[str, Method] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the handler of the call."""
+        path = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if path.startswith(_OPEN_SERVICES):
+            return handler
+        if handler is None:
+            return grpc.unary_unary_rpc_method_handler(self._refuse_unknown(path))
+        if path not in self._methods:
+            self._methods[path] = Method(path)
+        method = self._methods[path]
+        secret = _read_secret(handler_call_details)
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(self._wrap_stream(method, handler.stream_unary, secret))
+        return grpc.unary_unary_rpc_method_handler(self._wrap_unary(method, handler.unary_unary, secret))
+
+    def _refuse_unknown(self, path: str) -> Any:
+        async def refuse(_: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+            await context.abort_with_status(to_status(MethodUnknown(path)))
+            raise AssertionError
+
+        return refuse
+
+    def _wrap_unary(self, method: Method, serve: Any, secret: str) -> Any:
+        async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+            async def work() -> bytes:
+                async with AsyncExitStack() as stack:
+                    call = await self._admit(method, secret, stack)
+                    request = method.parse(data)
+                    check_message(request)
+                    request_id = getattr(request, "request_id", "")
+                    if request_id and (stored := await self._begin_once(method, call, request, request_id)) is not None:
+                        return stored
+                    response = await serve(request, call)
+                    answered: bytes = response.SerializeToString()
+                    if request_id:
+                        await finish_request(await call.begin(), call.app.app_id, request_id, _forget_secret(response))
+                return answered
+
+            return await _guard(method.path, work, context)
+
+        return answer
+
+    def _wrap_stream(self, method: Method, serve: Any, secret: str) -> Any:
+        async def answer(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+            async def parsed() -> AsyncIterator[Message]:
+                async for data in requests:
+                    yield method.parse(data)
+
+            async def work() -> bytes:
+                async with AsyncExitStack() as stack:
+                    call = await self._admit(method, secret, stack)
+                    response = await serve(parsed(), call)
+                    answered: bytes = response.SerializeToString()
+                return answered
+
+            return await _guard(method.path, work, context)
+
+        return answer
+
+    async def _admit(self, method: Method, secret: str, stack: AsyncExitStack) -> Call:
+        if not secret:
+            raise ApiKeyMissing
+        async with transaction(self._engine) as conn:
+            caller = await find_caller(conn, secret)
+        if caller is None:
+            raise ApiKeyInvalid
+        app, key = caller
+        wanted = method.scope.removeprefix("SCOPE_").lower()
+        if not any(wanted in _INCLUDED[scope] for scope in key.scopes):
+            raise ScopeInsufficient(method.path, method.scope)
+        return Call(self._engine, app, stack)
+
+    @staticmethod
+    async def _begin_once(method: Method, call: Call, request: Message, request_id: str) -> bytes | None:
+        """The stored answer of a request_id; None when this call is the first and has to make it."""
+        request.ClearField("request_id")
+        fingerprint = hashlib.sha256(method.path.encode() + b"\n" + request.SerializeToString(deterministic=True)).digest()
+        return await begin_request(await call.begin(), call.app.app_id, request_id, fingerprint)
+
+
+def _forget_secret(response: Message) -> bytes:
+    """The answer as it is stored for a repeat: a key's secret is shown once and stored nowhere."""
+    if "secret" in response.DESCRIPTOR.fields_by_name:
+        response.ClearField("secret")
+    return response.SerializeToString()
+
+
+def _read_secret(details: grpc.HandlerCallDetails) -> str:
+    for name, value in details.invocation_metadata or ():
+        if name == "authorization" and isinstance(value, str) and value[:7].lower() == "bearer ":
+            return value[7:].strip()
+    return ""
+
+
+async def _guard(path: str, work: Callable[[], Awaitable[bytes]], context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    """Run the work; whatever goes wrong leaves as a status with our reason."""
+    try:
+        return await work()
+    except AftertouchError as error:
+        status = to_status(error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        request = uuid.uuid4().hex
+        log.exception("a call failed", action="serve_call", method=path, request=request)
+        status = to_status(Internal(request))
+    await context.abort_with_status(status)
+    raise AssertionError
