@@ -188,9 +188,7 @@ def copy_data(made: Path, path: Path) -> Path:
 async def kill_in_initdb(data_dir: Path) -> None:
     """Start a holder, and kill it in the middle of initdb."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", HOLDER, str(data_dir)),
-        env={"PYTHONPATH": os.pathsep.join(map(str, (SERVER, SITE)))},
-        cwd="/",
+        *(sys.executable, "-c", HOLDER, str(data_dir)), env={"PYTHONPATH": os.pathsep.join(map(str, (SERVER, SITE)))}, cwd="/"
     )
     for _ in range(4000):
         if (data_dir / "pg.partial/PG_VERSION").exists():
@@ -330,8 +328,9 @@ async def test_embedded_puts_the_socket_elsewhere_when_the_path_is_long(made: Pa
     assert socket_dir.name not in os.listdir("/tmp")
 
 
-async def test_embedded_takes_a_path_with_characters_that_a_url_reserves(made: Path, tmp_path: Path) -> None:
-    data_dir = copy_data(made, tmp_path / "a b%&?")
+@pytest.mark.parametrize("name", ["a b%&?#", "a,b"])
+async def test_embedded_takes_a_path_with_characters_that_a_url_reserves(made: Path, tmp_path: Path, name: str) -> None:
+    data_dir = copy_data(made, tmp_path / name)
     async with EmbeddedPostgres(data_dir) as postgres:
         assert await count_kept(postgres.url) == 1
 

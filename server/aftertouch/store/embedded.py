@@ -137,10 +137,7 @@ class EmbeddedPostgres:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._stack.aclose()
 
@@ -235,7 +232,12 @@ class EmbeddedPostgres:
     async def _prepare_cluster(self, installation: _Installation, lock: int) -> None:
         if not self._cluster.exists():
             await self._init_cluster(installation, lock)
-        _give(self._cluster, installation.account)
+        owner = self._cluster.stat().st_uid
+        if os.geteuid() not in (0, owner):
+            raise EmbeddedPostgresError(
+                f"{self._cluster} belongs to uid {owner}, and this process runs as uid {os.geteuid()}: "
+                "run as its owner, or chown it"
+            )
         try:
             major = (self._cluster / "PG_VERSION").read_text().strip()
         except FileNotFoundError as error:
@@ -248,6 +250,7 @@ class EmbeddedPostgres:
                 f"{installation.major}: set AFTERTOUCH_PG_BINDIR to programs of {major}; or move the data with pg_upgrade, "
                 f"or with pg_dump from {major} and a restore into a new data directory"
             )
+        _give(self._cluster, installation.account)
 
     async def _init_cluster(self, installation: _Installation, lock: int) -> None:
         # Under another name until it is whole: a kill in the middle leaves nothing that looks like a cluster.
@@ -256,27 +259,21 @@ class EmbeddedPostgres:
             shutil.rmtree(partial)
         partial.mkdir(0o700)
         _give(partial, installation.account)
-        code, output = await self._run(
-            installation.account,
-            [
-                *(
-                    str(installation.bindir / "initdb"),
-                    "-D",
-                    str(partial),
-                    "--username",
-                    SUPERUSER,
-                ),
-                *(
-                    "--encoding=UTF8",
-                    "--locale=C",
-                    "--locale-provider=builtin",
-                    "--builtin-locale=PG_UNICODE_FAST",
-                ),
-                # The socket's folder is closed to all but the server's user and ours, so who gets there is trusted.
-                *("--data-checksums", "--auth-local=trust", "--auth-host=reject"),
-            ],
-            lock,
-        )
+        command = [
+            str(installation.bindir / "initdb"),
+            f"--pgdata={partial}",
+            f"--username={SUPERUSER}",
+            "--encoding=UTF8",
+            # Unicode case rules without ICU or the system's libc, whose next version may sort otherwise under an index.
+            "--locale=C",
+            "--locale-provider=builtin",
+            "--builtin-locale=PG_UNICODE_FAST",
+            "--data-checksums",
+            # The socket's folder is closed to all but the server's user and ours, so who gets there is trusted.
+            "--auth-local=trust",
+            "--auth-host=reject",
+        ]
+        code, output = await self._run(installation.account, command, lock)
         if code != 0:
             raise EmbeddedPostgresError(f"initdb could not make a cluster in {self._data_dir}:\n{output.strip()}")
         partial.rename(self._cluster)
@@ -285,15 +282,12 @@ class EmbeddedPostgres:
             os.fsync(directory)
         finally:
             os.close(directory)
-        log.info(
-            "embedded postgres cluster made",
-            action="postgres.init",
-            data_dir=str(self._data_dir),
-        )
+        log.info("embedded postgres cluster made", action="postgres.init", data_dir=str(self._data_dir))
 
     def _make_socket_dir(self, account: _Account) -> Path:
         socket_dir = self._data_dir / "run"
-        if len(os.fsencode(socket_dir / f".s.PGSQL.{PORT}")) > SOCKET_PATH_BYTES:
+        # To libpq a comma separates hosts.
+        if len(os.fsencode(socket_dir / f".s.PGSQL.{PORT}")) > SOCKET_PATH_BYTES or "," in str(socket_dir):
             socket_dir = Path(tempfile.mkdtemp(prefix="aftertouch-", dir="/tmp"))  # TMPDIR may be long as well
         else:
             if socket_dir.exists():
@@ -303,10 +297,7 @@ class EmbeddedPostgres:
         return socket_dir
 
     async def _spawn_server(self, installation: _Installation, lock: int, socket_dir: Path) -> asyncio.subprocess.Process:
-        settings = SETTINGS | {
-            "unix_socket_directories": str(socket_dir),
-            "port": str(PORT),
-        }
+        settings = SETTINGS | {"unix_socket_directories": str(socket_dir), "port": str(PORT)}
         command = [str(installation.bindir / "postgres"), "-D", str(self._cluster)]
         command += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         stale = self._read_stale_pid()
@@ -354,30 +345,25 @@ class EmbeddedPostgres:
                 raise EmbeddedPostgresError(f"PostgreSQL ended with {code} while it started; the end of {path}:\n{tail}")
             if loop.time() - reported > 10:
                 reported = loop.time()
-                log.warning(
-                    "embedded postgres is still starting",
-                    action="postgres.start",
-                    pid=process.pid,
-                )
+                log.warning("embedded postgres is still starting", action="postgres.start", pid=process.pid)
 
     async def _create_database(self, socket_dir: Path) -> None:
         # Not the superuser's: in a user namespace its COPY ... TO PROGRAM would write files with the rights of root.
         url = _build_url(socket_dir, SUPERUSER, "postgres")
-        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-            found = await connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [NAME])
-            if found.rowcount == 0:
-                await connection.execute(f"CREATE ROLE {NAME} LOGIN CREATEDB")
-            found = await connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME])
-            if found.rowcount == 0:
-                await connection.execute(f"CREATE DATABASE {NAME} OWNER {NAME}")
+        try:
+            async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+                found = await connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [NAME])
+                if found.rowcount == 0:
+                    await connection.execute(f"CREATE ROLE {NAME} LOGIN CREATEDB")
+                found = await connection.execute("SELECT FROM pg_database WHERE datname = %s", [NAME])
+                if found.rowcount == 0:
+                    await connection.execute(f"CREATE DATABASE {NAME} OWNER {NAME}")
+        except psycopg.Error as error:
+            raise EmbeddedPostgresError(f"the database in {self._cluster} cannot be made: {error}") from error
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is not None:
-            log.error(
-                "embedded postgres had ended by itself",
-                action="postgres.stop",
-                exit_code=process.returncode,
-            )
+            log.error("embedded postgres had ended by itself", action="postgres.stop", exit_code=process.returncode)
             return
         process.send_signal(signal.SIGINT)
         try:
@@ -399,25 +385,12 @@ class EmbeddedPostgres:
         return await process.wait(), output.decode(errors="replace")
 
     async def _spawn(
-        self,
-        account: _Account,
-        command: list[str],
-        output: int,
-        lock: int | None,
-        extra: dict[str, str],
+        self, account: _Account, command: list[str], output: int, lock: int | None, extra: dict[str, str]
     ) -> asyncio.subprocess.Process:
         # Neither our secrets nor the PG* variables of whoever started us are the server's business.
         inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         return await asyncio.create_subprocess_exec(
-            *(
-                sys.executable,
-                "-I",
-                "-S",
-                str(PGEXEC),
-                str(os.getpid()),
-                account.pgexec,
-                str(self._data_dir),
-            ),
+            *(sys.executable, "-I", "-S", str(PGEXEC), str(os.getpid()), account.pgexec, str(self._data_dir)),
             *command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -505,13 +478,8 @@ def _is_named(uid: int) -> bool:
 
 def _give(path: Path, account: _Account) -> None:
     """Make the account the owner of a folder and all in it; the folder itself last, so that a kill leaves it to do."""
-    owner = path.stat().st_uid
-    if owner == account.uid:
+    if path.stat().st_uid == account.uid:
         return
-    if os.geteuid() != 0:
-        raise EmbeddedPostgresError(
-            f"{path} belongs to uid {owner}, and this process runs as uid {account.uid}: run as its owner, or chown it"
-        )
     for folder, _, files in os.walk(path, topdown=False):
         for file in files:
             os.chown(Path(folder, file), account.uid, account.gid, follow_symlinks=False)

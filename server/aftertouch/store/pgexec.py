@@ -36,11 +36,7 @@ def enter_namespace(uid: int, gid: int) -> None:
     if outer_uid == 0:
         os.setgroups([])
     call_libc("unshare", CLONE_NEWUSER)
-    for name, line in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{uid} {outer_uid} 1"),
-        ("gid_map", f"{gid} {outer_gid} 1"),
-    ):
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {outer_uid} 1"), ("gid_map", f"{gid} {outer_gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(line)
 
