@@ -1,8 +1,9 @@
 """The embedded PostgreSQL: a server of our own in a data directory, which starts and stops with this process.
 
 Its layout: ``pg`` is the cluster, ``run`` the socket, ``postgres.log`` the log, ``lock`` names the process that holds
-the directory. The lock's file descriptor is inherited by every PostgreSQL process, so the lock is held exactly as long
-as anything may still write to the cluster: whoever gets it may recover whatever an earlier crash left.
+the directory, ``url`` says where its server answers. The lock's file descriptor is inherited by every PostgreSQL
+process, so the lock is held exactly as long as anything may still write to the cluster: whoever gets it may recover
+whatever an earlier crash left.
 
 The server dies with the *thread* that entered the context (PR_SET_PDEATHSIG follows the thread that spawned), so enter
 it in an event loop of the main thread. Outside Linux a killed parent leaves the server running; the next start says so.
@@ -125,6 +126,9 @@ class EmbeddedPostgres:
             await self._await_answer(self._process, socket_dir)
             await self._create_database(socket_dir)
             self.url = _build_url(socket_dir, NAME, NAME)
+            address = self._data_dir / "url"
+            address.write_text(self.url)
+            stack.callback(address.unlink, missing_ok=True)
             self._stack = stack.pop_all()
         log.info(
             "embedded postgres started",
@@ -399,6 +403,20 @@ class EmbeddedPostgres:
             pass_fds=() if lock is None else (lock,),
             start_new_session=True,  # a terminal's Ctrl-C is for us: the server has to outlast our own last writes
         )
+
+
+def find_running_url(data_dir: Path) -> str | None:
+    """The ``url`` of the server that another process runs on data_dir, for commands beside it; None when there is none."""
+    try:
+        lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return None if _try_lock(lock) else (data_dir / "url").read_text()
+    except FileNotFoundError:
+        return None
+    finally:
+        os.close(lock)
 
 
 def _build_url(socket_dir: Path, role: str, database: str) -> str:

@@ -20,6 +20,11 @@ SCHEMA_REVISION = "0001"
 class SchemaMismatch(Exception):
     """The database's schema is not the one that this code needs; the text names the command that mends it."""
 
+    def __init__(self, text: str, *, is_empty: bool = False) -> None:
+        super().__init__(text)
+        self.is_empty = is_empty
+        """True when nothing has been migrated there yet."""
+
 
 def create_engine(database_url: str, *, pool_size: int = 10) -> AsyncEngine:
     """An engine for a libpq URL (``postgresql://user@host/name``). Connections that died are replaced before use."""
@@ -81,7 +86,7 @@ async def check_schema(engine: AsyncEngine) -> None:
         except ProgrammingError:
             found = None
     if found is None:
-        raise SchemaMismatch("the database is empty; run `aftertouch migrate` once")
+        raise SchemaMismatch("the database is empty; run `aftertouch migrate` once", is_empty=True)
     if found < SCHEMA_REVISION:
         raise SchemaMismatch(
             f"the database's schema is {found}, older than this server's {SCHEMA_REVISION}; run `aftertouch migrate`"

@@ -1,0 +1,218 @@
+"""A running Aftertouch: database, ledger, channels, gRPC, HTTP and sending, put together and taken down in order.
+
+Taken down in reverse: first nothing new comes in, then what came in is made durable, then the channels and the database
+close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from aftertouch.config import Config
+from aftertouch.delivery.worker import Worker
+from aftertouch.errors import AftertouchError
+from aftertouch.ingest.ledger import Ledger
+from aftertouch.ingest.tokens import TokenCodec
+from aftertouch.plugins import Discovery, Registry, build_registry
+from aftertouch.rpc.server import serve_grpc
+from aftertouch.store.embedded import EmbeddedPostgres, find_running_url
+from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
+from aftertouch.store.partitions import create_partitions
+from aftertouch.store.requests import forget_requests
+from aftertouch.web.ingress import WEBHOOKS, create_ingress
+from aftertouch.web.server import serve_http
+
+log = structlog.get_logger()
+
+HOUSEKEEPING_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Core:
+    """What every server process has: the database, the channels, and the way of events."""
+
+    engine: AsyncEngine
+    registry: Registry
+    ledger: Ledger
+
+
+@asynccontextmanager
+async def open_database(config: Config, *, may_share: bool = False) -> AsyncIterator[str]:
+    """The libpq URL of the configured database, or of an embedded one that runs meanwhile. A new embedded one gets its schema.
+
+    Args:
+        may_share: use the embedded one of a server that runs on the data directory, as commands beside it do.
+
+    Raises:
+        EmbeddedPostgresError: it cannot be started.
+    """
+    if config.database_url is not None:
+        yield config.database_url.get_secret_value()
+        return
+    if running := find_running_url(config.data_dir) if may_share else None:
+        yield running
+        return
+    async with EmbeddedPostgres(config.data_dir, bindir=config.pg_bindir) as postgres:
+        await migrate_new(postgres.url)
+        yield postgres.url
+
+
+async def migrate_new(database_url: str) -> None:
+    """Give a database that nobody has used yet its schema; any other is left as it is."""
+    engine = create_engine(database_url)
+    try:
+        await check_schema(engine)
+    except SchemaMismatch as error:
+        if not error.is_empty:
+            raise
+        from aftertouch.store.migrate import migrate
+
+        await migrate(database_url)
+    finally:
+        await engine.dispose()
+
+
+def read_secret_key(config: Config) -> bytes:
+    """The configured secret key, or the one in the data directory, made at first use."""
+    if config.secret_key is not None:
+        return config.secret_key.get_secret_value().encode()
+    path = config.data_dir / "secret.key"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        _write_new(path, secrets.token_urlsafe(32).encode())
+        return path.read_bytes()
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a private file at once or not at all; one that somebody else made meanwhile stays."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        log.info("the secret key exists", action="make_secret_key")
+    finally:
+        draft.unlink()
+
+
+@asynccontextmanager
+async def open_core(
+    config: Config, database_url: str, discovery: Discovery, environment: Mapping[str, str], webhook_base_url: str
+) -> AsyncIterator[Core]:
+    """Connect, check the schema, and open channels and ledger.
+
+    Raises:
+        SchemaMismatch: the schema is not this code's; the text names the command that mends it.
+    """
+    async with AsyncExitStack() as stack:
+        engine = create_engine(database_url)
+        stack.push_async_callback(engine.dispose)
+        await check_schema(engine)
+        built = build_registry(discovery, environment, webhook_base_url=webhook_base_url)
+        registry = await stack.enter_async_context(built.open())
+        for problem in registry.problems:
+            log.error("a plugin is broken", action="load_plugins", distribution=problem.distribution, cause=problem.cause)
+        for name, obstacles in registry.obstacles.items():
+            log.warning("a channel cannot send", action="load_plugins", channel=name, obstacles=list(obstacles))
+        ledger = Ledger(engine, registry.types, TokenCodec(read_secret_key(config)))
+        await stack.enter_async_context(ledger)
+        yield Core(engine, registry, ledger)
+
+
+async def keep_house(engine: AsyncEngine) -> None:
+    """Make partitions ahead and forget old requests."""
+    async with transaction(engine) as conn:
+        await create_partitions(conn, datetime.now(UTC).date())
+        await forget_requests(conn)
+
+
+async def _keep_house_hourly(engine: AsyncEngine) -> None:
+    while True:
+        await asyncio.sleep(HOUSEKEEPING_SECONDS)
+        try:
+            await keep_house(engine)
+        except AftertouchError as error:
+            # Partitions are made a week ahead, so the next hours will do.
+            log.warning("housekeeping waits for the database", action="keep_house", reason=error.reason)
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a running server answers."""
+
+    grpc: str
+    http: str
+    public_url: str
+
+
+@asynccontextmanager
+async def serve(
+    config: Config, discovery: Discovery, environment: Mapping[str, str], stopping: asyncio.Event, listener: socket.socket
+) -> AsyncIterator[tuple[Core, Addresses]]:
+    """Run a whole server; the body of the context runs while it serves, and ``stopping`` is set when a part of it dies.
+
+    Args:
+        listener: the bound socket for HTTP; its address is known before the channels are built with it.
+    """
+    public_url = config.public_url or f"http://{_name_address(listener)}"
+    async with AsyncExitStack() as stack:
+        database_url = await stack.enter_async_context(open_database(config))
+        core = await stack.enter_async_context(open_core(config, database_url, discovery, environment, public_url + WEBHOOKS))
+        await keep_house(core.engine)
+        ingress = create_ingress(core.registry, core.ledger, public_url)
+        await stack.enter_async_context(serve_http(ingress, listener))
+        port = await stack.enter_async_context(
+            serve_grpc(core.engine, core.registry, core.ledger, config.grpc_address, with_channelz=config.channelz)
+        )
+        await stack.enter_async_context(_run_beside(_keep_house_hourly(core.engine), "keep house", stopping))
+        await stack.enter_async_context(send_beside(config, core, stopping))
+        grpc_host = config.grpc_address.rpartition(":")[0]
+        yield core, Addresses(f"{grpc_host}:{port}", _name_address(listener), public_url)
+
+
+@asynccontextmanager
+async def send_beside(config: Config, core: Core, stopping: asyncio.Event) -> AsyncIterator[None]:
+    """Send work units meanwhile; the batches under way are finished first when it ends."""
+    done = asyncio.Event()
+    worker = Worker(core.engine, core.ledger, core.registry, units=config.send_units)
+    sending = asyncio.create_task(worker.run(done), name="send")
+    sending.add_done_callback(lambda _: stopping.set())
+    try:
+        yield
+    finally:
+        done.set()
+        await sending
+
+
+@asynccontextmanager
+async def _run_beside(work: Coroutine[Any, Any, Any], name: str, stopping: asyncio.Event) -> AsyncIterator[None]:
+    """Run ``work`` meanwhile; when it ends by itself, the server stops."""
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(lambda _: stopping.set())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _name_address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

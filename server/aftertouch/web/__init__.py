@@ -1,0 +1,1 @@
+"""The HTTP ingress: what providers and browsers send us."""

@@ -1,0 +1,65 @@
+"""The HTTP server: uvicorn as a task in the same event loop as gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from starlette.applications import Starlette
+
+GRACE_SECONDS = 10
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave signals to the process's own handler: one stop for gRPC, HTTP and the senders."""
+        yield
+
+
+def bind(address: str) -> socket.socket:
+    """A listening socket for ``host:port``; port 0 takes a free one.
+
+    Raises:
+        OSError: it cannot be bound.
+    """
+    host, _, port = address.rpartition(":")
+    # The protocol is named because asyncio turns Nagle's delay (40 ms an answer) off only where it is.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), int(port)))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {address}: is another server running there? ({error.strerror})") from error
+    return listener
+
+
+@asynccontextmanager
+async def serve_http(app: Starlette, listener: socket.socket) -> AsyncIterator[None]:
+    """Serve ``app``; requests under way end before this does."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        http="httptools",
+        ws="none",
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve([listener]), name="serve HTTP")
+    try:
+        while not server.started:
+            if serving.done():
+                await serving
+            await asyncio.sleep(0.005)
+        yield
+    finally:
+        server.should_exit = True
+        await serving
