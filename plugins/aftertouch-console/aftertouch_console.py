@@ -125,14 +125,14 @@ class ConsoleChannel(Channel):
 
     # --8<-- [start:send]
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
-        return await asyncio.gather(*(self._send_one(message) for message in messages))
+        mine = cast("Sequence[Message[ConsoleAddress, ConsoleContent]]", messages)
+        return await asyncio.gather(*(self._send_one(message) for message in mine))
 
-    async def _send_one(self, message: Message[Address, Content]) -> Outcome:
-        inbox, text = cast(ConsoleAddress, message.address).inbox, cast(ConsoleContent, message.content).text
+    async def _send_one(self, message: Message[ConsoleAddress, ConsoleContent]) -> Outcome:
         try:
             async with self._session.post(
                 str(self.settings.url),
-                json={"reference": message.token, "inbox": inbox, "text": text},
+                json={"reference": message.token, "inbox": message.address.inbox, "text": message.content.text},
                 headers={"Authorization": f"Bearer {self.settings.api_key.get_secret_value()}"},
                 allow_redirects=False,
             ) as answer:
