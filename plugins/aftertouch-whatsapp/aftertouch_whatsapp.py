@@ -266,7 +266,10 @@ class WhatsAppChannel(Channel):
             raise InvalidWebhook("the body is not JSON") from error
         receipts: list[Receipt] = []
         unrecognized: list[str] = []
-        for field, value in _iterate_changes(update):
+        changes = list(_iterate_changes(update))
+        if not changes:
+            unrecognized.append("an update without changes")
+        for field, value in changes:
             if field != "messages":
                 unrecognized.append(f"field={field}"[:256])
             unrecognized.extend(f"error={_read_code(error)}" for error in _list_of(value, "errors"))
@@ -304,11 +307,11 @@ def write_template(content: WhatsAppContent) -> dict[str, object]:
 
 def judge_answer(response: aiohttp.ClientResponse, answer: Mapping[str, object] | None) -> Outcome:
     """Say what an answer of the messages endpoint means."""
-    if response.status == 200:
+    if 200 <= response.status <= 299:
         for message in _list_of(answer, "messages"):
             if isinstance(message, dict) and isinstance(message.get("id"), str):
                 return Accepted(message_id=message["id"])
-        return Unclear(detail="http_200 without a message id")
+        return Unclear(detail=f"http_{response.status} without a message id")
     code = _read_code((answer or {}).get("error"))
     if code is None:
         if response.status in (502, 504):
@@ -338,8 +341,8 @@ def _list_of(parent: object, key: str) -> list[object]:
 def _iterate_changes(update: object) -> Iterator[tuple[str, object]]:
     for entry in _list_of(update, "entry"):
         for change in _list_of(entry, "changes"):
-            if isinstance(change, dict):
-                yield str(change.get("field")), change.get("value")
+            fields = change if isinstance(change, dict) else {}
+            yield str(fields.get("field", "")), fields.get("value")
 
 
 def _read_code(error: object) -> str | None:
