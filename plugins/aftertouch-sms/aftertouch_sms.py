@@ -34,6 +34,7 @@ from aftertouch.channels import (
     Channel,
     Content,
     InvalidSignature,
+    InvalidWebhook,
     Message,
     Outcome,
     ReasonClass,
@@ -226,7 +227,7 @@ class TwilioTransport(AsyncHttpClient):  # type: ignore[misc]
 def _parse_object(body: bytes) -> dict[str, object] | None:
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -341,7 +342,10 @@ class SmsChannel(Channel):
             raise InvalidSignature
 
     def parse(self, request: WebhookRequest) -> Webhook:
-        form = parse_form(request.body)
+        try:
+            form = parse_form(request.body)
+        except ValueError as error:
+            raise InvalidWebhook("the body is not a form") from error
         status: str = form.get("MessageStatus", form.get("SmsStatus", ""))
         message_id = form.get("MessageSid") or None
         token = request.query.get("t", "")

@@ -262,7 +262,7 @@ class WhatsAppChannel(Channel):
             return Webhook(answer=WebhookAnswer(status=200, body=request.query.get("hub.challenge", "")))
         try:
             update = json.loads(request.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidWebhook("the body is not JSON") from error
         receipts: list[Receipt] = []
         unrecognized: list[str] = []
@@ -327,7 +327,7 @@ async def _read_object(response: aiohttp.ClientResponse) -> dict[str, object] | 
     except asyncio.IncompleteReadError as end:
         try:
             value = json.loads(end.partial)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
     return None

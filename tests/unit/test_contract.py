@@ -347,11 +347,13 @@ def test_contract_runs_in_a_foreign_project(tmp_path: Path, mode: str) -> None:
 
 def test_contract_import_check_finds_io_at_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path(aftertouch_console.__file__).read_text()
-    (tmp_path / "hasty_channel.py").write_text(source + "\nimport socket\nsocket.socket().bind(('127.0.0.1', 0))\n")
+    (tmp_path / "hasty_channel.py").write_text(
+        source + "\nimport socket\nsocket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.1', 9))\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     channel = type("Hasty", (ConsoleChannel,), {"__module__": "hasty_channel"})
     contract = type("Broken", (Contract,), {"channel": channel})()
-    with pytest.raises(AssertionError, match=r"import hasty_channel does or prints: socket\.bind"):
+    with pytest.raises(AssertionError, match=r"import hasty_channel does or prints: socket\.connect"):
         contract.test_import_does_no_io()
 
 

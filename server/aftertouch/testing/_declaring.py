@@ -24,7 +24,10 @@ _IMPORT_PROBE = """
 import importlib, sys, threading
 found = []
 def watch(event, arguments):
-    if event in {"socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.fork"}:
+    # urllib3, below many an SDK, binds to port 0 to learn whether there is IPv6.
+    if event in {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.fork"} or (
+        event == "socket.bind" and arguments[1][1:2] != (0,)
+    ):
         found.append(event)
 sys.addaudithook(watch)
 importlib.import_module(sys.argv[1])
