@@ -1,0 +1,418 @@
+"""Web push: encrypts a notification for one browser (RFC 8291), signs it (RFC 8292) and hands it to its push service (RFC 8030).
+
+A push service says only that it keeps a message (201), so ``confirmed``, ``clicked`` and ``dismissed`` come from the service
+worker, which calls back with the token that was inside the encrypted payload. Endpoints are addresses that callers give us
+and that we POST to: nothing is sent to a host outside the allow-list, to an address that is not public, or after a redirect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import json
+import re
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import partial
+from types import TracebackType
+from typing import Annotated, ClassVar, Literal, Self, cast
+
+import aiohttp
+import http_ece  # type: ignore[import-untyped]
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from py_vapid import Vapid02  # type: ignore[import-untyped]
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from yarl import URL
+
+from aftertouch.channels import (
+    Accepted,
+    Action,
+    Address,
+    Capabilities,
+    Channel,
+    Content,
+    InvalidSignature,
+    InvalidWebhook,
+    Message,
+    Outcome,
+    ReasonClass,
+    Receipt,
+    Refused,
+    Settings,
+    Signal,
+    Unclear,
+    Webhook,
+    WebhookAnswer,
+    WebhookRequest,
+)
+from aftertouch.hookspecs import hookimpl
+
+MAX_PLAINTEXT = 3993
+"""Bytes. A push service need not take a body over 4,096 (RFC 8030, section 7.2), and header and padding delimiter, key and tag
+take 103 of them (RFC 8188, section 2; RFC 8291, section 4)."""
+
+PUSH_SERVICES = (
+    "fcm.googleapis.com",  # Chrome, Edge on Android, Opera, Samsung Internet
+    "jmt17.google.com",  # Chromium builds without Google's API keys
+    ".push.services.mozilla.com",
+    ".push.apple.com",
+    ".notify.windows.com",
+)
+"""The hosts that browsers subscribe at. A leading dot stands for every host below that name."""
+
+VAPID_LIFETIME = timedelta(hours=12)
+"""A push service refuses more than 24 hours (RFC 8292, section 2); the rest is room for clocks that differ."""
+VAPID_RENEWAL = timedelta(hours=1)
+MAX_VAPID_ORIGINS = 1_000
+"""Hosts below a name with a leading dot are the subscribers' to invent, so the kept signatures need an end."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
+_SUBJECT = re.compile(r"mailto:[^\s<>@]+@[\w-]+(\.[\w-]+)+|https://[\w-]+(\.[\w-]+)+", re.ASCII)
+_HOST_RULE = re.compile(r"\.?([a-z0-9-]+\.)+[a-z][a-z0-9-]*")
+_LOOPBACK_HOSTS = frozenset(("127.0.0.1", "localhost"))
+
+_CODES: Mapping[ReasonClass, Sequence[str]] = {
+    ReasonClass.RECIPIENT_GONE: ("http_404", "http_410"),  # RFC 8030, section 7.3: the subscription expired or was ended
+    ReasonClass.CONTENT: ("payload_too_large", "endpoint_refused", "http_400", "http_413"),
+    # A redirect is not part of the protocol: the endpoint is not what it seems.
+    ReasonClass.CONFIG: ("http_401", "http_403", *(f"http_{status}" for status in range(300, 400))),
+    ReasonClass.RATE: ("http_406", "http_429"),  # 406 is how the Windows service says 429
+    ReasonClass.TRANSIENT: ("connect_error", *(f"http_{status}" for status in range(500, 600))),
+}
+
+
+def decode_base64url(text: str) -> bytes:
+    """Decode base64url with or without its padding; Python's own decoder skips characters outside the alphabet."""
+    if re.fullmatch(r"[A-Za-z0-9_-]+={0,2}", text) is None:
+        raise ValueError("must be base64url")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _check_p256dh(text: str) -> str:
+    point = decode_base64url(text)
+    if len(point) != 65 or point[0] != 4:
+        raise ValueError("must be an uncompressed point: 65 bytes that begin with 0x04")
+    ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point)
+    return text
+
+
+def _check_auth(text: str) -> str:
+    if len(decode_base64url(text)) != 16:
+        raise ValueError("must be 16 bytes")
+    return text
+
+
+def load_vapid_key(text: str) -> ec.EllipticCurvePrivateKey:
+    """Load a P-256 key from PEM, or from the 32 bytes of its number as base64url.
+
+    Raises:
+        ValueError: it is neither; the text does not quote the key.
+    """
+    if "-----BEGIN" in text:
+        try:
+            # An environment file keeps a PEM on one line, with \n written out.
+            key = load_pem_private_key(text.replace("\\n", "\n").encode(), password=None)
+        except TypeError as error:
+            raise ValueError("must be a PEM without a password") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+            raise ValueError("must be a key on the curve P-256")
+        return key
+    number = decode_base64url(text)
+    if len(number) != 32:
+        raise ValueError("must be a PEM, or 32 bytes as base64url")
+    return ec.derive_private_key(int.from_bytes(number, "big"), ec.SECP256R1())
+
+
+def parse_retry_after(text: str | None) -> timedelta | None:
+    """Read a Retry-After header: seconds or a date (RFC 9110, section 10.2.3); None where it is absent or makes no sense."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,7}", text):
+        return timedelta(seconds=int(text))
+    try:
+        due = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(due - datetime.now(UTC), timedelta()) if due.tzinfo else None
+
+
+def _split_hosts(value: object) -> object:
+    return [host.strip() for host in value.split(",") if host.strip()] if isinstance(value, str) else value
+
+
+def _check_host_rule(rule: str) -> str:
+    if _HOST_RULE.fullmatch(rule) is None:
+        raise ValueError("must be a lower-case host name, or a name with a leading dot for every host below it")
+    return rule
+
+
+class PushSettings(Settings):
+    """The key that browsers subscribed with, and which push services are spoken to."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    vapid_private_key: SecretStr
+    vapid_subject: str
+    """Whom a push service writes to: ``mailto:user@host`` or an https origin. Apple answers 403 to any other form."""
+    ttl_seconds: int = Field(default=2 * 24 * 3600, ge=0, le=28 * 24 * 3600)
+    extra_hosts: Annotated[tuple[Annotated[str, AfterValidator(_check_host_rule)], ...], BeforeValidator(_split_hosts)] = ()
+    """More push services, comma separated."""
+    allow_insecure_loopback: bool = False
+    """Take ``http://127.0.0.1`` and ``http://localhost`` endpoints at any port: for a sandbox, never for production."""
+    timeout_seconds: float = Field(default=10, gt=0)
+    """For the connection, and again for the answer."""
+
+    @field_validator("vapid_private_key")
+    @classmethod
+    def _check_vapid_private_key(cls, value: SecretStr) -> SecretStr:
+        load_vapid_key(value.get_secret_value())
+        return value
+
+    @field_validator("vapid_subject")
+    @classmethod
+    def _check_vapid_subject(cls, value: str) -> str:
+        if _SUBJECT.fullmatch(value) is None:
+            raise ValueError("must be mailto:user@host, or an https origin without a path")
+        return value
+
+    def check_endpoint(self, endpoint: URL) -> None:
+        """Raise ``ValueError`` unless the endpoint is at a push service that these settings allow."""
+        host = endpoint.raw_host
+        if self.allow_insecure_loopback and host in _LOOPBACK_HOSTS:
+            return
+        if endpoint.scheme != "https" or endpoint.port != 443:
+            raise ValueError("must be https at port 443")
+        if host is None or not any(
+            host.endswith(rule) if rule.startswith(".") else host == rule for rule in (*PUSH_SERVICES, *self.extra_hosts)
+        ):
+            raise ValueError("is not at a known push service")
+
+
+class PushKeys(BaseModel):
+    """The browser's side of the encryption (RFC 8291, section 3)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    p256dh: Annotated[str, AfterValidator(_check_p256dh)] = Field(repr=False)
+    auth: Annotated[str, AfterValidator(_check_auth)] = Field(repr=False)
+
+
+class PushAddress(Address):
+    """A browser's ``PushSubscription``, as its ``toJSON`` writes it."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    endpoint: str = Field(max_length=2048, repr=False)
+    """Whoever knows it can try to send to it: a secret."""
+    keys: PushKeys
+    expirationTime: float | None = Field(default=None, exclude=True, repr=False)
+    """Part of ``toJSON``, taken and dropped: an expired subscription answers 404 or 410."""
+    confirms: bool = True
+    """False for a browser whose service worker does not call back."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str, info: ValidationInfo) -> str:
+        # The parser is the one that sends, so that both see the same host.
+        endpoint = URL(value, encoded=True)
+        if re.fullmatch(r"[!-~]+", value) is None or endpoint.scheme not in ("https", "http") or not endpoint.raw_host:
+            raise ValueError("must be an absolute URL")
+        if endpoint.raw_user is not None or endpoint.raw_password is not None or endpoint.raw_fragment:
+            raise ValueError("must have neither user, password nor fragment")
+        endpoint = endpoint.with_host(endpoint.raw_host.lower())
+        if isinstance(info.context, PushSettings):
+            info.context.check_endpoint(endpoint)
+        return str(endpoint)
+
+    @property
+    def key(self) -> str:
+        return self.endpoint
+
+
+class PushContent(Content):
+    """A notification, and where a click on it leads."""
+
+    title: str
+    body: str = ""
+    url: str
+    icon: str | None = None
+    tag: str | None = None
+    """A later notification with the same tag takes this one's place on the screen."""
+    urgency: Literal["very-low", "low", "normal", "high"] | None = None
+    """RFC 8030, section 5.3: whether a device that saves power is woken."""
+
+
+class NotPublicError(OSError):
+    """The endpoint's host resolved to an address inside some network."""
+
+
+def open_public_socket(address: aiohttp.AddrInfoType, *, allow_loopback: bool) -> socket.socket:
+    """Open the socket for one resolved address, unless that address is not public.
+
+    Judging here, and not when the name is looked up, leaves no time in which the name could come to mean something else.
+    """
+    family, kind, protocol, _, target = address
+    ip = ipaddress.ip_address(target[0])
+    if not (ip.is_global and not ip.is_multicast) and not (allow_loopback and ip.is_loopback):
+        raise NotPublicError("the push service's name leads to an address that is not public")
+    return socket.socket(family, kind, protocol)
+
+
+class PushChannel(Channel):
+    """Messages to browsers through whichever push service each of them subscribed at."""
+
+    name = "push"
+    label = "Web push"
+    address_model = PushAddress
+    content_model = PushContent
+    settings_model = PushSettings
+    # The token is the Topic, and a push service replaces a waiting message by the next one of its topic (RFC 8030, section 5.4).
+    capabilities = Capabilities(idempotent_sends=True)
+    signals = (
+        Signal(name="confirmed", label="Confirmed delivery", implies=("sent",)),
+        Signal(name="clicked", label="Clicked", implies=("confirmed",)),
+        Signal(name="dismissed", label="Dismissed", implies=("confirmed",)),
+        Signal(name="unconfirmable", label="Cannot confirm delivery"),
+    )
+    actions = (
+        Action(name="clicked", label="Clicked this message", short_name="clicked", expression="clicked"),
+        Action(name="not_clicked", label="Did not click this message", short_name="not clicked", expression="sent & ~clicked"),
+        Action(name="confirmed", label="Confirmed delivery", short_name="confirmed", expression="confirmed"),
+        Action(
+            name="not_confirmed",
+            label="Did not confirm delivery",
+            short_name="not confirmed",
+            expression="sent & ~confirmed",
+            apart="sent & ~confirmed & unconfirmable",
+            apart_label="Devices that can never confirm delivery",
+        ),
+        Action(name="sent", label="Sent this message", short_name="sent", expression="sent"),
+    )
+    reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
+
+    settings: PushSettings
+    _session: aiohttp.ClientSession
+
+    def __init__(self, settings: PushSettings, *, webhook_url: str) -> None:
+        super().__init__(settings, webhook_url=webhook_url)
+        self._vapid = Vapid02(load_vapid_key(settings.vapid_private_key.get_secret_value()))
+        self._authorizations: dict[str, tuple[float, str]] = {}
+
+    async def __aenter__(self) -> Self:
+        seconds = self.settings.timeout_seconds
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                # How much is under way is the caller's to decide; one slow push service must not take every connection.
+                limit=0,
+                limit_per_host=256,
+                socket_factory=partial(open_public_socket, allow_loopback=self.settings.allow_insecure_loopback),
+            ),
+            timeout=aiohttp.ClientTimeout(total=2 * seconds, connect=seconds, sock_read=seconds),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._session.close()
+
+    def parse_address(self, values: Mapping[str, object]) -> PushAddress:
+        return PushAddress.model_validate(values, context=self.settings)
+
+    async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
+        mine = cast("Sequence[Message[PushAddress, PushContent]]", messages)
+        return await asyncio.gather(*(self._send_one(message) for message in mine))
+
+    async def _send_one(self, message: Message[PushAddress, PushContent]) -> Outcome:
+        address, content = message.address, message.content
+        endpoint = URL(address.endpoint, encoded=True)
+        try:
+            self.settings.check_endpoint(endpoint)
+        except ValueError:
+            return Refused(code="endpoint_refused")
+        payload = self._write_payload(message)
+        if len(payload) > MAX_PLAINTEXT:
+            return Refused(code="payload_too_large")
+        headers = {
+            "Authorization": self._authorize(endpoint),
+            "Content-Encoding": "aes128gcm",
+            "Content-Type": "application/octet-stream",
+            "TTL": str(self.settings.ttl_seconds),
+            "Topic": message.token,
+        }
+        if content.urgency is not None:
+            headers["Urgency"] = content.urgency
+        try:
+            async with self._session.post(
+                endpoint, data=encrypt(payload, address.keys), headers=headers, allow_redirects=False
+            ) as response:
+                # The body is not read: the status says all, and an endpoint's owner must not choose what we hold.
+                if not 200 <= response.status <= 299:
+                    return Refused(
+                        code=f"http_{response.status}", retry_after=parse_retry_after(response.headers.get("Retry-After"))
+                    )
+                location = response.headers.get("Location", "")
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            return Refused(code="endpoint_refused" if isinstance(error.__cause__, NotPublicError) else "connect_error")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return Unclear(detail=type(error).__name__)
+        return Accepted(
+            message_id=location if len(location) <= 256 else "", signals=() if address.confirms else ("unconfirmable",)
+        )
+
+    def _write_payload(self, message: Message[PushAddress, PushContent]) -> bytes:
+        """Write what the service worker reads: the notification, the token ``t`` and ``b``, below which it calls back."""
+        content = message.content.model_dump(exclude_none=True, exclude={"urgency"})
+        payload = {"t": message.token, **content, "b": self.webhook_url}
+        return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _authorize(self, endpoint: URL) -> str:
+        """Sign once per push service and half a day: its origin is all that a signature is bound to (RFC 8292, section 2)."""
+        origin, now = str(endpoint.origin()), time.time()
+        renewal, header = self._authorizations.get(origin, (0.0, ""))
+        if renewal <= now:
+            if len(self._authorizations) >= MAX_VAPID_ORIGINS:
+                self._authorizations.clear()
+            expiry = now + VAPID_LIFETIME.total_seconds()
+            claims = {"aud": origin, "exp": int(expiry), "sub": self.settings.vapid_subject}
+            header = cast("str", self._vapid.sign(claims)["Authorization"])
+            self._authorizations[origin] = (expiry - VAPID_RENEWAL.total_seconds(), header)
+        return header
+
+    def verify(self, request: WebhookRequest) -> None:
+        """Take a call with a token: a service worker holds no secret of ours, but nobody can make up a token."""
+        if request.method == "OPTIONS":
+            return
+        if request.method != "POST" or _TOKEN.fullmatch(request.query.get("t", "")) is None:
+            raise InvalidSignature
+
+    def parse(self, request: WebhookRequest) -> Webhook:
+        # The page that runs the service worker is of another origin than we are (Fetch standard, "CORS protocol").
+        answer = WebhookAnswer(headers={"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST"})
+        if request.method == "OPTIONS":
+            return Webhook(answer=answer)
+        if request.path not in ("confirmed", "clicked", "dismissed"):
+            raise InvalidWebhook("the path must end in confirmed, clicked or dismissed")
+        return Webhook(receipts=(Receipt(signal=request.path, token=request.query["t"]),), answer=answer)
+
+
+def encrypt(payload: bytes, keys: PushKeys) -> bytes:
+    """Encrypt for one browser with a key pair that is used once (RFC 8291, section 3.1)."""
+    return cast(
+        "bytes",
+        http_ece.encrypt(
+            payload,
+            private_key=ec.generate_private_key(ec.SECP256R1()),
+            dh=decode_base64url(keys.p256dh),
+            auth_secret=decode_base64url(keys.auth),
+        ),
+    )
+
+
+@hookimpl
+def aftertouch_register_channels() -> Sequence[type[Channel]]:
+    return (PushChannel,)

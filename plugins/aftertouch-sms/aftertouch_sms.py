@@ -1,0 +1,368 @@
+"""SMS through Twilio: its own SDK writes and signs the requests, status callbacks bring what became of the messages.
+
+The token travels in the query of each message's StatusCallback, so a callback settles even a message whose creation was never
+answered. Twilio has no idempotency key for messages: a request that may have arrived is never sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Annotated, ClassVar, Self, cast
+from urllib.parse import parse_qsl, urlencode
+
+import aiohttp
+from multidict import MultiDict
+from pydantic import ConfigDict, Field, SecretStr, model_validator
+from pydantic_extra_types.phone_numbers import PhoneNumberValidator
+from twilio.http import AsyncHttpClient  # type: ignore[import-untyped]
+from twilio.http.response import Response  # type: ignore[import-untyped]
+from twilio.request_validator import RequestValidator  # type: ignore[import-untyped]
+from twilio.rest import Client  # type: ignore[import-untyped]
+
+from aftertouch.channels import (
+    Accepted,
+    Action,
+    Address,
+    Capabilities,
+    Channel,
+    Content,
+    InvalidSignature,
+    InvalidWebhook,
+    Message,
+    Outcome,
+    ReasonClass,
+    Receipt,
+    Refused,
+    Settings,
+    Signal,
+    Unclear,
+    Webhook,
+    WebhookRequest,
+)
+from aftertouch.hookspecs import hookimpl
+
+MAX_BODY = 1600
+"""Characters (Twilio: error 21617)."""
+MAX_ANSWER = 65_536
+"""Bytes of an answer that are read; Twilio's are below 2,000."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
+
+_SIGNALS: Mapping[str, str | None] = {
+    "accepted": None,
+    "scheduled": None,
+    "queued": None,
+    "sending": None,
+    "sent": "sent",
+    "partially_delivered": "sent",
+    "delivered": "delivered",
+    "read": "delivered",  # RCS only; a text message has no read receipt
+    "undelivered": "failed",
+    "failed": "failed",
+}
+"""Twilio's message statuses, and the signal of each that is news (Twilio: Message resource, "Message status values")."""
+
+_CODES: Mapping[ReasonClass, Sequence[str]] = {
+    ReasonClass.RECIPIENT_GONE: (
+        *("21211", "21217", "21401"),  # not a phone number
+        *("21614", "21635"),  # not a mobile number
+        *("30005", "30006", "30011"),  # unknown handset, a landline, no MMS
+        *("63003", "63024", "63033"),  # channel address not valid, or blocked
+    ),
+    ReasonClass.OPTED_OUT: ("21610", "63014"),
+    ReasonClass.CAPPED: ("63032", "63049"),
+    ReasonClass.WINDOW: ("63016",),
+    ReasonClass.CONTENT: (
+        *("payload_too_large", "empty_text", "21602", "21617"),
+        "21612",  # this sender cannot reach this number
+        *("30004", "30007", "30450"),  # blocked by the recipient or filtered by the carrier
+        "30036",  # its validity period is over
+    ),
+    ReasonClass.CONFIG: (
+        *("20003", "20005", "20404", "21408", "21608", "21609", "30002"),  # account, permissions, callback address
+        *("21212", "21603", "21606", "21654", "21655", "21656", "21701", "21702", "21703", "21704", "21705"),  # sender, content
+        *("30018", "30024", "30032", "30033", "30034", "30035"),  # sender registration
+        *("63001", "63002", "63005", "63007", "63008", "63013", "63021", "63026", "63051"),  # channel set-up and policy
+        *("63027", "63028", "63030", "63040", "63041", "63042"),  # templates
+        *("http_400", "http_401", "http_403", "http_404"),
+        *(f"http_{status}" for status in range(300, 400)),  # the API does not redirect: the address is wrong
+    ),
+    ReasonClass.RATE: (
+        *("20429", "14107", "http_429"),
+        *("21611", "30001", "30022", "30023", "30027"),  # sender's queue or daily limit
+        *("63017", "63018", "63038", "63119"),
+    ),
+    ReasonClass.TRANSIENT: (
+        *("connect_error", "20500", "20503"),
+        *("30003", "30008", "30017", "30020", "30021", "30410"),  # handset off, carrier congested or silent
+        *("63009", "63010", "63012"),
+        *(f"http_{status}" for status in range(500, 600)),
+    ),
+}
+"""Twilio: Error and Warning Dictionary. The codes of its other channels are here because a Messaging Service may use them."""
+
+
+def parse_retry_after(text: str | None) -> timedelta | None:
+    """Read a Retry-After header: seconds or a date (RFC 9110, section 10.2.3); None where it is absent or makes no sense."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,7}", text):
+        return timedelta(seconds=int(text))
+    try:
+        due = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(due - datetime.now(UTC), timedelta()) if due.tzinfo else None
+
+
+class SmsSettings(Settings):
+    """The Twilio account, and who its messages come from."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    account_sid: str = Field(pattern=r"^AC[0-9a-fA-F]{32}$")
+    auth_token: SecretStr
+    """Also the key of the webhooks' signatures, so an API key cannot take its place."""
+    messaging_service_sid: str = Field(default="", pattern=r"^(MG[0-9a-fA-F]{32})?$")
+    sender: str = ""
+    """A phone number, short code or alphanumeric sender, where there is no Messaging Service."""
+    api_url: str = Field(default="https://api.twilio.com", pattern=r"^https?://[^/?#]+/?$")
+    validity_period_seconds: int | None = Field(default=None, ge=1, le=36_000)
+    """How long a message may wait in Twilio's queue; Twilio's own default is ten hours."""
+    timeout_seconds: float = Field(default=15, gt=0)
+    """For the connection, and again for the answer."""
+
+    @model_validator(mode="after")
+    def _check_one_sender(self) -> Self:
+        if bool(self.messaging_service_sid) == bool(self.sender):
+            raise ValueError("set either messaging_service_sid or sender")
+        return self
+
+
+class SmsAddress(Address):
+    """A phone number."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    phone: Annotated[str, PhoneNumberValidator(number_format="E164")] = Field(repr=False)
+
+    @property
+    def key(self) -> str:
+        return self.phone
+
+
+class SmsContent(Content):
+    """A text."""
+
+    body: str
+    """At most 1,600 characters once rendered; carriers bill by segments of 153, or 67 when it is not plain GSM-7."""
+
+
+class UnsuccessfulAnswerError(Exception):
+    """Carries the outcome past the SDK, whose own exceptions lose the response's headers."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+class TwilioTransport(AsyncHttpClient):  # type: ignore[misc]
+    """The SDK's HTTP client on a session of ours.
+
+    ``AsyncTwilioHttpClient`` (9.13) passes on no timeout at all, whatever it is given, and needs aiohttp's deprecated BasicAuth.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(logging.getLogger(__name__), is_async=True, timeout=seconds)
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=2 * seconds, connect=seconds, sock_read=seconds),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def request(
+        self,
+        method: str,
+        uri: str,
+        params: Mapping[str, str] | None = None,
+        data: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        auth: tuple[str, str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the SDK's signature; the session's limits hold
+        allow_redirects: bool = False,
+    ) -> Response:
+        """Make one request.
+
+        Raises:
+            UnsuccessfulAnswerError: for every status but a 2xx.
+            aiohttp.ClientError, TimeoutError: as aiohttp does, and when a 2xx is not a JSON object.
+        """
+        headers = dict(headers or {})
+        if auth is not None:
+            headers["Authorization"] = aiohttp.encode_basic_auth(*auth)
+        async with self._session.request(
+            method, uri, params=params, data=urlencode(data or {}), headers=headers, allow_redirects=False
+        ) as response:
+            try:
+                await response.content.readexactly(MAX_ANSWER + 1)
+            except asyncio.IncompleteReadError as end:
+                answer = _parse_object(end.partial)
+            else:
+                answer = None
+        if not response.ok or response.status >= 300:
+            raise UnsuccessfulAnswerError(_judge_answer(response, answer))
+        if answer is None:
+            raise aiohttp.ClientPayloadError("a 2xx without a JSON object")
+        return Response(response.status, json.dumps(answer), response.headers)
+
+
+def _parse_object(body: bytes) -> dict[str, object] | None:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _judge_answer(response: aiohttp.ClientResponse, answer: Mapping[str, object] | None) -> Outcome:
+    code = (answer or {}).get("code")
+    if not isinstance(code, int):
+        if response.status in (502, 504):
+            # Only a gateway spoke: what stands behind it may have taken the message before it fell silent.
+            return Unclear(detail=f"http_{response.status}")
+        code = f"http_{response.status}"
+    return Refused(code=str(code), retry_after=parse_retry_after(response.headers.get("Retry-After")))
+
+
+def parse_form(body: bytes) -> MultiDict[str]:
+    """Read a form as Twilio signs it: in UTF-8, blank values kept.
+
+    Raises:
+        ValueError: it is not UTF-8, or has more fields than any of Twilio's requests.
+    """
+    return MultiDict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=200))
+
+
+class SmsChannel(Channel):
+    """Texts to phones."""
+
+    name = "sms"
+    label = "SMS"
+    address_model = SmsAddress
+    content_model = SmsContent
+    settings_model = SmsSettings
+    capabilities = Capabilities()
+    signals = (Signal(name="delivered", label="Delivered", implies=("sent",)),)
+    actions = (
+        Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),
+        Action(
+            name="not_delivered",
+            label="Not delivered",
+            short_name="not delivered",
+            expression="failed & ~delivered",
+            apart="sent & ~delivered & ~failed",
+            apart_label="Still waiting for the carrier",
+        ),
+        Action(name="sent", label="Sent", short_name="sent", expression="attempted"),
+    )
+    reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
+
+    settings: SmsSettings
+    _transport: TwilioTransport
+    _client: Client
+
+    def __init__(self, settings: SmsSettings, *, webhook_url: str) -> None:
+        super().__init__(settings, webhook_url=webhook_url)
+        self._validator = RequestValidator(settings.auth_token.get_secret_value())
+        self._options: dict[str, object] = (
+            {"messaging_service_sid": settings.messaging_service_sid}
+            if settings.messaging_service_sid
+            else {"from_": settings.sender}
+        )
+        if settings.validity_period_seconds is not None:
+            self._options["validity_period"] = settings.validity_period_seconds
+
+    async def __aenter__(self) -> Self:
+        self._transport = TwilioTransport(self.settings.timeout_seconds)
+        self._client = Client(self.settings.account_sid, self.settings.auth_token.get_secret_value(), http_client=self._transport)
+        # The SDK would otherwise rewrite the host by TWILIO_EDGE and TWILIO_REGION of the environment.
+        self._client.edge = self._client.region = None
+        self._client.api.base_url = self.settings.api_url
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._transport.close()
+
+    async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
+        mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)
+        return await asyncio.gather(*(self._send_one(message) for message in mine))
+
+    async def _send_one(self, message: Message[SmsAddress, SmsContent]) -> Outcome:
+        body = message.content.body
+        if not body.strip():
+            return Refused(code="empty_text")
+        if len(body) > MAX_BODY:
+            return Refused(code="payload_too_large")
+        try:
+            created = await self._client.messages.create_async(
+                to=message.address.phone,
+                body=body,
+                # By default Twilio calls back once more at most, and only when it could not connect. The fragment asks for five
+                # more attempts after any failure (Twilio: Webhooks, "Connection overrides"); it is not part of the request.
+                status_callback=f"{self.webhook_url}?t={message.token}#rc=5&rp=all",
+                **self._options,
+            )
+        except UnsuccessfulAnswerError as answer:
+            return answer.outcome
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            return Refused(code="connect_error")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return Unclear(detail=type(error).__name__)
+        return Accepted(message_id=created.sid or "")
+
+    def verify(self, request: WebhookRequest) -> None:
+        """Check Twilio's signature over the address and the form (Twilio: "Validating requests").
+
+        The algorithm is HMAC-SHA1 with the account's token, whatever a header asks for.
+        """
+        try:
+            form = parse_form(request.body)
+        except ValueError as error:
+            raise InvalidSignature from error
+        signature = request.headers.get("x-twilio-signature", "")
+        if request.method != "POST" or not self._validator.validate(request.url, form, signature):
+            raise InvalidSignature
+
+    def parse(self, request: WebhookRequest) -> Webhook:
+        try:
+            form = parse_form(request.body)
+        except ValueError as error:
+            raise InvalidWebhook("the body is not a form") from error
+        status: str = form.get("MessageStatus", form.get("SmsStatus", ""))
+        message_id = form.get("MessageSid") or None
+        token = request.query.get("t", "")
+        if status not in _SIGNALS or (message_id is None and _TOKEN.fullmatch(token) is None):
+            return Webhook(unrecognized=(f"MessageStatus={status[:64]} MessageSid={(message_id or '')[:64]}",))
+        signal = _SIGNALS[status]
+        if signal is None:
+            return Webhook()
+        receipt = Receipt(
+            signal=signal,
+            token=token if _TOKEN.fullmatch(token) else None,
+            message_id=message_id,
+            code=form.get("ErrorCode") or None if signal == "failed" else None,
+        )
+        return Webhook(receipts=(receipt,))
+
+
+@hookimpl
+def aftertouch_register_channels() -> Sequence[type[Channel]]:
+    return (SmsChannel,)

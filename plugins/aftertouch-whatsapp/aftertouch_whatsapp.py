@@ -1,0 +1,374 @@
+"""WhatsApp through Meta's Cloud API: approved templates go out, status webhooks bring what became of them.
+
+The token travels as ``biz_opaque_callback_data``, which Meta returns with every status, so a status settles even a message whose
+request was never answered. The API has no idempotency key: a request that may have arrived is never sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import aiohttp
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
+from pydantic_extra_types.phone_numbers import PhoneNumberValidator
+
+from aftertouch.channels import (
+    Accepted,
+    Action,
+    Address,
+    Capabilities,
+    Channel,
+    Content,
+    InvalidSignature,
+    InvalidWebhook,
+    Message,
+    Outcome,
+    ReasonClass,
+    Receipt,
+    Refused,
+    Settings,
+    Signal,
+    Unclear,
+    Webhook,
+    WebhookAnswer,
+    WebhookRequest,
+)
+from aftertouch.hookspecs import hookimpl
+
+MAX_BODY = 1024
+"""Characters of a template's body with its parameters filled in (Meta: error 132005)."""
+MAX_ANSWER = 65_536
+"""Bytes of an answer that are read; Meta's are below 2,000."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
+_FORBIDDEN_TEXT = re.compile(r"[\n\r\t]| {5}")
+"""What Meta takes in no parameter: line breaks, tabs, more than four spaces in a row (error 132018)."""
+
+_STATUSES = frozenset(("sent", "delivered", "read", "failed"))
+"""The statuses of the webhook reference, each of them a signal. ``read`` may come without ``delivered``, which it implies."""
+
+_CODES: Mapping[ReasonClass, Sequence[str]] = {
+    # Not on WhatsApp, ourselves, not on a test number's list, not allowed here, changed identity.
+    ReasonClass.RECIPIENT_GONE: ("131026", "131021", "131030", "131062", "137000"),
+    ReasonClass.OPTED_OUT: ("131050",),
+    ReasonClass.CAPPED: ("131049", "130472"),  # Meta's limit on marketing per person (24 hours at least), Meta's experiment
+    ReasonClass.WINDOW: ("131047",),
+    ReasonClass.CONTENT: (
+        *("payload_too_large", "parameter_invalid"),
+        *("132005", "132008", "132012", "132018"),  # the text with this person's parameters
+        *("131052", "131053", "http_413"),  # media
+    ),
+    ReasonClass.CONFIG: (
+        *("0", "3", "10", "190", *(str(code) for code in range(200, 300))),  # access token, permissions
+        *("33", "100", "368", "130497", "131005", "131008", "131009", "131031", "131037", "131042", "131045", "131051"),
+        *("131048", "131064"),  # our number's or account's quality: sending on makes it worse
+        *("131063", "133010", "135000"),
+        *("132000", "132001", "132007", "132015", "132016", "132068", "132069"),  # templates
+        *("http_400", "http_401", "http_403", "http_404"),
+        *(f"http_{status}" for status in range(300, 400)),  # the API does not redirect: the address is wrong
+    ),
+    ReasonClass.RATE: ("4", "80007", "130429", "131056", "133016", "http_429"),
+    ReasonClass.TRANSIENT: (
+        *("connect_error", "1", "2", "131000", "131016", "131057", "133004"),
+        *(f"http_{status}" for status in range(500, 600)),
+    ),
+}
+"""Meta: Cloud API error codes. Meta asks to decide by code, never by title or HTTP status."""
+
+
+def parse_retry_after(text: str | None) -> timedelta | None:
+    """Read a Retry-After header: seconds or a date (RFC 9110, section 10.2.3); None where it is absent or makes no sense."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,7}", text):
+        return timedelta(seconds=int(text))
+    try:
+        due = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(due - datetime.now(UTC), timedelta()) if due.tzinfo else None
+
+
+class WhatsAppSettings(Settings):
+    """The business's phone number and app at Meta."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    phone_number_id: str = Field(pattern=r"^[0-9]+$")
+    access_token: SecretStr
+    app_secret: SecretStr = Field(min_length=1)
+    """The key of the webhooks' signatures."""
+    verify_token: SecretStr = Field(min_length=1)
+    """A word of ours that Meta repeats when the webhook's address is registered."""
+    api_url: str = Field(default="https://graph.facebook.com", pattern=r"^https?://[^/?#]+/?$")
+    api_version: str = Field(default="v23.0", pattern=r"^v[0-9]+\.[0-9]+$")
+    timeout_seconds: float = Field(default=15, gt=0)
+    """For the connection, and again for the answer."""
+
+
+class WhatsAppAddress(Address):
+    """A phone number."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    phone: Annotated[str, PhoneNumberValidator(number_format="E164")] = Field(repr=False)
+
+    @property
+    def key(self) -> str:
+        return self.phone
+
+
+class Media(BaseModel):
+    """What a template's header shows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["image", "video", "document"]
+    link: str
+
+
+class Button(BaseModel):
+    """What fills one of a template's buttons."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["url", "quick_reply", "copy_code"]
+    index: int = Field(ge=0, le=9)
+    """The button's place in the template, from 0."""
+    value: str
+    """The end of the URL, the payload of the reply, or the code to copy."""
+
+
+class WhatsAppContent(Content):
+    """An approved template and what fills it.
+
+    Outside the 24 hours after a person's last message nothing but a template may be sent, so this channel sends nothing else.
+    """
+
+    template: str = Field(pattern=r"^[a-z0-9_]{1,512}$")
+    language: str = Field(pattern=r"^[a-z]{2,3}(_[A-Za-z]{2,4})?$")
+    """As the template was approved in: ``en_US``."""
+    header: str | Media | None = None
+    """A text header's parameter, or the media that the header shows."""
+    body: list[str] | dict[Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")], str] = []
+    """Parameters in order, or by name where the template has named ones."""
+    buttons: list[Button] = []
+
+
+class _Status(BaseModel):
+    """What is read of one status; Meta adds fields without notice."""
+
+    id: str = Field(min_length=1)
+    status: str
+    timestamp: AwareDatetime | None = None
+    biz_opaque_callback_data: str | None = None
+    errors: list[dict[str, Any]] = []
+
+
+class WhatsAppChannel(Channel):
+    """Template messages to WhatsApp accounts."""
+
+    name = "whatsapp"
+    label = "WhatsApp"
+    address_model = WhatsAppAddress
+    content_model = WhatsAppContent
+    settings_model = WhatsAppSettings
+    capabilities = Capabilities()
+    signals = (
+        Signal(name="delivered", label="Delivered", implies=("sent",)),
+        Signal(name="read", label="Read", implies=("delivered",)),
+    )
+    actions = (
+        Action(name="not_read", label="Didn't read", short_name="not read", expression="delivered & ~read"),
+        Action(name="not_received", label="Didn't receive", short_name="not received", expression="(failed | sent) & ~delivered"),
+        Action(name="read", label="Read", short_name="read", expression="read"),
+        Action(name="failed", label="Failed", short_name="failed", expression="failed & ~delivered"),
+    )
+    reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
+
+    settings: WhatsAppSettings
+    _session: aiohttp.ClientSession
+
+    def __init__(self, settings: WhatsAppSettings, *, webhook_url: str) -> None:
+        super().__init__(settings, webhook_url=webhook_url)
+        self._url = f"{settings.api_url.rstrip('/')}/{settings.api_version}/{settings.phone_number_id}/messages"
+
+    async def __aenter__(self) -> Self:
+        seconds = self.settings.timeout_seconds
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self.settings.access_token.get_secret_value()}"},
+            timeout=aiohttp.ClientTimeout(total=2 * seconds, connect=seconds, sock_read=seconds),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._session.close()
+
+    async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
+        mine = cast("Sequence[Message[WhatsAppAddress, WhatsAppContent]]", messages)
+        return await asyncio.gather(*(self._send_one(message) for message in mine))
+
+    async def _send_one(self, message: Message[WhatsAppAddress, WhatsAppContent]) -> Outcome:
+        content = message.content
+        body = list(content.body.values()) if isinstance(content.body, dict) else content.body
+        texts = [*body, *([content.header] if isinstance(content.header, str) else []), *(b.value for b in content.buttons)]
+        if any(not text.strip() or _FORBIDDEN_TEXT.search(text) for text in texts):
+            return Refused(code="parameter_invalid")
+        if sum(map(len, body)) > MAX_BODY:
+            return Refused(code="payload_too_large")
+        request = {
+            "messaging_product": "whatsapp",
+            "recipient_type": "individual",
+            # With its plus sign: Meta puts the business's own country code before a number without one.
+            "to": message.address.phone,
+            "type": "template",
+            "template": write_template(content),
+            "biz_opaque_callback_data": message.token,
+        }
+        try:
+            async with self._session.post(self._url, json=request, allow_redirects=False) as response:
+                answer = await _read_object(response)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            return Refused(code="connect_error")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return Unclear(detail=type(error).__name__)
+        return judge_answer(response, answer)
+
+    def verify(self, request: WebhookRequest) -> None:
+        """Check the registration's word, or the signature over the body's bytes (Meta: Webhooks, "Validate payloads")."""
+        if request.method == "GET":
+            given = request.query.get("hub.verify_token", "")
+            expected = self.settings.verify_token.get_secret_value()
+            if request.query.get("hub.mode") != "subscribe" or not hmac.compare_digest(given.encode(), expected.encode()):
+                raise InvalidSignature
+            return
+        signature = request.headers.get("x-hub-signature-256", "")
+        digest = hmac.new(self.settings.app_secret.get_secret_value().encode(), request.body, hashlib.sha256).hexdigest()
+        if request.method != "POST" or not hmac.compare_digest(signature.encode(), f"sha256={digest}".encode()):
+            raise InvalidSignature
+
+    def parse(self, request: WebhookRequest) -> Webhook:
+        if request.method == "GET":
+            return Webhook(answer=WebhookAnswer(status=200, body=request.query.get("hub.challenge", "")))
+        try:
+            update = json.loads(request.body)
+        except (ValueError, RecursionError) as error:
+            raise InvalidWebhook("the body is not JSON") from error
+        receipts: list[Receipt] = []
+        unrecognized: list[str] = []
+        changes = list(_iterate_changes(update))
+        if not changes:
+            unrecognized.append("an update without changes")
+        for field, value in changes:
+            if field != "messages":
+                unrecognized.append(f"field={field}"[:256])
+            unrecognized.extend(f"error={_read_code(error)}" for error in _list_of(value, "errors"))
+            for item in _list_of(value, "statuses"):
+                receipt = _read_receipt(item)
+                if isinstance(receipt, Receipt):
+                    receipts.append(receipt)
+                else:
+                    unrecognized.append(receipt)
+        # Meta sends a webhook again for up to seven days unless the answer is exactly 200.
+        return Webhook(receipts=tuple(receipts), unrecognized=tuple(unrecognized), answer=WebhookAnswer(status=200))
+
+
+def write_template(content: WhatsAppContent) -> dict[str, object]:
+    """Write the ``template`` object of a message (Meta: Cloud API, "Template messages")."""
+    components: list[dict[str, object]] = []
+    if isinstance(content.header, Media):
+        media = {"type": content.header.type, content.header.type: {"link": content.header.link}}
+        components.append({"type": "header", "parameters": [media]})
+    elif content.header is not None:
+        components.append({"type": "header", "parameters": [{"type": "text", "text": content.header}]})
+    if isinstance(content.body, dict):
+        body = [{"type": "text", "parameter_name": name, "text": text} for name, text in content.body.items()]
+    else:
+        body = [{"type": "text", "text": text} for text in content.body]
+    if body:
+        components.append({"type": "body", "parameters": body})
+    for button in content.buttons:
+        kind = {"url": "text", "quick_reply": "payload", "copy_code": "coupon_code"}[button.type]
+        parameter = {"type": kind, kind: button.value}
+        # The index is a string there.
+        components.append({"type": "button", "sub_type": button.type, "index": str(button.index), "parameters": [parameter]})
+    return {"name": content.template, "language": {"code": content.language}, "components": components}
+
+
+def judge_answer(response: aiohttp.ClientResponse, answer: Mapping[str, object] | None) -> Outcome:
+    """Say what an answer of the messages endpoint means."""
+    if 200 <= response.status <= 299:
+        for message in _list_of(answer, "messages"):
+            if isinstance(message, dict) and isinstance(message.get("id"), str):
+                return Accepted(message_id=message["id"])
+        return Unclear(detail=f"http_{response.status} without a message id")
+    code = _read_code((answer or {}).get("error"))
+    if code is None:
+        if response.status in (502, 504):
+            # Only a gateway spoke: what stands behind it may have taken the message before it fell silent.
+            return Unclear(detail=f"http_{response.status}")
+        code = f"http_{response.status}"
+    return Refused(code=code, retry_after=parse_retry_after(response.headers.get("Retry-After")))
+
+
+async def _read_object(response: aiohttp.ClientResponse) -> dict[str, object] | None:
+    try:
+        await response.content.readexactly(MAX_ANSWER + 1)
+    except asyncio.IncompleteReadError as end:
+        try:
+            value = json.loads(end.partial)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def _list_of(parent: object, key: str) -> list[object]:
+    value = parent.get(key) if isinstance(parent, dict) else None
+    return value if isinstance(value, list) else []
+
+
+def _iterate_changes(update: object) -> Iterator[tuple[str, object]]:
+    for entry in _list_of(update, "entry"):
+        for change in _list_of(entry, "changes"):
+            fields = change if isinstance(change, dict) else {}
+            yield str(fields.get("field", "")), fields.get("value")
+
+
+def _read_code(error: object) -> str | None:
+    code = error.get("code") if isinstance(error, dict) else None
+    return str(code) if isinstance(code, int) else None
+
+
+def _read_receipt(item: object) -> Receipt | str:
+    """Read one status; a text where it is not understood. It names the message, never the person."""
+    try:
+        status = _Status.model_validate(item)
+    except ValidationError as error:
+        fields = sorted({".".join(map(str, problem["loc"])) for problem in error.errors(include_input=False)})
+        return f"a status that cannot be read: {', '.join(fields)}"[:256]
+    if status.status not in _STATUSES:
+        return f"status={status.status} id={status.id}"[:256]
+    token = status.biz_opaque_callback_data or ""
+    return Receipt(
+        signal=status.status,
+        token=token if _TOKEN.fullmatch(token) else None,
+        message_id=status.id,
+        time=status.timestamp,
+        code=_read_code(status.errors[0]) if status.status == "failed" and status.errors else None,
+    )
+
+
+@hookimpl
+def aftertouch_register_channels() -> Sequence[type[Channel]]:
+    return (WhatsAppChannel,)
