@@ -38,7 +38,7 @@ _STATUSES_PER_CHANGE = 50
 _NAME = re.compile(r"[a-z0-9_]{1,512}")
 _PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(_[A-Z]{2,3})?")
-_DIGITS = re.compile(r"\d{5,15}")
+_DIGITS = re.compile(r"[0-9]{5,15}")
 _UNPRINTABLE_PARAMETER = re.compile(r"[\n\r\t]| {5}")
 
 _TITLES = {

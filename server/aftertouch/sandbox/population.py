@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hmac
+import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ _PHONE_STEP_BACK = pow(_PHONE_STEP, -1, _PHONES)
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 _INDEX_BYTES = 6
 _MAC_BYTES = 12
+_BROWSER_NAME = re.compile(r"[A-Za-z0-9_-]{24}")
 
 
 def encode_base64url(data: bytes) -> str:
@@ -132,7 +134,7 @@ class Population:
 
     def find_browser(self, name: str) -> Person | None:
         """The person whose endpoint ends in ``name``."""
-        if len(name) != 24:
+        if not _BROWSER_NAME.fullmatch(name):
             return None
         index = int.from_bytes(urlsafe_b64decode(name)[:_INDEX_BYTES], "big")
         if index >= self.size or not hmac.compare_digest(name, self._name_browser(index)):

@@ -25,6 +25,8 @@ from .truth import Truth
 from .twilio import Twilio
 from .webhooks import Outbox
 
+_BACKLOG = 2048
+
 
 class _Protocol(HttpToolsProtocol):
     """Hands the connection to the application, which has to be able to reset it."""
@@ -50,7 +52,7 @@ class Sandbox:
 
     async def __aenter__(self) -> Self:
         settings = self.settings
-        listener = socket.create_server((settings.host, settings.port), backlog=2048)
+        listener = _listen(settings.host, settings.port)
         self.url = f"http://{settings.host}:{listener.getsockname()[1]}"
         self.population = Population(settings.seed, settings.size, self.url, settings.shares)
         self.truth = Truth()
@@ -76,6 +78,19 @@ class Sandbox:
     def environment(self) -> dict[str, str]:
         """The settings of a server that talks to this sandbox."""
         return self.settings.environment(self.url)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    # The protocol is named because asyncio turns Nagle's delay (40 ms an answer) off only where it is.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 class _Serving:

@@ -31,7 +31,7 @@ from .settings import SandboxSettings
 from .truth import Decision, Entry, Truth
 from .webhooks import CONNECT_FAILED, READ_FAILED, Outbox, Request, Stream
 
-_E164 = re.compile(r"\+[1-9]\d{6,14}")
+_E164 = re.compile(r"\+[1-9][0-9]{6,14}")
 _HOST = re.compile(r"[a-z0-9.:-]+")
 _LONGEST_BODY = 1600
 _LONGEST_VALIDITY = 36_000
