@@ -17,5 +17,5 @@ def draw_bytes(seed: int, *names: str | int) -> bytes:
 
 
 def draw_numbers(seed: int, *names: str | int) -> tuple[float, ...]:
-    """16 numbers, each at least 0 and below 1, for these names."""
-    return tuple(number / _SPAN for number in unpack("<16I", draw_bytes(seed, *names)))
+    """8 numbers, each at least 0 and below 1, for these names."""
+    return tuple([number / _SPAN for number in unpack("<8I", draw_bytes(seed, *names)[:32])])

@@ -99,7 +99,14 @@ class _Serving:
     def __init__(self, app: Starlette, listener: socket.socket) -> None:
         self._listener = listener
         config = uvicorn.Config(
-            app, http=_Protocol, ws="none", lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=2
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=2,
         )
         self._server = _Server(config)
 

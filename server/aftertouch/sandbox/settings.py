@@ -95,7 +95,7 @@ class SandboxSettings:
     duplicate_share: float = 0.03
     """Receipts that are sent twice."""
     late_share: float = 0.02
-    """Receipts that come up to three times as late."""
+    """Receipts that may come up to three times as late."""
     patience: float = 300.0
     """Seconds for which a receipt that nobody takes is tried again."""
     strict_retries: bool = False
