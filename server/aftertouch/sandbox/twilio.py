@@ -1,0 +1,397 @@
+"""Twilio's Programmable Messaging: sending, fetching, and signed status callbacks.
+
+As strict as the real one about forms, fields and credentials; error codes and shapes are Twilio's
+(https://www.twilio.com/docs/api/errors), the signature is https://www.twilio.com/docs/usage/security.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hmac
+import json
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from math import ceil
+from typing import Any
+from urllib.parse import parse_qs, parse_qsl, urldefrag, urlsplit
+from uuid import uuid4
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from .draws import draw_numbers
+from .faults import Fault, Faults
+from .population import Population
+from .settings import SandboxSettings
+from .truth import Decision, Entry, Truth
+from .webhooks import CONNECT_FAILED, READ_FAILED, Outbox, Request, Stream
+
+_E164 = re.compile(r"\+[1-9][0-9]{6,14}")
+_HOST = re.compile(r"[a-z0-9.:-]+")
+_LONGEST_BODY = 1600
+_LONGEST_VALIDITY = 36_000
+
+# Twilio's numbers for tests: https://www.twilio.com/docs/iam/test-credentials
+_MAGIC_RECIPIENTS = {
+    "+15005550001": 21211,
+    "+15005550002": 21612,
+    "+15005550003": 21408,
+    "+15005550004": 21610,
+    "+15005550009": 21614,
+}
+_MAGIC_SENDERS = {"+15005550001": 21212, "+15005550007": 21606, "+15005550008": 21611}
+
+_MESSAGES = {
+    20001: "Invalid parameter",
+    20003: "Authenticate",
+    20404: "The requested resource was not found",
+    20415: "Unsupported media type: only application/x-www-form-urlencoded is accepted",
+    20429: "Too Many Requests",
+    20500: "An internal server error has occurred",
+    20503: "Service unavailable",
+    21211: "The 'To' number is not a valid phone number",
+    21212: "The 'From' number is not a valid phone number, shortcode, or alphanumeric sender ID",
+    21408: "Permission to send an SMS has not been enabled for the region indicated by the 'To' number",
+    21602: "A message body, media or content is required to send a message",
+    21603: "A 'From' phone number or a 'MessagingServiceSid' is required to send a message",
+    21604: "A 'To' phone number is required to send a message",
+    21606: "The 'From' phone number is not a valid, SMS-capable phone number for this account",
+    21609: "The 'StatusCallback' URL is not a valid URL",
+    21610: "Attempt to send to unsubscribed recipient",
+    21611: "The 'From' number has exceeded the maximum number of queued messages",
+    21612: "Message cannot be sent with the current combination of 'To' and 'From' parameters",
+    21614: "The 'To' number is not a valid mobile number",
+    21617: f"The concatenated message body exceeds the {_LONGEST_BODY} character limit",
+    21656: "The 'ContentVariables' parameter is invalid",
+    21701: "The messaging service was not found",
+}
+_STATUSES = {20003: 401, 20404: 404, 20415: 415, 20429: 429, 20500: 500, 20503: 503, 21408: 403, 21611: 429, 21701: 404}
+_FAULT_CODES = {"429": 20429, "429_retry_after": 20429, "500": 20500, "503": 20503, "expired_token": 20003}
+
+_RANKS = {"accepted": 0, "queued": 1, "sent": 2, "undelivered": 3, "delivered": 4}
+
+_GSM_7 = frozenset(
+    "@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !\"#¤%&'()*+,-./0123456789:;<=>?¡ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÑÜ§¿"
+    "abcdefghijklmnopqrstuvwxyzäöñüà"
+)
+_GSM_7_EXTENDED = frozenset("^{}\\[~]|€")
+
+
+class _Refused(Exception):
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass(slots=True, eq=False)
+class _Text:
+    """A message resource."""
+
+    sid: str
+    fields: Mapping[str, str]
+    entry: Entry
+    created: datetime
+    status: str
+    error_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    text: _Text
+    status: str
+    error_code: int | None = None
+
+
+class _Callbacks(Stream[_Report]):
+    name = "twilio"
+
+    def compose(self, items: Sequence[_Report]) -> Request | None:
+        (report,) = items
+        text = report.text
+        if _RANKS[report.status] > _RANKS[text.status]:
+            text.status, text.error_code = report.status, report.error_code
+        if "StatusCallback" not in text.fields:
+            return None
+        url, _ = urldefrag(text.fields["StatusCallback"])
+        parameters = {
+            "ApiVersion": "2010-04-01",
+            "SmsSid": text.sid,
+            "SmsStatus": report.status,
+            "MessageStatus": report.status,
+            "To": text.fields["To"],
+            "From": text.fields.get("From", self.settings.sender),
+            "MessageSid": text.sid,
+            "AccountSid": self.settings.account_sid,
+        }
+        if "MessagingServiceSid" in text.fields:
+            parameters["MessagingServiceSid"] = text.fields["MessagingServiceSid"]
+        if report.error_code is not None:
+            parameters["ErrorCode"] = str(report.error_code)
+        if report.status in ("delivered", "undelivered"):
+            parameters["RawDlrDoneDate"] = f"{datetime.now(UTC):%y%m%d%H%M}"
+        return Request(
+            url,
+            # Plus signs of phone numbers are all there is to escape, and urlencode is a quarter of a callback's cost.
+            "&".join(f"{name}={value}" for name, value in parameters.items()).replace("+", "%2B").encode(),
+            {
+                "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
+                "X-Twilio-Signature": sign_callback(self.settings.auth_token, url, parameters),
+                "I-Twilio-Idempotency-Token": str(uuid4()),
+                "User-Agent": "TwilioProxy/1.1",
+            },
+        )
+
+    def acknowledge(self, items: Sequence[_Report]) -> None:
+        for report in items:
+            if decision := report.text.entry.signals.get(_name_signal(report.status)):
+                decision.acknowledged = True
+
+    def pick_backoff(self, attempts: int, elapsed: float, failure: str, item: _Report) -> float | None:
+        asked = RetryRule.read(item.text.fields["StatusCallback"])
+        if asked.wants_retry(attempts, elapsed, failure):
+            return 0.1 * attempts
+        return None if self.settings.strict_retries else super().pick_backoff(attempts, elapsed, failure, item)
+
+
+@dataclass(frozen=True)
+class RetryRule:
+    """What the fragment of a callback URL asks for (https://www.twilio.com/docs/usage/webhooks/webhooks-connection-overrides)."""
+
+    retries: int = 1
+    policies: frozenset[str] = frozenset({CONNECT_FAILED})
+    seconds: float = 15.0
+
+    @classmethod
+    def read(cls, url: str) -> RetryRule:
+        """Read ``#rc=5&rp=all&tt=15000``; what is missing or out of range has Twilio's default."""
+        given = dict(parse_qsl(urlsplit(url).fragment))
+        retries, milliseconds = given.get("rc", ""), given.get("tt", "")
+        policies = frozenset(given.get("rp", "").split(","))
+        return cls(
+            retries=int(retries) if retries in {"0", "1", "2", "3", "4", "5"} else cls.retries,
+            policies=policies if policies <= {"ct", "rt", "4xx", "5xx", "all"} else cls.policies,
+            seconds=int(milliseconds) / 1000 if milliseconds.isdecimal() and int(milliseconds) <= 15_000 else cls.seconds,
+        )
+
+    def wants_retry(self, attempts: int, elapsed: float, failure: str) -> bool:
+        """Whether one more attempt is asked for after this failure."""
+        kind = failure if failure in (CONNECT_FAILED, READ_FAILED) else f"{failure[0]}xx"
+        return attempts <= self.retries and elapsed < self.seconds and bool(self.policies & {kind, "all"})
+
+
+def sign_callback(auth_token: str, url: str, parameters: Mapping[str, str]) -> str:
+    """The value of X-Twilio-Signature."""
+    text = url + "".join(name + parameters[name] for name in sorted(parameters))
+    return b64encode(hmac.digest(auth_token.encode(), text.encode(), "sha1")).decode()
+
+
+class Twilio:
+    """One account."""
+
+    def __init__(self, settings: SandboxSettings, population: Population, truth: Truth, faults: Faults, outbox: Outbox) -> None:
+        self._settings = settings
+        self._population = population
+        self._truth = truth
+        self._faults = faults
+        self._outbox = outbox
+        self._callbacks = _Callbacks(settings)
+        self._texts: dict[str, _Text] = {}
+        self.routes = [
+            Route("/2010-04-01/Accounts/{account}/Messages.json", self._create, methods=["POST"]),
+            Route("/2010-04-01/Accounts/{account}/Messages/{sid}.json", self._fetch, methods=["GET"]),
+        ]
+
+    def clear(self) -> None:
+        """Forget all messages."""
+        self._texts.clear()
+
+    async def _create(self, request: HttpRequest) -> Response:
+        fault = self._faults.strike("sms")
+        if fault and not fault.taken:
+            return self._answer_fault(fault)
+        try:
+            self._authenticate(request)
+            text = self._take(await _read_form(request))
+        except _Refused as refused:
+            return _answer_error(refused.code)
+        return self._answer_fault(fault) if fault else JSONResponse(self._describe(text), 201)
+
+    async def _fetch(self, request: HttpRequest) -> Response:
+        try:
+            self._authenticate(request)
+        except _Refused as refused:
+            return _answer_error(refused.code)
+        text = self._texts.get(request.path_params["sid"])
+        return JSONResponse(self._describe(text)) if text else _answer_error(20404)
+
+    def _answer_fault(self, fault: Fault) -> Response:
+        code = _FAULT_CODES.get(fault.mode or "")
+        return self._faults.keep_silent(fault) if code is None else _answer_error(code, fault.retry_headers)
+
+    def _authenticate(self, request: HttpRequest) -> None:
+        scheme, _, encoded = request.headers.get("authorization", "").partition(" ")
+        try:
+            given = b64decode(encoded, validate=True)
+        except binascii.Error:
+            raise _Refused(20003) from None
+        known = f"{self._settings.account_sid}:{self._settings.auth_token}".encode()
+        if scheme.lower() != "basic" or not hmac.compare_digest(given, known):
+            raise _Refused(20003)
+        if request.path_params["account"] != self._settings.account_sid:
+            raise _Refused(20404)
+
+    def _take(self, fields: Mapping[str, str]) -> _Text:
+        _check_recipient(fields)
+        self._check_sender(fields)
+        _check_content(fields)
+        _check_options(fields)
+
+        address = fields["To"]
+        person = self._population.find_phone(address)
+        token = parse_qs(urlsplit(fields.get("StatusCallback", "")).query).get("t", [""])[0]
+        content = fields.get("Body") or {name: fields[name] for name in ("ContentSid", "ContentVariables") if name in fields}
+        title = fields.get("Body") or fields.get("ContentSid", "")
+        shares = self._settings.shares
+        trait = draw_numbers(self._settings.seed, "sms", address)[0]
+        if trait < shares.sms_opted_out + shares.sms_gone:
+            code = 21610 if trait < shares.sms_opted_out else 21211
+            entry = self._truth.record("sms", address, person, token=token, title=title, content=content, refused=str(code))
+            entry.signals["failed"] = Decision(str(code))
+            raise _Refused(code)
+
+        sid = f"SM{uuid4().hex}"
+        entry = self._truth.record("sms", address, person, token=token, message_id=sid, title=title, content=content)
+        has_service = "MessagingServiceSid" in fields
+        text = _Text(sid, fields, entry, datetime.now(UTC), "accepted" if has_service else "queued")
+        self._texts[sid] = text
+        chance = draw_numbers(self._settings.seed, "sms", address, self._truth.count_earlier("sms", address, token))[0]
+        if has_service:
+            # The first status is never called back, and that is "queued" only without a Messaging Service.
+            self._report(text, "queued", 0.0, 0.1)
+        self._report(text, "sent", 0.05, 0.6)
+        if chance < shares.sms_unreachable:
+            self._report(text, "undelivered", 0.2, 1.2, 30003)
+        elif chance >= shares.sms_unreachable + shares.sms_no_report:
+            self._report(text, "delivered", 0.1, 1.2)
+        return text
+
+    def _check_sender(self, fields: Mapping[str, str]) -> None:
+        service, sender = fields.get("MessagingServiceSid"), fields.get("From")
+        if not service and not sender:
+            raise _Refused(21603)
+        if service and service != self._settings.messaging_service_sid:
+            raise _Refused(21701)
+        if sender and sender in _MAGIC_SENDERS:
+            raise _Refused(_MAGIC_SENDERS[sender])
+        if sender and sender != self._settings.sender:
+            raise _Refused(21606 if _E164.fullmatch(sender) else 21212)
+
+    def _report(self, text: _Text, status: str, earliest: float, latest: float, error_code: int | None = None) -> None:
+        if status != "queued":
+            code = None if error_code is None else str(error_code)
+            text.entry.signals.setdefault(_name_signal(status), Decision(code))
+        self._outbox.schedule(self._callbacks, _Report(text, status, error_code), earliest, latest)
+
+    def _describe(self, text: _Text) -> dict[str, Any]:
+        fields, date = text.fields, format_datetime(text.created)
+        uri = f"/2010-04-01/Accounts/{self._settings.account_sid}/Messages/{text.sid}"
+        has_sender = "From" in fields or text.status != "accepted"
+        body = fields.get("Body", "")
+        return {
+            "account_sid": self._settings.account_sid,
+            "api_version": "2010-04-01",
+            "body": body,
+            "date_created": date,
+            "date_sent": date if text.status in ("sent", "delivered", "undelivered") else None,
+            "date_updated": date,
+            "direction": "outbound-api",
+            "error_code": text.error_code,
+            "error_message": None if text.error_code is None else "Unreachable destination handset",
+            "from": fields.get("From", self._settings.sender) if has_sender else None,
+            "messaging_service_sid": fields.get("MessagingServiceSid"),
+            "num_media": "0",
+            "num_segments": str(count_segments(body)) if has_sender else "0",
+            "price": None,
+            "price_unit": "USD",
+            "sid": text.sid,
+            "status": text.status,
+            "subresource_uris": {"media": f"{uri}/Media.json"},
+            "to": fields["To"],
+            "uri": f"{uri}.json",
+        }
+
+
+async def _read_form(request: HttpRequest) -> dict[str, str]:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
+        raise _Refused(20415)
+    try:
+        return dict(parse_qsl((await request.body()).decode()))
+    except UnicodeDecodeError:
+        raise _Refused(20001) from None
+
+
+def _check_recipient(fields: Mapping[str, str]) -> None:
+    to = fields.get("To")
+    if not to:
+        raise _Refused(21604)
+    if to in _MAGIC_RECIPIENTS:
+        raise _Refused(_MAGIC_RECIPIENTS[to])
+    if not _E164.fullmatch(to):
+        raise _Refused(21211)
+
+
+def _check_content(fields: Mapping[str, str]) -> None:
+    if not (fields.get("Body") or fields.get("ContentSid")):
+        raise _Refused(21602)
+    if len(fields.get("Body", "")) > _LONGEST_BODY:
+        raise _Refused(21617)
+    try:
+        variables = json.loads(fields.get("ContentVariables", "{}"))
+    except json.JSONDecodeError:
+        raise _Refused(21656) from None
+    if not isinstance(variables, dict):
+        raise _Refused(21656)
+
+
+def _check_options(fields: Mapping[str, str]) -> None:
+    validity = fields.get("ValidityPeriod", "1")
+    if not validity.isdecimal() or not 1 <= int(validity) <= _LONGEST_VALIDITY:
+        raise _Refused(20001)
+    if "StatusCallback" in fields:
+        try:
+            url = urlsplit(fields["StatusCallback"])
+        except ValueError:
+            raise _Refused(21609) from None
+        # Twilio takes no host name with an underscore.
+        if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.hostname or ""):
+            raise _Refused(21609)
+
+
+def count_segments(body: str) -> int:
+    """How many messages the body is billed as: 160 or 153 septets each, or 70 or 67 UTF-16 units."""
+    if set(body) <= _GSM_7 | _GSM_7_EXTENDED:
+        length, alone, split = sum(2 if character in _GSM_7_EXTENDED else 1 for character in body), 160, 153
+    else:
+        length, alone, split = len(body.encode("utf-16-le")) // 2, 70, 67
+    return 1 if length <= alone else ceil(length / split)
+
+
+def _name_signal(status: str) -> str:
+    return "failed" if status == "undelivered" else status
+
+
+def _answer_error(code: int, headers: Mapping[str, str] | None = None) -> Response:
+    status = _STATUSES.get(code, 400)
+    body = {
+        "code": code,
+        "message": _MESSAGES[code],
+        "more_info": f"https://www.twilio.com/docs/errors/{code}",
+        "status": status,
+    }
+    challenge = {"www-authenticate": 'Basic realm="Twilio API"'} if status == 401 else {}
+    return JSONResponse(body, status, {**challenge, **(headers or {})})
