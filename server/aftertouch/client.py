@@ -23,21 +23,24 @@ IMPORT_SIZE = 500
 """Contacts in one message of an import."""
 
 
-class _Authorize(grpc.aio.UnaryUnaryClientInterceptor, grpc.aio.StreamUnaryClientInterceptor):
+class _Authorize:
+    """Adds the API key to a call; gRPC wants one interceptor for each kind of call."""
+
     def __init__(self, api_key: str) -> None:
         self._metadata = ("authorization", f"Bearer {api_key}")
 
-    def _add_key(self, details: Any) -> Any:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()), self._metadata)
-        return details._replace(metadata=metadata)
+    def add_key(self, details: Any) -> Any:
+        return details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), self._metadata))
 
+
+class _AuthorizeUnary(_Authorize, grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        """Add the key to a unary call."""
-        return await continuation(self._add_key(client_call_details), request)
+        return await continuation(self.add_key(client_call_details), request)
 
+
+class _AuthorizeStream(_Authorize, grpc.aio.StreamUnaryClientInterceptor):
     async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        """Add the key to a client stream."""
-        return await continuation(self._add_key(client_call_details), request_iterator)
+        return await continuation(self.add_key(client_call_details), request_iterator)
 
 
 class Client:
@@ -53,7 +56,7 @@ class Client:
     def __init__(self, address: str, *, api_key: str, app: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         self.parent = f"apps/{app}"
         """What lists and creates take as ``parent``."""
-        interceptors: Sequence[Any] = [_Authorize(api_key)]
+        interceptors: Sequence[Any] = [_AuthorizeUnary(api_key), _AuthorizeStream(api_key)]
         self._channel = (
             grpc.aio.secure_channel(address, credentials, interceptors=interceptors)
             if credentials

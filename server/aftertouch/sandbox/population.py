@@ -159,12 +159,17 @@ class Population:
         """The ``auth`` secret of this person's subscription."""
         return draw_bytes(self.seed, "push secret", index)[:16]
 
+    def list_rows(self) -> Iterator[dict[str, str]]:
+        """Everybody as a row of a file of contacts; cells of channels that a person has not are empty."""
+        for person in self:
+            yield dict(zip(HEADER, self._list_cells(person), strict=True))
+
     def write_csv(self, path: Path) -> None:
-        """Write everybody as a file of contacts; cells of channels that a person has not are empty."""
+        """Write ``list_rows`` as a file."""
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(HEADER)
-            writer.writerows(map(self._list_cells, self))
+            writer = csv.DictWriter(file, HEADER)
+            writer.writeheader()
+            writer.writerows(self.list_rows())
 
     def _list_cells(self, person: Person) -> list[str]:
         cells = [

@@ -1,0 +1,424 @@
+"""The ``aftertouch`` command: run a server, look after its database, and try it out."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from aftertouch.config import Config, ConfigError, load_config, name_setting
+from aftertouch.plugins import Discovery, build_registry, discover_channels
+from aftertouch.plugins import name_setting as name_channel_setting
+
+app = typer.Typer(
+    help="Aftertouch: send a campaign, hear what happened to it, and message those who did, or did not, do a thing.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+apps = typer.Typer(help="Apps are tenants: everything belongs to one.", no_args_is_help=True)
+keys = typer.Typer(help="API keys: what callers of an app authenticate with.", no_args_is_help=True)
+contacts = typer.Typer(help="The people of an app.", no_args_is_help=True)
+channels = typer.Typer(help="The installed channels, and what they lack.", invoke_without_command=True)
+for _group, _name in ((apps, "apps"), (keys, "keys"), (contacts, "contacts"), (channels, "channels")):
+    app.add_typer(_group, name=_name)
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class CommandFailed(Exception):
+    """A command cannot go on; the text says why and what to do. It exits with 1, or 2 for wrong settings."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except CommandFailed as error:
+        err.print(f"aftertouch: {error}", markup=False)
+        sys.exit(error.code)
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    from aftertouch.errors import AftertouchError
+    from aftertouch.store.embedded import EmbeddedPostgresError
+    from aftertouch.store.engine import SchemaMismatch
+
+    try:
+        asyncio.run(work)
+    except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, OSError) as error:
+        raise CommandFailed(str(error)) from error
+    except KeyboardInterrupt:
+        raise CommandFailed("stopped", 130) from None
+
+
+def _discover(allowed: frozenset[str] | None = None) -> Discovery:
+    return discover_channels(allowed=allowed)
+
+
+def _load(environment: dict[str, str] | None = None) -> tuple[Config, Discovery]:
+    """The settings and the channels; exits with 2 and every problem when the settings are wrong."""
+    from aftertouch.logs import configure_logs
+
+    found = _discover()
+    try:
+        config = load_config(environment or dict(os.environ), [name_channel_setting(name, "") for name in found.types])
+    except ConfigError as error:
+        raise CommandFailed("the settings are wrong:\n" + "\n".join(f"  {problem}" for problem in error.problems), 2) from error
+    configure_logs(config.log_format, config.log_level)
+    return config, _discover(config.allowed_channels) if config.allowed_channels is not None else found
+
+
+@app.command()
+def serve(
+    sandbox: Annotated[bool, typer.Option(help="Send to a sandbox on this machine, with 10,000 people to play with.")] = False,
+) -> None:
+    """Serve gRPC and webhooks, and send; with an embedded PostgreSQL unless AFTERTOUCH_DATABASE_URL names one."""
+    _run(_serve(sandbox))
+
+
+async def _serve(with_sandbox: bool) -> None:
+    from aftertouch.server import serve as run_server
+    from aftertouch.web.server import bind
+
+    environment = dict(os.environ)
+    stopping = _stop_on_signals()
+    async with AsyncExitStack() as stack:
+        if with_sandbox:
+            from aftertouch.sandbox import Sandbox, SandboxSettings
+
+            http = environment.get("AFTERTOUCH_HTTP_ADDRESS") or Config.model_fields["http_address"].default
+            settings = SandboxSettings(whatsapp_webhook_url=f"http://{http}/v1/webhooks/whatsapp")
+            world = await stack.enter_async_context(Sandbox(settings))
+            environment |= world.environment
+        config, discovery = _load(environment)
+        listener = bind(config.http_address)
+        core, addresses = await stack.enter_async_context(run_server(config, discovery, environment, stopping, listener))
+        if with_sandbox:
+            await _settle_in(core.engine, world, addresses.grpc)
+        out.print(f"gRPC on {addresses.grpc}, webhooks on http://{addresses.http}", markup=False)
+        ready = ", ".join(sorted(core.registry.channels)) or "none"
+        out.print(f"channels that can send: {ready}; `aftertouch channels` tells about the others", markup=False)
+        await stopping.wait()
+        out.print("stopping …")
+
+
+async def _settle_in(engine: Any, world: Any, address: str) -> None:
+    """Make the app that plays in the sandbox, once, with its people; and a new key for it."""
+    from aftertouch.client import Client
+    from aftertouch.store import apps as store
+    from aftertouch.store.engine import transaction
+
+    async with transaction(engine) as conn:
+        found = await store.find_app(conn, "sandbox")
+        created = found or await store.create_app(conn, "sandbox", "Sandbox")
+        _, secret = await store.create_api_key(conn, created.app_id, "aftertouch serve --sandbox", ["admin"])
+    # The push addresses hold the sandbox's port, which is new at every start.
+    async with Client(address, api_key=secret, app="sandbox") as client:
+        await client.import_contacts(stream(read_contacts(world.population.list_rows())))
+    out.print(f"the app is sandbox with {world.settings.size:,} people; its key for this run:\n{secret}", markup=False)
+
+
+@app.command()
+def worker() -> None:
+    """Only send, beside servers on the same database; run as many as you like."""
+    _run(_work())
+
+
+async def _work() -> None:
+    from aftertouch.server import open_core, open_database, send_beside
+
+    config, discovery = _load()
+    if config.public_url is None:
+        raise CommandFailed("a worker needs AFTERTOUCH_PUBLIC_URL: messages name where their receipts go", 2)
+    stopping = _stop_on_signals()
+    async with (
+        open_database(config, may_share=True) as url,
+        open_core(config, url, discovery, os.environ, f"{config.public_url}/v1/webhooks") as core,
+        send_beside(config, core, stopping),
+    ):
+        out.print("sending")
+        await stopping.wait()
+        out.print("stopping …")
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's schema up to date. Run it once for a new database, and before a newer server."""
+    _run(_migrate())
+
+
+async def _migrate() -> None:
+    from aftertouch.server import open_database
+    from aftertouch.store.engine import SCHEMA_REVISION
+    from aftertouch.store.migrate import migrate as run_migrations
+
+    config, _ = _load()
+    async with open_database(config, may_share=True) as url:
+        await run_migrations(url)
+    out.print(f"the schema is {SCHEMA_REVISION}")
+
+
+@app.command()
+def sandbox(
+    port: Annotated[int, typer.Option(help="Where it listens on 127.0.0.1.")] = 7072,
+    people: Annotated[int, typer.Option(help="How many people there are.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal people and fates.")] = 1,
+    webhook_url: Annotated[
+        str, typer.Option(help="Where Meta's stand-in reports to.")
+    ] = "http://127.0.0.1:7071/v1/webhooks/whatsapp",
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the people there, for `contacts import`.")] = None,
+    time_scale: Annotated[float, typer.Option(help="Multiplies every delay.")] = 1.0,
+) -> None:
+    """Stand in for Twilio, Meta and a push service on this machine, and print the settings to use it with."""
+    from aftertouch.sandbox import Sandbox, SandboxSettings, run
+
+    def tell(world: Sandbox) -> None:
+        if csv_file is not None:
+            world.population.write_csv(csv_file)
+        for name, value in world.environment.items():
+            out.print(f"export {name}='{value}'", markup=False)
+        out.print(f"# the sandbox answers on {world.url}", markup=False)
+
+    settings = SandboxSettings(seed=seed, size=people, port=port, whatsapp_webhook_url=webhook_url, time_scale=time_scale)
+    run(settings, started=tell)
+
+
+@app.command()
+def demo() -> None:
+    """Run the main job end to end in a world of its own, compare it with the truth, and leave nothing running."""
+    from aftertouch.demo import run_demo
+
+    raise SystemExit(run_demo())
+
+
+@app.command()
+def settings() -> None:
+    """List the server's settings, with their values where they are no secrets."""
+    config, _ = _load()
+    table = Table("Setting", "Value", "Meaning", box=None)
+    for field, info in Config.model_fields.items():
+        value = getattr(config, field)
+        table.add_row(name_setting(field), "" if value is None else str(value), info.description or "")
+    out.print(table)
+
+
+@asynccontextmanager
+async def _open_connection() -> AsyncIterator[Any]:
+    from aftertouch.server import open_database
+    from aftertouch.store.engine import check_schema, create_engine, transaction
+
+    config, _ = _load()
+    async with open_database(config, may_share=True) as url:
+        engine = create_engine(url, pool_size=1)
+        try:
+            await check_schema(engine)
+            async with transaction(engine) as conn:
+                yield conn
+        finally:
+            await engine.dispose()
+
+
+@apps.command("create")
+def create_app(
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits and hyphens, as in acme.")],
+    display_name: Annotated[str | None, typer.Option(help="For people.")] = None,
+) -> None:
+    """Make an app."""
+    import re
+
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
+        raise CommandFailed(f"{name!r} is no name for an app: lower-case letters, digits and hyphens, beginning with a letter")
+    _run(_create_app(name, display_name or name))
+
+
+async def _create_app(name: str, display_name: str) -> None:
+    from aftertouch.store import apps as store
+
+    async with _open_connection() as conn:
+        created = await store.create_app(conn, name, display_name)
+    out.print(f"{created.name} was made; `aftertouch keys create {name}` makes a key for it", markup=False)
+
+
+@apps.command("list")
+def list_apps() -> None:
+    """List the apps."""
+    _run(_list_apps())
+
+
+async def _list_apps() -> None:
+    from aftertouch.store import apps as store
+
+    table = Table("App", "Name", "Retargeting", "Retention", "Made", box=None)
+    async with _open_connection() as conn:
+        for found in await store.list_apps(conn):
+            enabled = f"since {found.retargetable_since:%Y-%m-%d %H:%M}" if found.retargeting_enabled else "not in the plan"
+            table.add_row(found.app, found.display_name, enabled, f"{found.retention_days} days", f"{found.create_time:%Y-%m-%d}")
+    out.print(table)
+
+
+@apps.command("retargeting")
+def set_retargeting(
+    name: Annotated[str, typer.Argument(help="The app.")],
+    enabled: Annotated[bool, typer.Option("--on/--off", help="Whether its plan includes retargeting.")],
+) -> None:
+    """Put retargeting into an app's plan, or take it out. Campaigns sent before it is put in stay out."""
+    _run(_set_retargeting(name, enabled))
+
+
+async def _set_retargeting(name: str, enabled: bool) -> None:
+    from aftertouch.errors import NotFound
+    from aftertouch.store import apps as store
+
+    async with _open_connection() as conn:
+        found = await store.find_app(conn, name)
+        if found is None:
+            raise NotFound(f"apps/{name}")
+        await store.set_retargeting(conn, found.app_id, enabled=enabled, since=datetime.now(UTC))
+    out.print(f"retargeting is {'on' if enabled else 'off'} for {name}", markup=False)
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="The app.")],
+    scopes: Annotated[
+        list[str] | None, typer.Option("--scope", help="admin, manage, ingest or read; give it again for several.")
+    ] = None,
+    display_name: Annotated[str, typer.Option(help="What the key is for.")] = "made on the command line",
+) -> None:
+    """Make an API key and print its secret, once; only its hash is stored."""
+    _run(_create_key(name, scopes or ["manage"], display_name))
+
+
+async def _create_key(name: str, scopes: list[str], display_name: str) -> None:
+    from aftertouch.errors import NotFound
+    from aftertouch.store import apps as store
+
+    if unknown := [scope for scope in scopes if scope not in store.SCOPES]:
+        raise CommandFailed(f"no scope {', '.join(unknown)}; there are {', '.join(store.SCOPES)}")
+    async with _open_connection() as conn:
+        found = await store.find_app(conn, name)
+        if found is None:
+            raise NotFound(f"apps/{name}")
+        key, secret = await store.create_api_key(conn, found.app_id, display_name, scopes)
+    err.print(f"{found.name}/apiKeys/{key.api_key} may {', '.join(key.scopes)}; its secret is shown only now:", markup=False)
+    out.print(secret, markup=False)
+
+
+@channels.callback()
+def list_channels(context: typer.Context) -> None:
+    """List the installed channels with their health, missing settings and broken plugins."""
+    if context.invoked_subcommand is not None:
+        return
+    config, discovery = _load()
+    registry = build_registry(discovery, os.environ, webhook_base_url=f"{config.public_url or ''}/v1/webhooks")
+    table = Table("Channel", "State", "From", "Actions", box=None)
+    for name, found in sorted(registry.types.items()):
+        state = "ready" if name in registry.channels else "not ready"
+        table.add_row(name, state, f"{found.distribution} {found.version}", ", ".join(found.actions))
+    out.print(table)
+    for name, obstacles in sorted(registry.obstacles.items()):
+        for obstacle in obstacles:
+            out.print(f"{name}: {obstacle}", markup=False)
+    for problem in registry.problems:
+        err.print(f"broken: {problem.entry_point} of {problem.distribution}: {problem.cause}", markup=False)
+    if registry.problems:
+        raise CommandFailed("some plugins are broken; the others work")
+
+
+@contacts.command("import")
+def import_contacts(
+    file: Annotated[Path, typer.Argument(help="CSV with a header; see --help.", exists=True, dir_okay=False)],
+    app_name: Annotated[str, typer.Option("--app", help="The app.")],
+    key: Annotated[str, typer.Option(envvar="AFTERTOUCH_API_KEY", help="An API key that may manage.", show_default=False)],
+    address: Annotated[str, typer.Option(help="The server's gRPC address.")] = "127.0.0.1:7070",
+) -> None:
+    """Import people from a CSV file, showing progress, and report the rows that cannot be taken, with reasons.
+
+    The header's columns are external_id, time_zone, <channel>.<address field> (sms.phone, push.keys.auth) and, for all
+    other names, attributes. Empty cells are left out. Importing a file again changes nothing.
+    """
+    _run(_import_contacts(file, app_name, key, address))
+
+
+async def _import_contacts(file: Path, app_name: str, key: str, address: str) -> None:
+    import grpc
+
+    from aftertouch.client import Client
+
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        total = sum(1 for _ in csv.reader(lines)) - 1
+    with Progress(console=err, transient=True) as progress, file.open(newline="", encoding="utf-8-sig") as lines:
+        task = progress.add_task("importing", total=max(total, 0))
+        async with Client(address, api_key=key, app=app_name) as client:
+            try:
+                result = await client.import_contacts(
+                    stream(read_contacts(csv.DictReader(lines))), lambda sent: progress.update(task, completed=sent)
+                )
+            except grpc.aio.AioRpcError as error:
+                raise CommandFailed(f"the server answered {error.code().name}: {error.details()}") from error
+    out.print(
+        f"{result.created_count:,} made, {result.updated_count:,} updated, {result.rejected_count:,} rejected", markup=False
+    )
+    for rejection in result.rejections:
+        # The header is line 1, so the first row is line 2.
+        place = f"line {rejection.index + 2} ({rejection.external_id or 'no external_id'})"
+        err.print(f"{place}: {rejection.field}: {rejection.description}", markup=False)
+    if result.rejected_count:
+        raise CommandFailed(f"{result.rejected_count:,} rows were rejected; the others are stored")
+
+
+def read_contacts(rows: Iterator[dict[str, str]] | csv.DictReader[str]) -> Iterator[Any]:
+    """Contacts from rows of the CSV's form: ``<channel>.<field path>`` is an address, any other name an attribute."""
+    from google.protobuf import json_format
+
+    from aftertouch.v1 import contacts_pb2
+
+    for row in rows:
+        attributes: dict[str, str] = {}
+        addresses: dict[str, dict[str, Any]] = {}
+        for column, value in row.items():
+            if column in ("external_id", "time_zone") or column is None or not value:
+                continue
+            channel, dot, path = column.partition(".")
+            if not dot:
+                attributes[column] = value
+                continue
+            place = addresses.setdefault(channel, {})
+            *parents, leaf = path.split(".")
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[leaf] = value
+        contact = contacts_pb2.Contact(external_id=row.get("external_id") or "", time_zone=row.get("time_zone") or "")
+        json_format.ParseDict(attributes, contact.attributes)
+        for channel, address in addresses.items():
+            json_format.ParseDict(address, contact.subscriptions.add(channel=channel).address)
+        yield contact
+
+
+async def stream(items: Iterator[Any]) -> AsyncIterator[Any]:
+    for item in items:
+        yield item

@@ -1,0 +1,290 @@
+"""``aftertouch demo``: the main job in a world of its own, every set of people compared with what really happened.
+
+Two processes of ours run meanwhile, a sandbox and a server with an embedded database in a temporary directory; this one
+is only a client, and everything it knows of the campaigns it learns over gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+from rich.console import Console
+from rich.table import Table
+
+from aftertouch.cli import read_contacts, stream
+from aftertouch.client import Client
+from aftertouch.processes import Child, run_command
+from aftertouch.rpc.values import to_struct
+from aftertouch.sandbox import Population, SandboxSettings
+from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+
+PEOPLE = 10_000
+SERVER_READY = r"gRPC on (\S+), webhooks on (\S+)"
+SANDBOX_READY = r"the sandbox answers on (\S+)"
+SEND_SECONDS = 120.0
+
+People = frozenset[str]
+_State = campaigns_pb2.Campaign.State
+
+
+class Difference(Exception):
+    """What the server says is not what happened."""
+
+
+def run_demo() -> int:
+    """Run it, and return the exit code: 0 when everything agreed."""
+    console = Console(highlight=False)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aftertouch-demo-") as directory:
+            asyncio.run(Demo(console, Path(directory)).run())
+    except Difference as error:
+        console.print(f"[bold red]different:[/] {error}")
+        return 1
+    return 0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the sandbox decided about one campaign's messages: people by signal."""
+
+    messaged: People
+    signals: dict[str, People]
+
+    def __getitem__(self, signal: str) -> People:
+        return self.signals.get(signal, frozenset())
+
+
+def ask_sandbox(url: str, path: str, *, method: str = "GET", body: Any = None) -> str:
+    """One request to the sandbox's control."""
+    data = None if body is None else json.dumps(body).encode()
+    with urlopen(Request(url + path, data=data, method=method), timeout=600) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def read_truth(url: str, channel: str, since: int) -> tuple[Told, int]:
+    """What happened on a channel after a sequence number, and the last one now.
+
+    Raises:
+        Difference: somebody was messaged twice.
+    """
+    messaged: list[str] = []
+    signals: dict[str, set[str]] = {}
+    last = since
+    for line in ask_sandbox(url, f"/sandbox/truth?channel={channel}&since={since}").splitlines():
+        entry = json.loads(line)
+        last = max(last, entry["sequence"])
+        person = entry["external_id"]
+        messaged.append(person)
+        if entry["refused"] is not None:
+            signals.setdefault("failed", set()).add(person)
+        else:
+            signals.setdefault("sent", set()).add(person)
+        for signal in entry["signals"]:
+            signals.setdefault(signal, set()).add(person)
+    if len(messaged) != len(set(messaged)):
+        raise Difference(f"{len(messaged) - len(set(messaged))} messages on {channel} were sent twice")
+    return Told(frozenset(messaged), {name: frozenset(people) for name, people in signals.items()}), last
+
+
+def answer_actions(channel: str, told: Told) -> dict[str, People]:
+    """Who matches each action, by the words of the channels' documents, in plain sets."""
+    match channel:
+        case "whatsapp":
+            delivered = told["delivered"] | told["read"]
+            return {
+                "not_read": delivered - told["read"],
+                "not_received": (told["failed"] | told["sent"]) - delivered,
+                "read": told["read"],
+                "failed": told["failed"] - delivered,
+            }
+        case "sms":
+            return {
+                "delivered": told["delivered"],
+                "not_delivered": told["failed"] - told["delivered"],
+                "sent": told.messaged,
+            }
+        case _:
+            sent = told["sent"]
+            confirmed = told["confirmed"] | told["clicked"] | told["dismissed"]
+            return {
+                "clicked": told["clicked"],
+                "not_clicked": sent - told["clicked"],
+                "confirmed": confirmed,
+                "not_confirmed": sent - confirmed - told["unconfirmable"],
+                "sent": sent,
+            }
+
+
+class Demo:
+    """One run."""
+
+    def __init__(self, console: Console, directory: Path) -> None:
+        self._console = console
+        self._directory = directory
+        self._checked = 0
+
+    async def run(self) -> None:
+        """Do all of it.
+
+        Raises:
+            Difference: at the first difference.
+        """
+        began = time.monotonic()
+        self._say("a sandbox of Twilio, Meta and a push service, and a server with an embedded PostgreSQL")
+        log = self._directory / "log.txt"
+        async with Child("sandbox", "--port=0", f"--people={PEOPLE}", environment={}, ready=SANDBOX_READY, log=log) as sandbox:
+            (self._sandbox,) = sandbox.found
+            settings = SandboxSettings(size=PEOPLE)
+            self._population = Population(settings.seed, PEOPLE, self._sandbox, settings.shares)
+            environment = settings.environment(self._sandbox) | {
+                "AFTERTOUCH_DATA_DIR": str(self._directory / "data"),
+                "AFTERTOUCH_GRPC_ADDRESS": "127.0.0.1:0",
+                "AFTERTOUCH_HTTP_ADDRESS": "127.0.0.1:0",
+                "AFTERTOUCH_LOG_LEVEL": "warning",
+            }
+            async with Child("serve", environment=environment, ready=SERVER_READY, log=log) as server:
+                address, webhooks = server.found
+                await asyncio.to_thread(
+                    ask_sandbox, self._sandbox, "/sandbox/whatsapp-webhook", method="PUT", body={"url": whatsapp}
+                )
+                await run_command("apps", "create", "demo", environment=environment)
+                key = (await run_command("keys", "create", "demo", environment=environment)).strip()
+                async with Client(address, api_key=key, app="demo") as client:
+                    self._client = client
+                    await self._play()
+        self._say(f"[bold green]{self._checked} sets of people compared, all equal[/], in {time.monotonic() - began:.0f} s")
+
+    async def _play(self) -> None:
+        self._say(f"{PEOPLE:,} people: some on one channel, some on all")
+        imported = await self._client.import_contacts(stream(read_contacts(self._population.list_rows())))
+        self._compare("people", imported.created_count, PEOPLE)
+        self._unreachable: dict[str, set[str]] = {"sms": set(), "whatsapp": set(), "push": set()}
+        template = {"language": "en_US", "body": ["{{ first_name | default: 'there' }}"]}
+        alert = {"title": "Summer Sale", "body": "It ends today", "url": "https://shop.example/"}
+        sale = await self._client.campaigns.CreateCampaign(
+            campaigns_pb2.CreateCampaignRequest(
+                parent=self._client.parent,
+                campaign_id="summer-sale",
+                campaign=campaigns_pb2.Campaign(
+                    display_name="Summer Sale",
+                    channel="whatsapp",
+                    content=to_struct({**template, "template": "summer_sale"}),
+                    audience=campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers()),
+                ),
+            )
+        )
+        told = await self._send(sale, self._list_people("whatsapp"))
+        by_sms = await self._follow(sale, "not_read", told, "sms", {"body": "Hi {{ first_name | default: 'there' }}, it ends today"})
+        by_push = await self._follow(sale, "not_read", told, "push", {**alert, "title": "Hello {{ first_name }}"})
+        await self._follow(by_sms[0], "not_delivered", by_sms[1], "push", alert)
+        await self._follow(by_push[0], "not_clicked", by_push[1], "sms", {"body": "Last chance, {{ first_name }}"})
+        await self._follow(by_push[0], "clicked", by_push[1], "whatsapp", {**template, "template": "vip_offer"})
+
+    async def _follow(
+        self, source: campaigns_pb2.Campaign, action: str, told: Told, channel: str, content: dict[str, Any]
+    ) -> tuple[campaigns_pb2.Campaign, Told]:
+        """Retarget a campaign on a channel, and send the wave to exactly the right people."""
+        selection = campaigns_pb2.RetargetSelection(source=source.name, action=action)
+        shown = await self._client.retargeting.PreviewRetarget(
+            retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)
+        )
+        matching = answer_actions(source.channel, told)[action]
+        expected = (matching & self._list_people(channel)) - self._unreachable[channel]
+        self._compare(f"people who match {action}", shown.matched_count, len(matching))
+        self._compare(f"people to reach on {channel}", shown.audience_count, len(expected))
+        self._compare("the funnel's sum", shown.matched_count - sum(drop.count for drop in shown.drops), shown.audience_count)
+        draft = await self._client.retargeting.CreateRetarget(
+            retargeting_pb2.CreateRetargetRequest(selection=selection, channel=channel)
+        )
+        wave = await self._client.campaigns.UpdateCampaign(
+            campaigns_pb2.UpdateCampaignRequest(campaign=campaigns_pb2.Campaign(name=draft.name, content=to_struct(content)))
+        )
+        return wave, await self._send(wave, expected)
+
+    async def _send(self, campaign: campaigns_pb2.Campaign, expected: People) -> Told:
+        """Launch a campaign, wait until it is sent and heard of, and compare everything with the truth."""
+        self._say(f"[bold]{campaign.display_name}[/] on {campaign.channel} to {len(expected):,} people")
+        since = json.loads(ask_sandbox(self._sandbox, "/sandbox/stats"))["last_sequence"]
+        await self._client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=campaign.name))
+        began = time.monotonic()
+        await self._wait_until_sent(campaign.name)
+        seconds = time.monotonic() - began
+        await asyncio.to_thread(ask_sandbox, self._sandbox, "/sandbox/drain?timeout=120", method="POST")
+        told, _ = await asyncio.to_thread(read_truth, self._sandbox, campaign.channel, since)
+        people = await self._read_recipients(campaign.name)
+        skipped = frozenset(person for person, recipient in people.items() if "skipped" in recipient.signals)
+        nameless = frozenset(person.external_id for person in self._population if not person.first_name)
+        has_default = "first_name }}" not in str(campaign.content)
+        self._compare("recipients", frozenset(people), expected)
+        self._compare("people left out for want of a name", skipped, frozenset() if has_default else expected & nameless)
+        self._compare("people messaged", told.messaged, expected - skipped)
+        if campaign.channel == "push":
+            silent = frozenset(person.external_id for person in self._population if not person.push_confirms)
+            told.signals["unconfirmable"] = told["sent"] & silent
+        heard = {
+            signal: frozenset(person for person, recipient in people.items() if signal in recipient.signals)
+            for signal in ("failed", "clicked", "read", "confirmed", "delivered")
+        }
+        self._compare("people who failed", heard["failed"], told["failed"])
+        self._compare("people who read", heard["read"], told["read"])
+        self._compare("people who clicked", heard["clicked"], told["clicked"])
+        answers = answer_actions(campaign.channel, told)
+        listed = await self._client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=campaign.name))
+        table = Table("action", "people", "of", "cannot be known", box=None, pad_edge=False)
+        for counted in listed.actions:
+            self._compare(f"people of {counted.action.action}", counted.count, len(answers[counted.action.action]))
+            table.add_row(counted.action.display_name, f"{counted.count:,}", f"{listed.recipients:,}", f"{counted.apart_count:,}")
+        for person, recipient in people.items():
+            if any(reason.startswith(("recipient_gone/", "opted_out/")) for reason in recipient.reasons):
+                self._unreachable[campaign.channel].add(person)
+        self._console.print(table)
+        rate = len(told.messaged) / max(seconds, 0.001)
+        self._console.print(
+            f"  sent in {seconds:.1f} s ({rate:,.0f}/s), {_State.Name(sent.state)}, every set as in the sandbox", style="dim"
+        )
+        return told
+
+    async def _wait_until_sent(self, name: str) -> None:
+        async with asyncio.timeout(SEND_SECONDS):
+            while True:
+                campaign = await self._client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
+                if campaign.state != _State.SENDING:
+                    break
+                await asyncio.sleep(0.1)
+        self._compare("the state", _State.Name(campaign.state), "SENT")
+
+    async def _read_recipients(self, name: str) -> dict[str, campaigns_pb2.Recipient]:
+        people: dict[str, campaigns_pb2.Recipient] = {}
+        token = ""
+        while True:
+            page = await self._client.campaigns.ListRecipients(
+                campaigns_pb2.ListRecipientsRequest(parent=name, page_size=1000, page_token=token)
+            )
+            people |= {recipient.contact.rpartition("/")[2]: recipient for recipient in page.recipients}
+            token = page.next_page_token
+            if not token:
+                return people
+
+    def _list_people(self, channel: str) -> People:
+        return frozenset(person.external_id for person in self._population if channel in person.channels)
+
+    def _compare(self, what: str, found: Any, expected: Any) -> None:
+        self._checked += 1
+        if found == expected:
+            return
+        if isinstance(found, Iterable) and not isinstance(found, str):
+            extra, missing = sorted(found - expected), sorted(expected - found)
+            raise Difference(f"{what}: {len(extra)} too many {extra[:5]}, {len(missing)} missing {missing[:5]}")
+        raise Difference(f"{what}: {found}, and it should be {expected}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"• {text}")
