@@ -11,6 +11,7 @@ import asyncio
 import base64
 import ipaddress
 import json
+import os
 import re
 import socket
 import time
@@ -22,9 +23,11 @@ from types import TracebackType
 from typing import Annotated, ClassVar, Literal, Self, cast
 
 import aiohttp
-import http_ece  # type: ignore[import-untyped]
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from py_vapid import Vapid02  # type: ignore[import-untyped]
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from yarl import URL
@@ -52,9 +55,12 @@ from aftertouch.channels import (
 )
 from aftertouch.hookspecs import hookimpl
 
-MAX_PLAINTEXT = 3993
-"""Bytes. A push service need not take a body over 4,096 (RFC 8030, section 7.2), and header and padding delimiter, key and tag
-take 103 of them (RFC 8188, section 2; RFC 8291, section 4)."""
+CURVE = ec.SECP256R1()
+
+RECORD_SIZE = 4096
+"""Bytes. A push service need not take a longer body (RFC 8030, section 7.2), and a body is one record (RFC 8291, section 4)."""
+MAX_PLAINTEXT = RECORD_SIZE - 103
+"""Bytes: header, the sender's key, delimiter and tag take 21 + 65 + 1 + 16 (RFC 8188, section 2)."""
 
 PUSH_SERVICES = (
     "fcm.googleapis.com",  # Chrome, Edge on Android, Opera, Samsung Internet
@@ -97,7 +103,7 @@ def _check_p256dh(text: str) -> str:
     point = decode_base64url(text)
     if len(point) != 65 or point[0] != 4:
         raise ValueError("must be an uncompressed point: 65 bytes that begin with 0x04")
-    ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point)
+    ec.EllipticCurvePublicKey.from_encoded_point(CURVE, point)
     return text
 
 
@@ -125,7 +131,7 @@ def load_vapid_key(text: str) -> ec.EllipticCurvePrivateKey:
     number = decode_base64url(text)
     if len(number) != 32:
         raise ValueError("must be a PEM, or 32 bytes as base64url")
-    return ec.derive_private_key(int.from_bytes(number, "big"), ec.SECP256R1())
+    return ec.derive_private_key(int.from_bytes(number, "big"), CURVE)
 
 
 def parse_retry_after(text: str | None) -> timedelta | None:
@@ -165,7 +171,7 @@ class PushSettings(Settings):
     allow_insecure_loopback: bool = False
     """Take ``http://127.0.0.1`` and ``http://localhost`` endpoints at any port: for a sandbox, never for production."""
     timeout_seconds: float = Field(default=10, gt=0)
-    """For the connection, and again for the answer."""
+    """For a whole request; the connection may take half of it."""
 
     @field_validator("vapid_private_key")
     @classmethod
@@ -312,7 +318,7 @@ class PushChannel(Channel):
                 limit_per_host=256,
                 socket_factory=partial(open_public_socket, allow_loopback=self.settings.allow_insecure_loopback),
             ),
-            timeout=aiohttp.ClientTimeout(total=2 * seconds, connect=seconds, sock_read=seconds),
+            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         return self
@@ -346,10 +352,9 @@ class PushChannel(Channel):
         }
         if content.urgency is not None:
             headers["Urgency"] = content.urgency
+        body = encrypt(payload, address.keys, sender=ec.generate_private_key(CURVE), salt=os.urandom(16))
         try:
-            async with self._session.post(
-                endpoint, data=encrypt(payload, address.keys), headers=headers, allow_redirects=False
-            ) as response:
+            async with self._session.post(endpoint, data=body, headers=headers, allow_redirects=False) as response:
                 # The body is not read: the status says all, and an endpoint's owner must not choose what we hold.
                 if not 200 <= response.status <= 299:
                     return Refused(
@@ -400,17 +405,24 @@ class PushChannel(Channel):
         return Webhook(receipts=(Receipt(signal=request.path, token=request.query["t"]),), answer=answer)
 
 
-def encrypt(payload: bytes, keys: PushKeys) -> bytes:
-    """Encrypt for one browser with a key pair that is used once (RFC 8291, section 3.1)."""
-    return cast(
-        "bytes",
-        http_ece.encrypt(
-            payload,
-            private_key=ec.generate_private_key(ec.SECP256R1()),
-            dh=decode_base64url(keys.p256dh),
-            auth_secret=decode_base64url(keys.auth),
-        ),
-    )
+def encrypt(payload: bytes, keys: PushKeys, *, sender: ec.EllipticCurvePrivateKey, salt: bytes) -> bytes:
+    """Encrypt for one browser, as one record (RFC 8291, section 3.4). ``sender`` and ``salt`` must never be used again.
+
+    Done here because it is most of what a message costs: 96 us, half of them the ECDH, beside 120 us in ``http_ece``. And done on
+    the event loop: a thread for it only took turns with the loop, and fewer messages left in all.
+    """
+    receiver_point = decode_base64url(keys.p256dh)
+    sender_point = sender.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    secret = sender.exchange(ec.ECDH(), ec.EllipticCurvePublicKey.from_encoded_point(CURVE, receiver_point))
+    keying_material = _derive(decode_base64url(keys.auth), secret, b"WebPush: info\0" + receiver_point + sender_point, length=32)
+    key = _derive(salt, keying_material, b"Content-Encoding: aes128gcm\0", length=16)
+    nonce = _derive(salt, keying_material, b"Content-Encoding: nonce\0", length=12)
+    header = salt + RECORD_SIZE.to_bytes(4, "big") + bytes((len(sender_point),)) + sender_point
+    return header + AESGCM(key).encrypt(nonce, payload + b"\2", None)
+
+
+def _derive(salt: bytes, secret: bytes, info: bytes, *, length: int) -> bytes:
+    return HKDF(algorithm=hashes.SHA256(), length=length, salt=salt, info=info).derive(secret)
 
 
 @hookimpl

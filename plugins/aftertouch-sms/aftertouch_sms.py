@@ -137,7 +137,7 @@ class SmsSettings(Settings):
     validity_period_seconds: int | None = Field(default=None, ge=1, le=36_000)
     """How long a message may wait in Twilio's queue; Twilio's own default is ten hours."""
     timeout_seconds: float = Field(default=15, gt=0)
-    """For the connection, and again for the answer."""
+    """For a whole request; the connection may take half of it."""
 
     @model_validator(mode="after")
     def _check_one_sender(self) -> Self:
@@ -181,7 +181,7 @@ class TwilioTransport(AsyncHttpClient):  # type: ignore[misc]
     def __init__(self, seconds: float) -> None:
         super().__init__(logging.getLogger(__name__), is_async=True, timeout=seconds)
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=2 * seconds, connect=seconds, sock_read=seconds),
+            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 

@@ -112,7 +112,7 @@ class WhatsAppSettings(Settings):
     api_url: str = Field(default="https://graph.facebook.com", pattern=r"^https?://[^/?#]+/?$")
     api_version: str = Field(default="v23.0", pattern=r"^v[0-9]+\.[0-9]+$")
     timeout_seconds: float = Field(default=15, gt=0)
-    """For the connection, and again for the answer."""
+    """For a whole request; the connection may take half of it."""
 
 
 class WhatsAppAddress(Address):
@@ -206,7 +206,7 @@ class WhatsAppChannel(Channel):
         seconds = self.settings.timeout_seconds
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self.settings.access_token.get_secret_value()}"},
-            timeout=aiohttp.ClientTimeout(total=2 * seconds, connect=seconds, sock_read=seconds),
+            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         return self

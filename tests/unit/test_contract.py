@@ -224,6 +224,24 @@ class ForgetsTheZone(ConsoleChannel):
         return replace(webhook, receipts=tuple(replace(was, time=datetime(2026, 3, 1)) for was in webhook.receipts))
 
 
+class SendsInBulk(ConsoleChannel):
+    """A provider that takes many messages in one request, as some do."""
+
+    async def send(self, messages: Messages) -> Sequence[Outcome]:
+        if not messages:
+            return []
+        texts = [{"reference": message.token} for message in messages]
+        async with self._session.post(str(self.settings.url), json=texts) as answer:
+            return [Accepted(message_id=name) for name in (await answer.json())["ids"]]
+
+
+class BulkContract(Contract):
+    channel = SendsInBulk
+
+    def accept(self, request: ProviderRequest) -> Response:
+        return Response.from_json({"ids": [f"message-{item['reference']}" for item in request.read_json()]})
+
+
 class OpenSecrets(ConsoleSettings):
     api_key: str  # type: ignore[assignment]
 
@@ -319,6 +337,14 @@ async def test_contract_skips_webhooks_that_are_not_declared(
 ) -> None:
     with pytest.raises(pytest.skip.Exception):
         await run_check(NeedsNoWebhooks, "test_webhook_forged_is_refused", caplog, capfd)
+
+
+async def test_contract_fits_a_channel_that_sends_in_bulk() -> None:
+    contract = BulkContract()
+    await contract.test_send_accepted()
+    await contract.test_send_answers_each_message_in_order()
+    await contract.test_send_of_nothing_asks_nobody()
+    await contract.test_send_again_hands_over_the_same_token()
 
 
 @pytest.mark.parametrize("mode", ["strict", "auto"])
