@@ -128,7 +128,7 @@ class SmsSettings(Settings):
     model_config = ConfigDict(hide_input_in_errors=True)
 
     account_sid: str = Field(pattern=r"^AC[0-9a-fA-F]{32}$")
-    auth_token: SecretStr
+    auth_token: SecretStr = Field(min_length=1)
     """Also the key of the webhooks' signatures, so an API key cannot take its place."""
     messaging_service_sid: str = Field(default="", pattern=r"^(MG[0-9a-fA-F]{32})?$")
     sender: str = ""

@@ -104,7 +104,7 @@ class WhatsAppSettings(Settings):
     model_config = ConfigDict(hide_input_in_errors=True)
 
     phone_number_id: str = Field(pattern=r"^[0-9]+$")
-    access_token: SecretStr
+    access_token: SecretStr = Field(min_length=1)
     app_secret: SecretStr = Field(min_length=1)
     """The key of the webhooks' signatures."""
     verify_token: SecretStr = Field(min_length=1)

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pluggy import PluginManager
 from py_vapid import Vapid02
@@ -235,6 +235,7 @@ def test_address_with_a_broken_key_is_refused(name: str, value: str) -> None:
     assert [error["loc"] for error in refusal.value.errors()] == [("keys", name)]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_address_parsing_never_raises_anything_else(text: str) -> None:
     with pytest.raises(ValidationError):
@@ -242,6 +243,13 @@ def test_address_parsing_never_raises_anything_else(text: str) -> None:
 
 
 # Settings
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_retry_after_of_any_text_is_survived(text: str) -> None:
+    delay = aftertouch_push.parse_retry_after(text)
+    assert delay is None or delay >= timedelta()
 
 
 @pytest.mark.parametrize("written", ["pkcs8", "sec1", "one line"])
@@ -292,6 +300,7 @@ def test_encryption_writes_the_bytes_of_rfc_8291() -> None:
     )
 
 
+@settings(deadline=None)
 @given(payload=st.binary(max_size=MAX_PLAINTEXT), salt=st.binary(min_size=16, max_size=16))
 def test_encryption_is_read_by_http_ece(payload: bytes, salt: bytes) -> None:
     keys = PushKeys.model_validate(KEYS)
@@ -446,6 +455,21 @@ async def test_send_is_refused_when_nothing_listens() -> None:
     service = PushService(url=f"http://127.0.0.1:{unused_port()}", answer=answer_with(201))
     assert await send_one(service) == Refused(code="connect_error")
     assert PushChannel.classify("connect_error") is ReasonClass.TRANSIENT
+
+
+async def test_send_is_refused_when_the_connection_stalls() -> None:
+    """The listener never answers the TLS handshake, so nothing of the message has left."""
+    finished = asyncio.Event()
+
+    async def listen(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await finished.wait()
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        outcome = await send_one(PushService(url=f"https://127.0.0.1:{port}", answer=answer_with(201)))
+        finished.set()
+    assert outcome == Refused(code="connect_error")
 
 
 async def test_send_does_not_trust_a_stored_endpoint() -> None:

@@ -16,7 +16,7 @@ import pytest
 from aftertouch_whatsapp import WhatsAppAddress, WhatsAppChannel, WhatsAppContent, WhatsAppSettings
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pluggy import PluginManager
 from pydantic import ValidationError
@@ -379,6 +379,7 @@ def make_verification(**query: str) -> WebhookRequest:
     return WebhookRequest(method="GET", url=f"{WEBHOOK_URL}?{urlencode(query)}", path="", headers={}, body=b"")
 
 
+@settings(deadline=None)
 @given(st.binary(), st.sampled_from(["", "sha256=", "sha256=00"]))
 def test_webhook_signature_is_judged_as_pywa_judges_it(body: bytes, forged: str) -> None:
     peer = WhatsApp(phone_id="1", token="EAAJB", app_secret=APP_SECRET, validate_updates=True)
@@ -489,6 +490,7 @@ def test_webhook_of_an_inbound_message_brings_nothing() -> None:
     assert read(make_update(messages=[{"from": "16505551234", "text": {"body": "hello"}}])) == ((), ())
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_webhook_of_any_json_is_survived(update: object) -> None:
     receipts, unrecognized = read(update)
