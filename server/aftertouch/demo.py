@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -55,6 +56,10 @@ def run_demo() -> int:
 class Told:
     """What the sandbox decided about one campaign's messages: people by signal."""
 
+    since: int
+    """The messages are those on the channel after this sequence number …"""
+    until: int
+    """… up to this one."""
     messaged: People
     signals: dict[str, People]
 
@@ -70,8 +75,8 @@ def ask_sandbox(url: str, path: str, *, method: str = "GET", body: Any = None) -
     return text
 
 
-def read_truth(url: str, channel: str, since: int) -> tuple[Told, int]:
-    """What happened on a channel after a sequence number, and the last one now.
+def read_truth(url: str, channel: str, since: int, until: int = sys.maxsize) -> Told:
+    """What happened, so far, to the messages on a channel in a range of sequence numbers.
 
     Raises:
         Difference: somebody was messaged twice.
@@ -81,18 +86,17 @@ def read_truth(url: str, channel: str, since: int) -> tuple[Told, int]:
     last = since
     for line in ask_sandbox(url, f"/sandbox/truth?channel={channel}&since={since}").splitlines():
         entry = json.loads(line)
-        last = max(last, entry["sequence"])
+        if entry["sequence"] > until:
+            break
+        last = entry["sequence"]
         person = entry["external_id"]
         messaged.append(person)
-        if entry["refused"] is not None:
-            signals.setdefault("failed", set()).add(person)
-        else:
-            signals.setdefault("sent", set()).add(person)
+        signals.setdefault("sent" if entry["refused"] is None else "failed", set()).add(person)
         for signal in entry["signals"]:
             signals.setdefault(signal, set()).add(person)
     if len(messaged) != len(set(messaged)):
         raise Difference(f"{len(messaged) - len(set(messaged))} messages on {channel} were sent twice")
-    return Told(frozenset(messaged), {name: frozenset(people) for name, people in signals.items()}), last
+    return Told(since, last, frozenset(messaged), {name: frozenset(people) for name, people in signals.items()})
 
 
 def answer_actions(channel: str, told: Told) -> dict[str, People]:
@@ -131,6 +135,7 @@ class Demo:
         self._console = console
         self._directory = directory
         self._checked = 0
+        self._began = time.monotonic()
 
     async def run(self) -> None:
         """Do all of it.
@@ -138,7 +143,6 @@ class Demo:
         Raises:
             Difference: at the first difference.
         """
-        began = time.monotonic()
         self._say("a sandbox of Twilio, Meta and a push service, and a server with an embedded PostgreSQL")
         log = self._directory / "log.txt"
         async with Child("sandbox", "--port=0", f"--people={PEOPLE}", environment={}, ready=SANDBOX_READY, log=log) as sandbox:
@@ -153,15 +157,14 @@ class Demo:
             }
             async with Child("serve", environment=environment, ready=SERVER_READY, log=log) as server:
                 address, webhooks = server.found
-                await asyncio.to_thread(
-                    ask_sandbox, self._sandbox, "/sandbox/whatsapp-webhook", method="PUT", body={"url": whatsapp}
-                )
+                hook = {"url": f"{webhooks}/v1/webhooks/whatsapp"}
+                await asyncio.to_thread(ask_sandbox, self._sandbox, "/sandbox/whatsapp-webhook", method="PUT", body=hook)
                 await run_command("apps", "create", "demo", environment=environment)
                 key = (await run_command("keys", "create", "demo", environment=environment)).strip()
                 async with Client(address, api_key=key, app="demo") as client:
                     self._client = client
                     await self._play()
-        self._say(f"[bold green]{self._checked} sets of people compared, all equal[/], in {time.monotonic() - began:.0f} s")
+        self._say(f"[bold green]{self._checked} sets of people compared, all equal[/]")
 
     async def _play(self) -> None:
         self._say(f"{PEOPLE:,} people: some on one channel, some on all")
@@ -183,7 +186,9 @@ class Demo:
             )
         )
         told = await self._send(sale, self._list_people("whatsapp"))
-        by_sms = await self._follow(sale, "not_read", told, "sms", {"body": "Hi {{ first_name | default: 'there' }}, it ends today"})
+        by_sms = await self._follow(
+            sale, "not_read", told, "sms", {"body": "Hi {{ first_name | default: 'there' }}, it ends today"}
+        )
         by_push = await self._follow(sale, "not_read", told, "push", {**alert, "title": "Hello {{ first_name }}"})
         await self._follow(by_sms[0], "not_delivered", by_sms[1], "push", alert)
         await self._follow(by_push[0], "not_clicked", by_push[1], "sms", {"body": "Last chance, {{ first_name }}"})
@@ -193,6 +198,7 @@ class Demo:
         self, source: campaigns_pb2.Campaign, action: str, told: Told, channel: str, content: dict[str, Any]
     ) -> tuple[campaigns_pb2.Campaign, Told]:
         """Retarget a campaign on a channel, and send the wave to exactly the right people."""
+        told = await self._hear(source.channel, told.since, told.until)
         selection = campaigns_pb2.RetargetSelection(source=source.name, action=action)
         shown = await self._client.retargeting.PreviewRetarget(
             retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)
@@ -218,8 +224,7 @@ class Demo:
         began = time.monotonic()
         await self._wait_until_sent(campaign.name)
         seconds = time.monotonic() - began
-        await asyncio.to_thread(ask_sandbox, self._sandbox, "/sandbox/drain?timeout=120", method="POST")
-        told, _ = await asyncio.to_thread(read_truth, self._sandbox, campaign.channel, since)
+        told = await self._hear(campaign.channel, since)
         people = await self._read_recipients(campaign.name)
         skipped = frozenset(person for person, recipient in people.items() if "skipped" in recipient.signals)
         nameless = frozenset(person.external_id for person in self._population if not person.first_name)
@@ -227,9 +232,6 @@ class Demo:
         self._compare("recipients", frozenset(people), expected)
         self._compare("people left out for want of a name", skipped, frozenset() if has_default else expected & nameless)
         self._compare("people messaged", told.messaged, expected - skipped)
-        if campaign.channel == "push":
-            silent = frozenset(person.external_id for person in self._population if not person.push_confirms)
-            told.signals["unconfirmable"] = told["sent"] & silent
         heard = {
             signal: frozenset(person for person, recipient in people.items() if signal in recipient.signals)
             for signal in ("failed", "clicked", "read", "confirmed", "delivered")
@@ -247,10 +249,18 @@ class Demo:
             if any(reason.startswith(("recipient_gone/", "opted_out/")) for reason in recipient.reasons):
                 self._unreachable[campaign.channel].add(person)
         self._console.print(table)
-        rate = len(told.messaged) / max(seconds, 0.001)
         self._console.print(
-            f"  sent in {seconds:.1f} s ({rate:,.0f}/s), {_State.Name(sent.state)}, every set as in the sandbox", style="dim"
+            f"  sent in {seconds:.1f} s, {len(told.messaged) / seconds:,.0f}/s; every set as it happened", style="dim"
         )
+        return told
+
+    async def _hear(self, channel: str, since: int, until: int = sys.maxsize) -> Told:
+        """What happened to a campaign's messages, once no receipt is on its way any more."""
+        await asyncio.to_thread(ask_sandbox, self._sandbox, "/sandbox/drain?timeout=120", method="POST")
+        told = await asyncio.to_thread(read_truth, self._sandbox, channel, since, until)
+        if channel == "push":
+            silent = frozenset(person.external_id for person in self._population if not person.push_confirms)
+            told.signals["unconfirmable"] = told["sent"] & silent
         return told
 
     async def _wait_until_sent(self, name: str) -> None:
@@ -287,4 +297,4 @@ class Demo:
         raise Difference(f"{what}: {found}, and it should be {expected}")
 
     def _say(self, text: str) -> None:
-        self._console.print(f"• {text}")
+        self._console.print(f"[dim]{time.monotonic() - self._began:4.0f} s[/] {text}", soft_wrap=True)

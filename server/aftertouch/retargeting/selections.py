@@ -149,7 +149,6 @@ async def preview(conn: AsyncConnection, app: App, numbers: Numbers, channel: st
 
 
 def title_wave(source: Campaign, channel: ChannelType, selection: Selection) -> str:
-    """The name of a wave: "Retarget: Summer Sale (not read)", cut to 200 characters."""
-    short_name = channel.actions[selection.action].action.short_name
-    tail = f" ({short_name})"
-    return f"Retarget: {source.display_name}"[: 200 - len(tail)] + tail
+    """The name of a wave: "Retarget: Summer Sale (not read)", cut to 200 characters; a wave of a wave adds its action."""
+    tail = f" ({channel.actions[selection.action].action.short_name})"
+    return f"Retarget: {source.display_name.removeprefix('Retarget: ')}"[: 200 - len(tail)] + tail

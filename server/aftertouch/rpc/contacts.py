@@ -25,6 +25,9 @@ LARGEST_ATTRIBUTES = 16_384
 MOST_REJECTIONS = 1_000
 """How many rows of an import are reported one by one."""
 
+TIME_ZONES = available_timezones()
+"""Read once: each call reads the whole directory of zones, which took 5 ms a contact."""
+
 _STATES = {"ACTIVE": "active", "OPTED_OUT": "opted_out", "INVALID": "invalid"}
 
 
@@ -117,7 +120,7 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
         attributes = json_format.MessageToDict(contact.attributes)
         if len(json.dumps(attributes)) > LARGEST_ATTRIBUTES:
             violations.append(Violation("attributes", f"are larger than {LARGEST_ATTRIBUTES} bytes as JSON"))
-        if contact.time_zone and contact.time_zone not in available_timezones():
+        if contact.time_zone and contact.time_zone not in TIME_ZONES:
             violations.append(Violation("time_zone", f"{contact.time_zone!r} is not an IANA time zone like Europe/Madrid"))
         subscriptions = []
         for index, subscription in enumerate(contact.subscriptions):
