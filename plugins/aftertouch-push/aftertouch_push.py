@@ -278,7 +278,7 @@ class PushChannel(Channel):
     content_model = PushContent
     settings_model = PushSettings
     # The token is the Topic, and a push service replaces a waiting message by the next one of its topic (RFC 8030, section 5.4).
-    capabilities = Capabilities(idempotent_sends=True)
+    capabilities = Capabilities(idempotent_sends=True, signed_webhooks=False)
     signals = (
         Signal(name="confirmed", label="Confirmed delivery", implies=("sent",)),
         Signal(name="clicked", label="Clicked", implies=("confirmed",)),

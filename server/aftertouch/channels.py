@@ -89,6 +89,9 @@ class Capabilities:
     """The same token sent twice reaches the person once (web push with a Topic): after a crash such messages are sent again."""
     webhooks: bool = True
     """Receipts arrive over HTTP; ``verify`` and ``parse`` are then required."""
+    signed_webhooks: bool = True
+    """A webhook request proves by itself that the provider made it. Where it does not (a browser's beacon), the token is the
+    only proof: a receipt without one of ours is then refused, and nothing of it kept."""
     batch_size: int = 50
     """How many messages one call of ``send`` may be handed (1 to 1,000)."""
 
