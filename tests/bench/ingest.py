@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from sqlalchemy import text
+from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.ingest.tokens import TokenCodec
@@ -28,6 +28,7 @@ from aftertouch.store import apps as apps_store
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import create_engine, driver, transaction
 from aftertouch.store.logs import EventBatch, encode_events
+from aftertouch.store.tables import contact_counters
 from aftertouch.v1 import events_pb2
 
 SECRET_KEY = "a secret key of the benchmark, long enough"
@@ -58,6 +59,7 @@ async def make_contacts(engine: AsyncEngine, app_id: int, people: int) -> None:
             text("INSERT INTO contact_ids SELECT :app_id, 'person-' || n, n FROM generate_series(0, :people - 1) AS n"),
             {"app_id": app_id, "people": people},
         )
+        await conn.execute(insert(contact_counters).values(app_id=app_id, next_number=people))
         await conn.execute(text("ANALYZE contact_ids"))
 
 

@@ -5,8 +5,10 @@ Each is bounded; what was used least recently is dropped first.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -15,13 +17,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from aftertouch.rolls.chunks import Numbers
 from aftertouch.rolls.sql import read_roll
 from aftertouch.store.campaigns import Campaign, find_campaigns, read_campaigns
-from aftertouch.store.contacts import find_numbers
+from aftertouch.store.contacts import count_contacts, find_numbers, page_numbers
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind, intern_kinds
 
 MOST_CAMPAIGNS = 10_000
 MOST_IDENTITIES = 2_000_000
 """Contact numbers by external_id: about 150 bytes each, so 300 MB at the most."""
+IDENTITIES_PAGE = 20_000
+"""Read at a time, so that nobody else waits longer than 20 ms."""
 MOST_ROLL_POSITIONS = 25_000_000
 """Of decoded rolls: 8 bytes each, so 200 MB."""
 MOST_KINDS = 10_000
@@ -56,6 +60,20 @@ class Kept(Generic[K, V]):
             self._weight -= self._weigh(dropped)
 
 
+@dataclass
+class _Identities:
+    """Contact numbers of one app by external_id."""
+
+    numbers: dict[bytes, int] = field(default_factory=dict)
+    misses: int = 0
+    is_whole: bool = False
+    """All were read once; those that are made later are looked up one by one."""
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def look_up(self, external_ids: Sequence[bytes]) -> Numbers:
+        return np.array([self.numbers.get(external_id, -1) for external_id in external_ids], np.int64)
+
+
 class Lookups:
     """Look-ups in the database, remembered."""
 
@@ -63,7 +81,7 @@ class Lookups:
         self._engine = engine
         self._campaigns: Kept[int, Campaign] = Kept(MOST_CAMPAIGNS)
         self._campaigns_by_name: Kept[tuple[int, str], Campaign] = Kept(MOST_CAMPAIGNS)
-        self._identities: dict[int, dict[bytes, int]] = {}
+        self._identities: dict[int, _Identities] = {}
         self._rolls: Kept[int, Numbers] = Kept(MOST_ROLL_POSITIONS, len)
         self._kinds: dict[Kind, int] = {}
 
@@ -100,20 +118,44 @@ class Lookups:
 
     async def find_numbers(self, app_id: int, external_ids: Sequence[bytes]) -> Numbers:
         """The contact number of each external_id, in UTF-8; -1 where there is none."""
-        known = self._identities.setdefault(app_id, {})
-        numbers = np.array([known.get(external_id, -1) for external_id in external_ids], np.int64)
+        known = self._identities.setdefault(app_id, _Identities())
+        numbers = known.look_up(external_ids)
         unknown = np.flatnonzero(numbers < 0).tolist()
+        if unknown:
+            known.misses += len(unknown)
+            if not known.is_whole:
+                await self._load_identities(app_id, known)
+                numbers = known.look_up(external_ids)
+                unknown = np.flatnonzero(numbers < 0).tolist()
         if unknown:
             wanted = {external_ids[index] for index in unknown}
             texts = [text for text in (external_id.decode(errors="replace") for external_id in wanted) if "\0" not in text]
             async with transaction(self._engine) as conn:
                 read = {text.encode(): number for text, number in (await find_numbers(conn, app_id, texts)).items()}
-            if sum(map(len, self._identities.values())) + len(read) > MOST_IDENTITIES:
-                known = {}
-                self._identities = {app_id: known}
-            known.update(read)
+            if sum(len(identities.numbers) for identities in self._identities.values()) + len(read) > MOST_IDENTITIES:
+                self._identities = {app_id: (known := _Identities())}
+            known.numbers.update(read)
             numbers[unknown] = [read.get(external_ids[index], -1) for index in unknown]
         return numbers
+
+    async def _load_identities(self, app_id: int, known: _Identities) -> None:
+        """Read all external_ids of an app whose people keep being asked for, where they fit: 0.8 µs each, by one 5 µs."""
+        async with known.loading:
+            if known.is_whole:
+                return
+            async with transaction(self._engine) as conn:
+                count = await count_contacts(conn, app_id)
+            if known.misses < count // 20 or count > MOST_IDENTITIES // 2:
+                return
+            after = ""
+            while True:
+                async with transaction(self._engine) as conn:
+                    page = await page_numbers(conn, app_id, after, IDENTITIES_PAGE)
+                known.numbers.update((external_id.encode(), number) for external_id, number in page)
+                if len(page) < IDENTITIES_PAGE:
+                    break
+                after = page[-1][0]
+            known.is_whole = True
 
     async def read_roll(self, campaign_id: int) -> Numbers:
         """The contact numbers of a launched campaign, by position."""

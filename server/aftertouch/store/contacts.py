@@ -78,6 +78,22 @@ async def find_numbers(conn: AsyncConnection, app_id: int, external_ids: Sequenc
     return dict(await rows.fetchall())
 
 
+async def count_contacts(conn: AsyncConnection, app_id: int) -> int:
+    """How many contacts an app ever had."""
+    row = await conn.execute(select(contact_counters.c.next_number).where(contact_counters.c.app_id == app_id))
+    return row.scalar() or 0
+
+
+async def page_numbers(conn: AsyncConnection, app_id: int, after: str, limit: int) -> list[tuple[str, int]]:
+    """External_ids with their contact numbers, in order, those after ``after``."""
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT external_id, number FROM contact_ids WHERE app_id = %b AND external_id > %b ORDER BY external_id LIMIT %b",
+        (app_id, after, limit),
+    )
+    return await rows.fetchall()
+
+
 async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable[str]) -> tuple[dict[str, int], int]:
     """The contact numbers of all these external_ids, and how many had to be made."""
     wanted = list(dict.fromkeys(external_ids))
