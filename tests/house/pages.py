@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -25,16 +26,19 @@ from aftertouch.plugins import name_setting as name_channel_setting
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "settings.md")
-EXAMPLE = "console"
+EXAMPLE = "aftertouch-console"
 """Not listed: it exists to be copied, and the tutorial has its settings."""
 
-_PART = re.compile(r"(<!-- made: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_SNIPPET = re.compile(r"(<!-- from (?P<path>\S+) (?P<name>\S+) -->\n```\w+\n).*?(```)", re.DOTALL)
+_PART = re.compile(r"(?P<head><!-- made: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
+_SNIPPET = re.compile(
+    r"(?P<head><!-- from (?P<path>\S+) (?P<name>\S+) -->\n```\w+\n).*?(?P<tail>^```$)", re.DOTALL | re.MULTILINE
+)
 
 
 def list_channels() -> list[ChannelType]:
-    """The channels of the house, without the example."""
-    return [found for name, found in sorted(discover_channels().types.items()) if name != EXAMPLE]
+    """The channels of the house, without the example, and without what else may be installed."""
+    ours = {path.name for path in (ROOT / "plugins").iterdir()} - {EXAMPLE}
+    return [found for _, found in sorted(discover_channels().types.items()) if found.distribution in ours]
 
 
 def make_settings() -> str:
@@ -63,7 +67,9 @@ def _make_table(model: type[BaseModel], name: Callable[[str], str]) -> str:
     told = _read_docstrings(model)
     lines = ["| setting | default | meaning |", "|---|---|---|"]
     for field, info in model.model_fields.items():
-        meaning = " ".join((info.description or told.get(field, "")).split())
+        meaning = " ".join((info.description or told.get(field, "")).split()).replace("``", "`").replace("<", "&lt;")
+        if get_origin(info.annotation) is Literal:
+            meaning += ": " + ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
         lines.append(f"| `{name(field)}` | {_show_default(info)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
@@ -98,8 +104,8 @@ def make_page(text: str) -> str:
     parts = {"settings": make_settings, "channels": make_channels}
     for channel in list_channels():
         parts[f"settings-{channel.name}"] = lambda channel=channel: make_channel_settings(channel)
-    text = _PART.sub(lambda match: f"{match[1]}\n{parts[match['name']]()}\n{match[3]}", text)
-    return _SNIPPET.sub(lambda match: f"{match[1]}{cut_snippet(ROOT / match['path'], match['name'])}{match[3]}", text)
+    text = _PART.sub(lambda match: f"{match['head']}\n{parts[match['name']]()}\n{match['tail']}", text)
+    return _SNIPPET.sub(lambda match: f"{match['head']}{cut_snippet(ROOT / match['path'], match['name'])}{match['tail']}", text)
 
 
 def find_stale() -> Iterator[tuple[Path, str]]:

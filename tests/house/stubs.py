@@ -40,7 +40,9 @@ def find_differences() -> list[str]:
 
 
 def _read_stubs(directory: Path, base: Path | None = None) -> dict[str, bytes]:
-    return {str(path.relative_to(base or directory)): path.read_bytes() for path in directory.rglob(STUB) if path.suffix != ".pyc"}
+    return {
+        str(path.relative_to(base or directory)): path.read_bytes() for path in directory.rglob(STUB) if path.suffix != ".pyc"
+    }
 
 
 if __name__ == "__main__":
