@@ -44,18 +44,18 @@ def list_committed() -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def ignored() -> list[str]:
-    """The patterns of .dockerignore that take something back in."""
+def sent_along() -> list[str]:
+    """What .dockerignore lets through to the build."""
     return [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
 
 
-def test_image_has_what_it_copies(ignored: list[str]) -> None:
+def test_image_has_what_it_copies(sent_along: list[str]) -> None:
     for name, rest in INSTRUCTIONS:
         if name == "COPY" and not rest.startswith("--from="):
             *sources, _ = rest.split()
             for source in sources:
                 assert (ROOT / source).exists()
-                assert source in ignored
+                assert source in sent_along
 
 
 def test_image_installs_files_that_exist_with_hashes() -> None:
