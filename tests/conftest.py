@@ -1,0 +1,13 @@
+"""Which fixtures there are, and which PostgreSQL the tests run on. See tests/README.md."""
+
+import pytest
+
+pytest_plugins = ["tests.fix_database", "tests.fix_world"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--dsn", help="run on this PostgreSQL (15 to 18; a role that may create databases), not an embedded one")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"postgresql: {'as given with --dsn' if config.getoption('--dsn') else 'embedded'}"

@@ -1,0 +1,70 @@
+"""Databases: one server for the session, one template with the schema, a clone of it for each test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from aftertouch.server import keep_house
+from aftertouch.store.embedded import EmbeddedPostgres
+from aftertouch.store.engine import create_engine
+from aftertouch.store.migrate import migrate
+
+_numbers = itertools.count()
+
+
+def name_database(url: str, name: str) -> str:
+    """The same server's database of another name."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@pytest.fixture(scope="session")
+async def postgres_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """The server: the one of --dsn, or an embedded one."""
+    if dsn := request.config.getoption("--dsn"):
+        yield dsn
+        return
+    async with EmbeddedPostgres(tmp_path_factory.mktemp("postgres")) as postgres:
+        yield postgres.url
+
+
+async def _run(url: str, statement: str) -> None:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
+        await conn.execute(statement)
+
+
+@pytest.fixture(scope="session")
+async def template(postgres_url: str) -> AsyncIterator[str]:
+    """The name of a database with the schema, to be cloned: 20 ms a test where migrating takes a second."""
+    name = f"aftertouch_test_template_{next(_numbers)}"
+    await _run(postgres_url, f"DROP DATABASE IF EXISTS {name}")
+    await _run(postgres_url, f"CREATE DATABASE {name}")
+    url = name_database(postgres_url, name)
+    await migrate(url)
+    engine = create_engine(url)
+    await keep_house(engine)
+    await engine.dispose()
+    yield name
+    await _run(postgres_url, f"DROP DATABASE {name}")
+
+
+@pytest.fixture
+async def database_url(postgres_url: str, template: str) -> AsyncIterator[str]:
+    """A database of the test's own, with the schema and nothing in it."""
+    name = f"aftertouch_test_{next(_numbers)}"
+    await _run(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+    yield name_database(postgres_url, name)
+    await _run(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """Connections to the test's database."""
+    engine = create_engine(database_url)
+    yield engine
+    await engine.dispose()

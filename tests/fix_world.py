@@ -1,0 +1,135 @@
+"""Whole worlds: a sandbox of the providers, a server, and clients of an app in it; all in the test's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from aftertouch.cli import read_contacts, stream
+from aftertouch.client import Client
+from aftertouch.config import Config
+from aftertouch.plugins import discover_channels
+from aftertouch.rpc.values import to_struct
+from aftertouch.sandbox import Sandbox, SandboxSettings
+from aftertouch.server import Addresses, Core, serve
+from aftertouch.store import apps as store
+from aftertouch.store.engine import transaction
+from aftertouch.v1 import campaigns_pb2
+from aftertouch.web.server import bind
+
+SECRET_KEY = "a secret key of the tests, 32 characters or more"
+
+CONTENT: dict[str, dict[str, Any]] = {
+    "sms": {"body": "Hi {{ first_name | default: 'there' }}"},
+    "whatsapp": {"template": "summer_sale", "language": "en_US", "body": ["{{ first_name | default: 'there' }}"]},
+    "push": {"title": "Hi {{ first_name | default: 'there' }}", "body": "Sale", "url": "https://shop.example/"},
+}
+"""A content for each channel that can be rendered for everybody."""
+
+
+@dataclass
+class World:
+    """A running server with its sandbox, and a client of its app ``acme`` that may do everything."""
+
+    sandbox: Sandbox
+    core: Core
+    addresses: Addresses
+    client: Client
+    secret: str
+
+    async def create_key(self, app: str, *scopes: str) -> str:
+        """A key of an app, which is made when it is new."""
+        async with transaction(self.core.engine) as conn:
+            found = await store.find_app(conn, app) or await store.create_app(conn, app, app.capitalize())
+            _, secret = await store.create_api_key(conn, found.app_id, "test", scopes)
+        return secret
+
+    def connect(self, app: str, secret: str) -> Client:
+        """A client with another key; enter it."""
+        return Client(self.addresses.grpc, api_key=secret, app=app)
+
+    async def import_people(self) -> None:
+        """Everybody of the sandbox becomes a contact of ``acme``."""
+        imported = await self.client.import_contacts(stream(read_contacts(self.sandbox.population.list_rows())))
+        assert imported.rejected_count == 0, imported.rejections
+
+    async def create_campaign(self, channel: str, audience: campaigns_pb2.Audience | None = None, **fields: Any) -> Any:
+        """A draft with content, to all subscribers unless said otherwise."""
+        everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+        campaign = campaigns_pb2.Campaign(
+            display_name="Summer Sale", channel=channel, content=to_struct(CONTENT[channel]), audience=audience or everybody
+        )
+        campaign.MergeFrom(campaigns_pb2.Campaign(**fields))
+        return await self.client.campaigns.CreateCampaign(
+            campaigns_pb2.CreateCampaignRequest(parent=self.client.parent, campaign=campaign)
+        )
+
+    async def launch(self, name: str) -> None:
+        """Launch a campaign, and wait until it is sent and every receipt has arrived."""
+        await self.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+        await self.wait_until_sent(name)
+        await self.sandbox.outbox.drain()
+
+    async def wait_until_sent(self, name: str, seconds: float = 60) -> campaigns_pb2.Campaign:
+        """Wait until a campaign is no longer being sent, and return it."""
+        async with asyncio.timeout(seconds):
+            # There is nothing to wait on but the answer of the next call.
+            while (campaign := await self.get_campaign(name)).state == campaigns_pb2.Campaign.State.SENDING:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        return campaign
+
+    async def get_campaign(self, name: str) -> campaigns_pb2.Campaign:
+        """A campaign with its counts."""
+        return await self.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
+
+    async def read_recipients(self, name: str) -> dict[str, campaigns_pb2.Recipient]:
+        """All recipients of a campaign by external_id."""
+        found: dict[str, campaigns_pb2.Recipient] = {}
+        token = ""
+        while True:
+            page = await self.client.campaigns.ListRecipients(
+                campaigns_pb2.ListRecipientsRequest(parent=name, page_size=1000, page_token=token)
+            )
+            found |= {recipient.contact.rpartition("/")[2]: recipient for recipient in page.recipients}
+            token = page.next_page_token
+            if not token:
+                return found
+
+
+OpenWorld = Callable[..., AbstractAsyncContextManager[World]]
+
+
+@pytest.fixture
+def open_world(database_url: str) -> OpenWorld:
+    """Open a world: ``async with open_world(SandboxSettings(size=50)) as world``; settings of the server by keyword."""
+
+    @asynccontextmanager
+    async def open_one(settings: SandboxSettings | None = None, **config: Any) -> AsyncIterator[World]:
+        listener = bind("127.0.0.1:0")
+        hook = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/webhooks/whatsapp"
+        chosen = settings or SandboxSettings(size=60, time_scale=0.05)
+        async with Sandbox(SandboxSettings(**{**vars(chosen), "whatsapp_webhook_url": hook})) as sandbox:
+            values = {"grpc_address": "127.0.0.1:0", **config}
+            loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
+            stopping = asyncio.Event()
+            async with serve(loaded, discover_channels(), sandbox.environment, stopping, listener) as (core, addresses):
+                async with transaction(core.engine) as conn:
+                    app = await store.create_app(conn, "acme", "Acme")
+                    _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
+                async with Client(addresses.grpc, api_key=secret, app="acme") as client:
+                    yield World(sandbox, core, addresses, client, secret)
+
+    return open_one
+
+
+@pytest.fixture
+async def world(open_world: OpenWorld) -> AsyncIterator[World]:
+    """A world of 60 people who are not imported yet."""
+    async with open_world() as opened:
+        yield opened
