@@ -1,6 +1,6 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format protos docs constraints clean
+.PHONY: help demo test lint bench-ingest format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ help: ## Show this list.
 demo: .venv/server ## Set up, then run the main job end to end on an embedded database: send, hear back, retarget.
 	$(BIN)/aftertouch demo
 
-test: .venv/dev ## Set up, then run all tests on an embedded database (ARGS='-k name' chooses).
+test: .venv/dev ## Set up, then run all tests on an embedded database (ARGS='-k name' chooses, ARGS='--dsn URL' takes another).
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/dev ## Check style, types, layers, and the protos with their stubs; changes nothing.
@@ -24,6 +24,9 @@ lint: .venv/dev ## Check style, types, layers, and the protos with their stubs; 
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/python tests/house/breaking.py
 	$(BIN)/python tests/house/stubs.py --check
+
+bench-ingest: .venv/dev ## Measure durable events per second over one stream, beside a COPY of the same rows.
+	$(BIN)/python -m tests.bench.ingest
 
 format: .venv/dev ## Format Python and protos.
 	$(BIN)/ruff check --fix .

@@ -117,5 +117,5 @@ def test_make_help_explains_every_target() -> None:
     helped = subprocess.run(
         ["make", "--no-print-directory", "-C", ROOT, "help"], capture_output=True, text=True, check=True
     ).stdout
-    assert re.findall(r"^  make (\S+)", helped, re.MULTILINE) == re.findall(r"^([a-z]+):", makefile, re.MULTILINE)
-    assert set(phony[1].split()) == set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert re.findall(r"^  make (\S+)", helped, re.MULTILINE) == re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    assert set(phony[1].split()) == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
