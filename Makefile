@@ -1,11 +1,9 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format protos constraints clean
+.PHONY: help demo test lint bench-ingest format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
-STUBS := server/aftertouch/v1 server/buf
-PROTOS := $(wildcard protos/aftertouch/v1/*.proto)
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
 help: ## Show this list.
@@ -14,19 +12,21 @@ help: ## Show this list.
 demo: .venv/server ## Set up, then run the main job end to end on an embedded database: send, hear back, retarget.
 	$(BIN)/aftertouch demo
 
-test: .venv/dev ## Set up, then run all tests on an embedded database (or on --dsn, see tests/README.md).
+test: .venv/dev ## Set up, then run all tests on an embedded database (ARGS='-k name' chooses, ARGS='--dsn URL' takes another).
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/dev ## Check style, types, layers, and the protos with their stubs.
+lint: .venv/dev ## Check style, types, layers, and the protos with their stubs; changes nothing.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=server $(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint
-	$(BIN)/buf format --diff --exit-code --path protos
+	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/python tests/house/breaking.py
-	$(MAKE) --no-print-directory protos
-	git diff --exit-code -- $(STUBS)
+	$(BIN)/python tests/house/stubs.py --check
+
+bench-ingest: .venv/dev ## Measure durable events per second over one stream, beside a COPY of the same rows.
+	$(BIN)/python -m tests.bench.ingest
 
 format: .venv/dev ## Format Python and protos.
 	$(BIN)/ruff check --fix .
@@ -34,12 +34,10 @@ format: .venv/dev ## Format Python and protos.
 	$(BIN)/buf format -w protos
 
 protos: .venv/dev ## Generate the committed stubs from protos/.
-	$(BIN)/python -m grpc_tools.protoc -I protos -I third_party/protos \
-	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --python_out=server --mypy_out=quiet:server third_party/protos/buf/validate/validate.proto
-	$(BIN)/python -m grpc_tools.protoc -I protos -I third_party/protos \
-	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --python_out=server --grpc_python_out=server --mypy_out=quiet:server --mypy_grpc_out=quiet:server $(PROTOS)
+	$(BIN)/python tests/house/stubs.py
+
+docs: .venv/dev ## Write the generated parts of docs/ and README.md again: settings, channels and snippets.
+	$(BIN)/python tests/house/pages.py
 
 constraints: ## Pin the newest versions that fit constraints/*.in (needs uv).
 	for set in server dev; do uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \

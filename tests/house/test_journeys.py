@@ -1,0 +1,62 @@
+"""The README's five minutes, as anybody would spend them: against ``aftertouch serve --sandbox``, from other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from aftertouch.processes import Child, isolate
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+async def playground(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, str]]:
+    """What a journey finds in its environment."""
+    directory = tmp_path_factory.mktemp("playground")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        # Meta's stand-in is told the address before the server binds it, so 0 will not do.
+        http = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {
+        "AFTERTOUCH_DATA_DIR": str(directory / "data"),
+        "AFTERTOUCH_GRPC_ADDRESS": "127.0.0.1:0",
+        "AFTERTOUCH_HTTP_ADDRESS": http,
+    }
+    async with Child("serve", "--sandbox", environment=environment, ready=r"gRPC on (\S+),", log=directory / "log.txt") as server:
+        (address,) = server.found
+        key = next(line for line in server.lines if line.startswith("at_"))
+        yield isolate({"AFTERTOUCH_ADDRESS": address, "AFTERTOUCH_API_KEY": key})
+
+
+async def run(*command: str | Path, environment: dict[str, str]) -> str:
+    """Run a journey to its end and return what it printed."""
+    bindir = Path(sys.executable).parent
+    environment = {**environment, "PATH": f"{bindir}{os.pathsep}{os.environ['PATH']}"}
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    printed, _ = await process.communicate()
+    assert process.returncode == 0, printed.decode()
+    return printed.decode()
+
+
+async def test_python_journey_retargets_by_sms(playground: dict[str, str]) -> None:
+    printed = await run(sys.executable, ROOT / "clients" / "python" / "journey.py", environment=playground)
+    told = re.search(r"(\d+) did not read it, (\d+) of them can be reached by SMS", printed)
+    assert told is not None, printed
+    assert 0 < int(told[2]) < int(told[1])
+    assert f"Retarget: Winter Sale (not read): SENT, {told[2]} people" in printed
+
+
+async def test_shell_journey_retargets_by_sms(playground: dict[str, str]) -> None:
+    printed = await run(ROOT / "clients" / "shell" / "journey.sh", environment=playground)
+    assert '"displayName": "Retarget: Summer Sale (not read)"' in printed
+    assert '"state": "SENDING"' in printed.rpartition('"name": "apps/sandbox/campaigns/summer-sale-sms"')[2]
