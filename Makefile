@@ -31,7 +31,7 @@ bench-ingest: .venv/dev ## Measure durable events per second over one stream, be
 format: .venv/dev ## Format Python and protos.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/buf format -w protos
+	$(BIN)/buf format protos -w
 
 protos: .venv/dev ## Generate the committed stubs from protos/.
 	$(BIN)/python tests/house/stubs.py
