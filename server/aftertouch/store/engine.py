@@ -8,7 +8,8 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import make_url, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from aftertouch.errors import DatabaseUnavailable
@@ -51,18 +52,22 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         async with engine.begin() as conn:
             yield conn
     except (OperationalError, InterfaceError) as error:
+        if error.connection_invalidated or is_disconnect(error.orig):
+            raise DatabaseUnavailable from error
+        raise
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        # From below SQLAlchemy, where ``driver`` leads.
         if is_disconnect(error):
             raise DatabaseUnavailable from error
         raise
-    except TimeoutError as error:
+    except PoolTimeout as error:
         raise DatabaseUnavailable from error
 
 
-def is_disconnect(error: DBAPIError) -> bool:
+def is_disconnect(error: BaseException | None) -> bool:
     """True when the server is away or going, and the same transaction may succeed later."""
-    cause = error.orig
-    state = getattr(cause, "sqlstate", None)
-    return error.connection_invalidated or state is None or state[:2] == "08" or state in ("57P01", "57P02", "57P03")
+    state = getattr(error, "sqlstate", None)
+    return state is None or state[:2] == "08" or state in ("57P01", "57P02", "57P03")
 
 
 async def driver(conn: AsyncConnection) -> psycopg.AsyncConnection[Any]:
