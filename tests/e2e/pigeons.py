@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,7 @@ from aftertouch.channels import (
     Signal,
 )
 from aftertouch.cli import stream
+from aftertouch.client import Client
 from aftertouch.delivery.sender import LEASE, Sender
 from aftertouch.rpc.values import to_struct
 from aftertouch.store.engine import transaction
@@ -96,6 +99,8 @@ class Loft:
     """A world with pigeons, in which units are sent when the test says so."""
 
     world: World
+    client: Client
+    """Of an app of its own."""
     name: str
     """Of the channel."""
 
@@ -113,12 +118,12 @@ class Loft:
             for tree in range(trees):
                 contact.subscriptions.add(channel=self.name, address=to_struct({"tree": f"p{index}-{tree}"}))
             contacts.append(contact)
-        await self.world.client.import_contacts(stream(iter(contacts)))
+        await self.client.import_contacts(stream(iter(contacts)))
         return await self.relaunch(note)
 
     async def relaunch(self, note: str = "Hi") -> str:
         """Launch one more campaign to everybody."""
-        client = self.world.client
+        client = self.client
         draft = await client.campaigns.CreateCampaign(
             campaigns_pb2.CreateCampaignRequest(
                 parent=client.parent,
@@ -154,6 +159,36 @@ class Loft:
         """Claim a unit and send it until it is done or has to wait."""
         await self.make_sender(await self.claim()).run()
 
-    async def read_signals(self, name: str) -> dict[str, set[str]]:
-        """The signals of a campaign's people."""
-        return {person: set(found.signals) for person, found in (await self.world.read_recipients(name)).items()}
+    async def get_campaign(self, name: str) -> campaigns_pb2.Campaign:
+        """A campaign with its counts."""
+        return await self.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
+
+    async def read_recipients(self, name: str) -> dict[str, campaigns_pb2.Recipient]:
+        """The people of a campaign of at most 1,000, by external_id."""
+        page = await self.client.campaigns.ListRecipients(campaigns_pb2.ListRecipientsRequest(parent=name, page_size=1000))
+        return {recipient.contact.rpartition("/")[2]: recipient for recipient in page.recipients}
+
+    async def opt_out(self, person: str) -> None:
+        """Let somebody with one address say stop."""
+        contact = contacts_pb2.Contact(external_id=person)
+        subscription = contact.subscriptions.add(channel=self.name, state=contacts_pb2.Subscription.State.OPTED_OUT)
+        subscription.address.update({"tree": f"{person}-0"})
+        await self.client.contacts.UpsertContacts(
+            contacts_pb2.UpsertContactsRequest(parent=self.client.parent, contacts=[contact])
+        )
+
+
+_numbers = itertools.count()
+
+
+@asynccontextmanager
+async def open_loft(world: World, channel: type[PigeonChannel]) -> AsyncIterator[Loft]:
+    """A loft of its own in a world that many share."""
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(text("DELETE FROM send_units"))
+    app = f"loft-{next(_numbers)}"
+    async with world.connect(app, await world.create_key(app, "admin")) as client:
+        loft = Loft(world, client, channel.name)
+        loft.channel.handed.clear()
+        loft.channel.script = accept_all
+        yield loft

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from aftertouch.channels import Capabilities
+from aftertouch.delivery.sender import BATCHES_AT_ONCE
 from aftertouch.plugins import discover_channels
 from aftertouch.processes import Child
 from aftertouch.retargeting.report import count_campaign
@@ -29,7 +31,7 @@ from tests.e2e.site import (
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 CHANNELS = ("sms", "whatsapp", "push")
-BATCH = 50
+UNDER_WAY = Capabilities().batch_size * BATCHES_AT_ONCE
 """People whose messages are under way at once in one unit, at most."""
 SENT = campaigns_pb2.Campaign.State.SENT
 
@@ -62,7 +64,7 @@ async def check_outcome(site: Site, names: dict[str, str], crashes: int) -> None
                 assert all(len(own) == 1 for own in tokens.values())
             else:
                 assert count_copies(entries[channel]).most_common(1)[0][1] == 1
-                assert len(unclear) <= crashes * BATCH
+                assert len(unclear) <= crashes * UNDER_WAY
                 assert not unclear & taken
 
 
