@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
+from aftertouch.channels import Channel
 from aftertouch.cli import read_contacts, stream
 from aftertouch.client import Client
 from aftertouch.config import Config
@@ -102,30 +104,45 @@ class World:
                 return found
 
 
+@asynccontextmanager
+async def run_world(
+    database_url: str,
+    settings: SandboxSettings | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    extra: Iterable[type[Channel]] = (),
+    **config: Any,
+) -> AsyncIterator[World]:
+    """A world on a database that has the schema.
+
+    Args:
+        settings: of the sandbox.
+        environment: settings of channels, besides those that lead to the sandbox.
+        extra: channels, besides those that are installed.
+        config: settings of the server.
+    """
+    listener = bind("127.0.0.1:0")
+    hook = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/webhooks/whatsapp"
+    chosen = settings or SandboxSettings(size=60, time_scale=0.05)
+    async with Sandbox(SandboxSettings(**{**vars(chosen), "whatsapp_webhook_url": hook})) as sandbox:
+        values = {"grpc_address": "127.0.0.1:0", **config}
+        loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
+        given = sandbox.environment | dict(environment or {})
+        async with serve(loaded, discover_channels(extra=extra), given, asyncio.Event(), listener) as (core, addresses):
+            async with transaction(core.engine) as conn:
+                app = await store.create_app(conn, "acme", "Acme")
+                _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
+            async with Client(addresses.grpc, api_key=secret, app="acme") as client:
+                yield World(sandbox, core, addresses, client, secret)
+
+
 OpenWorld = Callable[..., AbstractAsyncContextManager[World]]
 
 
 @pytest.fixture
 def open_world(database_url: str) -> OpenWorld:
-    """Open a world: ``async with open_world(SandboxSettings(size=50)) as world``; settings of the server by keyword."""
-
-    @asynccontextmanager
-    async def open_one(settings: SandboxSettings | None = None, **config: Any) -> AsyncIterator[World]:
-        listener = bind("127.0.0.1:0")
-        hook = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/webhooks/whatsapp"
-        chosen = settings or SandboxSettings(size=60, time_scale=0.05)
-        async with Sandbox(SandboxSettings(**{**vars(chosen), "whatsapp_webhook_url": hook})) as sandbox:
-            values = {"grpc_address": "127.0.0.1:0", **config}
-            loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
-            stopping = asyncio.Event()
-            async with serve(loaded, discover_channels(), sandbox.environment, stopping, listener) as (core, addresses):
-                async with transaction(core.engine) as conn:
-                    app = await store.create_app(conn, "acme", "Acme")
-                    _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
-                async with Client(addresses.grpc, api_key=secret, app="acme") as client:
-                    yield World(sandbox, core, addresses, client, secret)
-
-    return open_one
+    """Open a world: ``async with open_world(SandboxSettings(size=50)) as world``; what ``run_world`` takes, by keyword."""
+    return partial(run_world, database_url)
 
 
 @pytest.fixture

@@ -208,11 +208,11 @@ def sandbox(
 
 
 @app.command()
-def demo() -> None:
+def demo(people: Annotated[int, typer.Option(min=400, help="How many people there are.")] = 10_000) -> None:
     """Run the main job end to end in a world of its own, compare it with the truth, and leave nothing running."""
     from aftertouch.demo import run_demo
 
-    raise SystemExit(run_demo())
+    raise SystemExit(run_demo(people))
 
 
 @app.command()

@@ -27,7 +27,6 @@ from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import Population, SandboxSettings
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 
-PEOPLE = 10_000
 SERVER_READY = r"gRPC on (\S+), webhooks on (\S+)"
 SANDBOX_READY = r"the sandbox answers on (\S+)"
 SEND_SECONDS = 120.0
@@ -40,12 +39,12 @@ class Difference(Exception):
     """What the server says is not what happened."""
 
 
-def run_demo() -> int:
-    """Run it, and return the exit code: 0 when everything agreed."""
+def run_demo(people: int) -> int:
+    """Run it with so many people, and return the exit code: 0 when everything agreed."""
     console = Console(highlight=False)
     try:
         with tempfile.TemporaryDirectory(prefix="aftertouch-demo-") as directory:
-            asyncio.run(Demo(console, Path(directory)).run())
+            asyncio.run(Demo(console, Path(directory), people).run())
     except Difference as error:
         console.print(f"[bold red]different:[/] {error}")
         return 1
@@ -131,9 +130,10 @@ def answer_actions(channel: str, told: Told) -> dict[str, People]:
 class Demo:
     """One run."""
 
-    def __init__(self, console: Console, directory: Path) -> None:
+    def __init__(self, console: Console, directory: Path, people: int) -> None:
         self._console = console
         self._directory = directory
+        self._size = people
         self._checked = 0
         self._began = time.monotonic()
 
@@ -145,10 +145,12 @@ class Demo:
         """
         self._say("a sandbox of Twilio, Meta and a push service, and a server with an embedded PostgreSQL")
         log = self._directory / "log.txt"
-        async with Child("sandbox", "--port=0", f"--people={PEOPLE}", environment={}, ready=SANDBOX_READY, log=log) as sandbox:
+        async with Child(
+            "sandbox", "--port=0", f"--people={self._size}", environment={}, ready=SANDBOX_READY, log=log
+        ) as sandbox:
             (self._sandbox,) = sandbox.found
-            settings = SandboxSettings(size=PEOPLE)
-            self._population = Population(settings.seed, PEOPLE, self._sandbox, settings.shares)
+            settings = SandboxSettings(size=self._size)
+            self._population = Population(settings.seed, self._size, self._sandbox, settings.shares)
             environment = settings.environment(self._sandbox) | {
                 "AFTERTOUCH_DATA_DIR": str(self._directory / "data"),
                 "AFTERTOUCH_GRPC_ADDRESS": "127.0.0.1:0",
@@ -167,9 +169,9 @@ class Demo:
         self._say(f"[bold green]{self._checked} sets of people compared, all equal[/]")
 
     async def _play(self) -> None:
-        self._say(f"{PEOPLE:,} people: some on one channel, some on all")
+        self._say(f"{self._size:,} people: some on one channel, some on all")
         imported = await self._client.import_contacts(stream(read_contacts(self._population.list_rows())))
-        self._compare("people", imported.created_count, PEOPLE)
+        self._compare("people", imported.created_count, self._size)
         self._unreachable: dict[str, set[str]] = {"sms": set(), "whatsapp": set(), "push": set()}
         template = {"language": "en_US", "body": ["{{ first_name | default: 'there' }}"]}
         alert = {"title": "Summer Sale", "body": "It ends today", "url": "https://shop.example/"}

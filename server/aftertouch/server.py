@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.plugins import Discovery, Registry, build_registry
 from aftertouch.rpc.server import serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
-from aftertouch.store.embedded import EmbeddedPostgres, find_running_url
+from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
 from aftertouch.store.partitions import create_partitions, drop_partitions
 from aftertouch.store.requests import forget_requests
@@ -50,14 +50,15 @@ class Core:
 
 
 @asynccontextmanager
-async def open_database(config: Config, *, may_share: bool = False) -> AsyncIterator[str]:
+async def open_database(config: Config, *, may_share: bool = False, stopping: asyncio.Event | None = None) -> AsyncIterator[str]:
     """The libpq URL of the configured database, or of an embedded one that runs meanwhile. A new embedded one gets its schema.
 
     Args:
         may_share: use the embedded one of a server that runs on the data directory, as commands beside it do.
+        stopping: set when the embedded one ends by itself.
 
     Raises:
-        EmbeddedPostgresError: it cannot be started.
+        EmbeddedPostgresError: it cannot be started, or ended by itself.
     """
     if config.database_url is not None:
         yield config.database_url.get_secret_value()
@@ -67,7 +68,18 @@ async def open_database(config: Config, *, may_share: bool = False) -> AsyncIter
         return
     async with EmbeddedPostgres(config.data_dir, bindir=config.pg_bindir) as postgres:
         await migrate_new(postgres.url)
-        yield postgres.url
+        dying = asyncio.create_task(postgres.wait(), name="watch PostgreSQL")
+        if stopping is not None:
+            dying.add_done_callback(lambda _: stopping.set())
+        try:
+            yield postgres.url
+        finally:
+            # After its death whatever is closed meanwhile fails too, and only this says why.
+            if dying.done():
+                raise EmbeddedPostgresError(
+                    f"the embedded PostgreSQL ended by itself ({dying.result()}); see {config.data_dir / 'postgres.log'}"
+                )
+            dying.cancel()
 
 
 async def migrate_new(database_url: str) -> None:
@@ -178,7 +190,7 @@ async def serve(
     """
     public_url = config.public_url or f"http://{_name_address(listener)}"
     async with AsyncExitStack() as stack:
-        database_url = await stack.enter_async_context(open_database(config))
+        database_url = await stack.enter_async_context(open_database(config, stopping=stopping))
         core = await stack.enter_async_context(open_core(config, database_url, discovery, environment, public_url + WEBHOOKS))
         await keep_house(core.engine)
         ingress = create_ingress(core.registry, core.ledger, public_url)
@@ -215,7 +227,8 @@ async def _run_beside(work: Coroutine[Any, Any, Any], name: str, stopping: async
         yield
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 def _name_address(listener: socket.socket) -> str:

@@ -75,7 +75,9 @@ class ContentTemplate:
             rendered = self._render({"external_id": external_id, **known})
         except UndefinedError as error:
             raise RenderError("missing_attribute") from error
-        except LiquidError as error:
+        except Exception as error:
+            # Filters let through what Python raises over an odd attribute (``true | plus: 1`` is a decimal.InvalidOperation),
+            # and one person's attributes must not hold up everybody behind them.
             raise RenderError("template_error") from error
         try:
             return self._model.model_validate(rendered)

@@ -49,6 +49,10 @@ MOST_UNKNOWN_TRIES = 3
 BATCHES_AT_ONCE = 4
 """Of one unit: while one is with the provider, others are being rendered, marked and recorded."""
 LONGEST_BACK_OFF = timedelta(seconds=60)
+LONGEST_RETRY_AFTER = timedelta(hours=1)
+"""What a provider may ask for: a header of seven digits would hold a campaign for 115 days."""
+LONGEST_SEND = timedelta(seconds=45)
+"""For one call of a channel, below the lease and above the channels' own limits of 10 and 15 seconds."""
 
 
 @dataclass(frozen=True)
@@ -207,10 +211,14 @@ class Sender:
             return Kind("skipped", ReasonClass.CONTENT, error.code)
         draft = Draft(position, addressee)
         for address_hash, values in addressee.addresses:
-            address = self._type.channel.address_model.model_validate(values)
+            try:
+                address = self._type.channel.address_model.model_validate(values)
+            except ValueError:
+                # It was stored by a version of the channel that took it.
+                continue
             draft.messages.append(Message(token=token, address=address, content=content))
             draft.hashes.append(address_hash)
-        return draft
+        return draft if draft.messages else Kind("skipped", ReasonClass.CONTENT, "invalid_address")
 
     async def _mark(self, facts: Sequence[Fact]) -> None:
         """Make it durable who is being attempted, by the unit's one holder: nothing was sent when this fails."""
@@ -225,10 +233,15 @@ class Sender:
         for start in range(0, len(messages), size):
             batch = messages[start : start + size]
             try:
-                answered = list(await self._channel.send(batch))
-                if len(answered) != len(batch) or not all(isinstance(outcome, Outcome) for outcome in answered):
-                    raise TypeError(f"send returned {len(answered)} outcomes for {len(batch)} messages")
-            except Exception as error:
+                async with asyncio.timeout(LONGEST_SEND.total_seconds()):
+                    answered = list(await self._channel.send(batch))
+                if len(answered) != len(batch) or not all(map(_is_sound, answered)):
+                    raise TypeError(f"send did not return one sound outcome for each of {len(batch)} messages")
+            except (Exception, asyncio.CancelledError) as error:
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                    raise
+                # A cancellation that is not ours came out of the channel, like any other exception.
                 log.exception("a channel failed", action="send", channel=self._channel.name)
                 answered = [Unclear(detail=type(error).__name__)] * len(batch)
             outcomes += answered
@@ -265,7 +278,7 @@ class Sender:
 
     def _wait(self, reason_class: ReasonClass, outcome: Refused, tries: int) -> None:
         back_off = min(timedelta(seconds=2 ** min(tries - 1, 10)), LONGEST_BACK_OFF) * random.uniform(0.5, 1.0)
-        self._retry.wait(outcome.retry_after or back_off)
+        self._retry.wait(min(outcome.retry_after, LONGEST_RETRY_AFTER) if outcome.retry_after else back_off)
         self._retry.is_urgent |= reason_class in (ReasonClass.RATE, ReasonClass.CONFIG)
 
     def _describe(self, outcome: Outcome) -> Kind:
@@ -322,3 +335,14 @@ class Sender:
             elif await finish_unit(conn, self._unit):
                 await update_campaign(conn, campaign.campaign_id, state="SENT", finish_time=datetime.now(UTC))
                 log.info("a campaign was sent", action="finish_campaign", campaign_id=campaign.campaign_id)
+
+
+def _is_sound(outcome: object) -> bool:
+    """True for an outcome whose fields are what they are declared as; a dataclass does not check that itself."""
+    match outcome:
+        case Accepted(message_id=str(), signals=tuple() as signals):
+            return all(isinstance(signal, str) for signal in signals)
+        case Refused(code=str(), retry_after=None | timedelta()) | Unclear():
+            return True
+        case _:
+            return False

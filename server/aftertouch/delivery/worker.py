@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.delivery.sender import LEASE, Sender
-from aftertouch.errors import AftertouchError
+from aftertouch.errors import AftertouchError, DatabaseUnavailable
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.plugins import Registry
 from aftertouch.store.campaigns import read_campaign
@@ -70,7 +70,17 @@ class Worker:
         if campaign is None:
             return
         name = campaign.channel
-        sender = Sender(self._engine, self._ledger, self._registry.types[name], self._registry.channels[name], unit)
+        while True:
+            sender = Sender(self._engine, self._ledger, self._registry.types[name], self._registry.channels[name], unit)
+            try:
+                await self._run(sender, unit)
+                return
+            except DatabaseUnavailable as error:
+                # The unit is still ours unless somebody took it meanwhile, which the sender then finds.
+                log.warning("sending waits for the database", action="send_unit", reason=error.reason)
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _run(self, sender: Sender, unit: Unit) -> None:
         sending = asyncio.create_task(sender.run())
         try:
             await asyncio.shield(sending)

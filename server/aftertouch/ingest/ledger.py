@@ -154,7 +154,7 @@ class Ledger:
             log.warning("receipts were not recognized", action="ingest_receipts", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
                 await conn.execute(
-                    insert(unrecognized_receipts), [{"channel": channel, "item": item[:10_000]} for item in strange]
+                    insert(unrecognized_receipts), [{"channel": channel, "item": _make_storable(item)} for item in strange]
                 )
         if facts:
             numbers = await self.lookups.number_kinds({fact.kind for fact in facts})
@@ -233,3 +233,8 @@ def encode_facts(facts: Sequence[Fact], numbers: Mapping[Kind, int]) -> EventBat
         kinds=np.array([numbers[fact.kind] for fact in facts], np.int32),
         times=np.array([int(fact.time.timestamp() * MICROSECONDS) for fact in facts], np.int64),
     )
+
+
+def _make_storable(item: str) -> str:
+    """A provider's text as PostgreSQL takes it: without NUL and half surrogates, which JSON can hold, and not endless."""
+    return item[:10_000].encode(errors="replace").decode().replace("\0", "?")

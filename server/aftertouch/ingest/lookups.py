@@ -169,7 +169,9 @@ class Lookups:
         """The numbers of kinds, these among them, made where they are new."""
         if not self._kinds.keys() >= set(wanted):
             async with transaction(self._engine) as conn:
-                self._kinds |= await intern_kinds(conn, set(wanted))
+                numbers = await intern_kinds(conn, set(wanted))
+            # Not before the commit: receipts with a number that was rolled back could never be read again.
+            self._kinds |= numbers
         return self._kinds
 
     def bound_kind(self, kind: Kind) -> Kind:

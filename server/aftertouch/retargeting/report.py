@@ -45,7 +45,7 @@ async def count_campaign(conn: AsyncConnection, campaign: Campaign, channel: Cha
     evidence = channel.evidence if channel else _CORE_EVIDENCE
     numbered = await load_kinds(conn)
     expressions: dict[str, Expression] = {signal: Expression("name", name=signal) for signal in evidence}
-    expressions[""] = parse("attempted & ~sent & ~failed", evidence)
+    expressions[""] = parse("attempted & ~sent & ~failed & ~skipped", evidence)
     counts = await count_expressions(conn, campaign.campaign_id, group_evidence(numbered, evidence), expressions)
     unclear = counts.pop("")
     by_kind = await count_by_kind(conn, campaign.campaign_id)

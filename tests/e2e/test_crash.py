@@ -1,0 +1,143 @@
+"""Processes that are killed in the middle of sending: nobody is missed, and nobody is texted twice."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aftertouch.channels import Capabilities
+from aftertouch.delivery.sender import BATCHES_AT_ONCE
+from aftertouch.plugins import discover_channels
+from aftertouch.processes import Child
+from aftertouch.retargeting.report import count_campaign
+from aftertouch.store.campaigns import find_campaign
+from aftertouch.store.engine import create_engine, transaction
+from aftertouch.v1 import campaigns_pb2
+from tests.e2e.site import (
+    Site,
+    is_running,
+    kill,
+    launch_campaigns,
+    open_site,
+    read_postgres_pid,
+    read_recipients,
+    wait_until_sent,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+CHANNELS = ("sms", "whatsapp", "push")
+UNDER_WAY = Capabilities().batch_size * BATCHES_AT_ONCE
+"""People whose messages are under way at once in one unit, at most."""
+SENT = campaigns_pb2.Campaign.State.SENT
+
+
+def count_copies(entries: list[dict[str, Any]]) -> Counter[str]:
+    """How often each address was handed over."""
+    return Counter(entry["address"] for entry in entries)
+
+
+async def check_outcome(site: Site, names: dict[str, str], crashes: int) -> None:
+    """Hold what the server says of each campaign against what the sandbox was handed."""
+    async with site.connect() as client:
+        for name in names.values():
+            assert (await wait_until_sent(client, name)).state == SENT
+        entries = await site.read_entries()
+        for channel, name in names.items():
+            recipients = await read_recipients(client, name)
+            handed = {entry["external_id"] for entry in entries[channel]}
+            taken = {entry["external_id"] for entry in entries[channel] if entry["refused"] is None}
+            unclear = {person for person, signals in recipients.items() if not signals & {"sent", "failed", "skipped"}}
+            assert set(recipients) == {person.external_id for person in site.population if channel in person.channels}
+            assert all("attempted" in signals for signals in recipients.values())
+            assert handed | unclear == set(recipients)
+            if channel == "push":
+                tokens = defaultdict(set)
+                for entry in entries[channel]:
+                    if entry["refused"] is None:
+                        tokens[entry["address"]].add(entry["token"])
+                assert not unclear
+                assert all(len(own) == 1 for own in tokens.values())
+            else:
+                assert count_copies(entries[channel]).most_common(1)[0][1] == 1
+                assert len(unclear) <= crashes * UNDER_WAY
+                assert not unclear & taken
+
+
+async def test_killed_server_misses_nobody_and_texts_nobody_twice(tmp_path: Path) -> None:
+    chance = random.Random(4)
+    async with open_site(tmp_path, people=700) as site:
+        async with site.connect() as client:
+            names = await launch_campaigns(client, *CHANNELS)
+        crashes = 5
+        for _ in range(crashes):
+            await site.wait_for_messages(await site.count_messages() + chance.randrange(1, 150))
+            await site.crash()
+        await check_outcome(site, names, crashes)
+
+
+async def test_stopped_server_leaves_nobody_unclear(tmp_path: Path, database_url: str) -> None:
+    engine = create_engine(database_url, pool_size=1)
+    async with open_site(tmp_path, people=500, database_url=database_url) as site:
+        async with site.connect() as client:
+            names = await launch_campaigns(client, *CHANNELS)
+        await site.wait_for_messages(200)
+        assert await site.server.stop() == 0
+        types = discover_channels().types
+        async with transaction(engine) as conn:
+            for channel, name in names.items():
+                campaign = await find_campaign(conn, 1, name.rpartition("/")[2])
+                assert campaign is not None
+                assert campaign.state == "SENDING", "stopped too late to prove anything"
+                counts = await count_campaign(conn, campaign, types[channel])
+                assert counts.unclear == 0
+                assert counts.signals["attempted"] < campaign.recipients
+        await site.server.start()
+        await check_outcome(site, names, crashes=0)
+    await engine.dispose()
+
+
+async def test_stopped_server_stops_its_postgres(tmp_path: Path) -> None:
+    async with open_site(tmp_path, people=10) as site:
+        postgres = read_postgres_pid(tmp_path)
+        assert is_running(postgres)
+        assert await site.server.stop() == 0
+        assert not is_running(postgres)
+
+
+async def test_server_stops_loudly_when_its_postgres_dies(tmp_path: Path) -> None:
+    async with open_site(tmp_path, people=400) as site:
+        async with site.connect() as client:
+            names = await launch_campaigns(client, "sms")
+            await site.wait_for_messages(50)
+            kill(read_postgres_pid(tmp_path))
+        assert await site.server.process.wait() == 1
+        assert "the embedded PostgreSQL ended by itself" in site.log
+        await site.crash()
+        await check_outcome(site, names, crashes=1)
+
+
+async def test_workers_beside_a_server_message_everybody_once(tmp_path: Path, database_url: str) -> None:
+    async with open_site(tmp_path, people=120, database_url=database_url) as site:
+        logs = [tmp_path / "server.log", tmp_path / "worker-1.log", tmp_path / "worker-2.log"]
+        one, two = (Child("worker", environment=site.environment, ready="sending", log=log) for log in logs[1:])
+        async with one, two, site.connect() as client:
+            campaigns = [await launch_campaigns(client, *CHANNELS) for _ in range(6)]
+            for names in campaigns:
+                for name in names.values():
+                    assert (await wait_until_sent(client, name)).state == SENT
+                    recipients = await read_recipients(client, name)
+                    assert all(signals & {"sent", "failed", "skipped"} for signals in recipients.values())
+            entries = await site.read_entries()
+            for channel in CHANNELS:
+                people = [person for person in site.population if channel in person.channels]
+                copies = Counter(entry["token"] for entry in entries[channel] if entry["token"])
+                assert set(copies.values()) == {1}
+                # A browser that is gone is asked once: the first campaign's answer ends the subscription.
+                assert len({entry["address"] for entry in entries[channel]}) == len(people)
+        assert one.process.returncode == two.process.returncode == 0
+    assert sum('"action": "finish_campaign"' in log.read_text() for log in logs) >= 2, "only one process sent"

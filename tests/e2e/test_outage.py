@@ -1,0 +1,107 @@
+"""The database goes away in the middle: the server stays, messages nobody twice, and loses no receipt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from contextlib import AsyncExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import psycopg
+import pytest
+
+from aftertouch.sandbox import SandboxSettings
+from aftertouch.store.embedded import EmbeddedPostgres
+from aftertouch.store.migrate import migrate
+from aftertouch.v1 import campaigns_pb2
+from tests.fix_database import name_database
+from tests.fix_world import OpenWorld, World, run_world
+
+CHANNELS = ("sms", "whatsapp", "push")
+SENT = campaigns_pb2.Campaign.State.SENT
+HEARD = {"sms": ("delivered", "failed"), "whatsapp": ("delivered", "read", "failed"), "push": ("clicked", "dismissed", "failed")}
+"""Signals that mean the same here and in the sandbox, implied ones left out on both sides where the sandbox has none."""
+
+
+async def launch_everywhere(world: World) -> dict[str, str]:
+    names = {}
+    for channel in CHANNELS:
+        names[channel] = (await world.create_campaign(channel)).name
+    for name in names.values():
+        await world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+    return names
+
+
+async def check_world(world: World, names: dict[str, str]) -> None:
+    """Everybody was messaged once, and everything that the sandbox told is known."""
+    for channel, name in names.items():
+        assert (await world.wait_until_sent(name, seconds=90)).state == SENT
+        await world.sandbox.outbox.drain()
+        entries = [entry for entry in world.sandbox.truth.entries if entry.channel == channel and entry.person]
+        copies = Counter(entry.person.external_id for entry in entries if entry.person)
+        recipients = await world.read_recipients(name)
+        assert set(copies) == set(recipients)
+        if channel != "push":
+            assert set(copies.values()) == {1}
+        for signal in HEARD[channel]:
+            told = {entry.person.external_id for entry in entries if entry.person and signal in entry.signals}
+            if signal == "delivered":
+                told |= {entry.person.external_id for entry in entries if entry.person and "read" in entry.signals}
+            assert {person for person, found in recipients.items() if signal in found.signals} == told
+        assert (await world.get_campaign(name)).counts.unclear == 0
+    assert world.sandbox.outbox.counts["lost"] == 0
+
+
+async def test_connections_that_are_cut_again_and_again_lose_nothing(open_world: OpenWorld, database_url: str) -> None:
+    async with open_world(SandboxSettings(size=400, time_scale=0.2)) as world:
+        await world.import_people()
+        names = await launch_everywhere(world)
+        name = urlsplit(database_url).path[1:]
+        other = name_database(database_url, "postgres")
+        async with await psycopg.AsyncConnection.connect(other, autocommit=True) as conn:
+            for _ in range(12):
+                await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+                await asyncio.sleep(0.15)
+        await check_world(world, names)
+
+
+@pytest.mark.slow
+async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        postgres = EmbeddedPostgres(tmp_path)
+        await stack.enter_async_context(postgres)
+        await migrate(postgres.url)
+        async with run_world(postgres.url, SandboxSettings(size=400, time_scale=0.5)) as world:
+            await world.import_people()
+            names = await launch_everywhere(world)
+            while len(world.sandbox.truth.entries) < 150:  # noqa: ASYNC110 - the sandbox wakes nobody
+                await asyncio.sleep(0.005)
+            await stack.aclose()
+            await asyncio.sleep(2)
+            await stack.enter_async_context(EmbeddedPostgres(tmp_path))
+            await check_world(world, names)
+            assert world.sandbox.outbox.counts["retries"] > 0, "no receipt arrived meanwhile"
+
+
+async def test_webhook_is_refused_while_the_database_is_away_and_taken_once_it_is_back(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        postgres = EmbeddedPostgres(tmp_path)
+        await stack.enter_async_context(postgres)
+        await migrate(postgres.url)
+        async with run_world(postgres.url) as world, aiohttp.ClientSession() as session:
+            await world.import_people()
+            draft = await world.create_campaign("push")
+            await world.launch(draft.name)
+            before = (await world.get_campaign(draft.name)).counts.signals["clicked"]
+            told = (entry for entry in world.sandbox.truth.entries if entry.token and "clicked" not in entry.signals)
+            hook = f"http://{world.addresses.http}/v1/webhooks/push/clicked?t={next(told).token}"
+            await stack.aclose()
+            async with session.post(hook) as answer:
+                assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+            await stack.enter_async_context(EmbeddedPostgres(tmp_path))
+            for _ in range(2):
+                async with session.post(hook) as answer:
+                    assert answer.status == 204
+            assert (await world.get_campaign(draft.name)).counts.signals["clicked"] == before + 1
