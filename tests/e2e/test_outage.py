@@ -16,6 +16,7 @@ from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.migrate import migrate
 from aftertouch.v1 import campaigns_pb2
+from tests.e2e.spools import wait_until_drained
 from tests.fix_database import name_database
 from tests.fix_world import OpenWorld, World, run_world
 
@@ -34,11 +35,12 @@ async def launch_everywhere(world: World) -> dict[str, str]:
     return names
 
 
-async def check_world(world: World, names: dict[str, str]) -> None:
+async def check_world(world: World, names: dict[str, str], data_dir: Path) -> None:
     """Everybody was messaged once, and everything that the sandbox told is known."""
     for channel, name in names.items():
         assert (await world.wait_until_sent(name, seconds=90)).state == SENT
         await world.sandbox.outbox.drain()
+        await wait_until_drained(data_dir)
         entries = [entry for entry in world.sandbox.truth.entries if entry.channel == channel and entry.person]
         copies = Counter(entry.person.external_id for entry in entries if entry.person)
         recipients = await world.read_recipients(name)
@@ -54,8 +56,10 @@ async def check_world(world: World, names: dict[str, str]) -> None:
     assert world.sandbox.outbox.counts["lost"] == 0
 
 
-async def test_connections_that_are_cut_again_and_again_lose_nothing(open_world: OpenWorld, database_url: str) -> None:
-    async with open_world(SandboxSettings(size=400, time_scale=0.2)) as world:
+async def test_connections_that_are_cut_again_and_again_lose_nothing(
+    open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(SandboxSettings(size=400, time_scale=0.2), data_dir=tmp_path) as world:
         await world.import_people()
         names = await launch_everywhere(world)
         name = urlsplit(database_url).path[1:]
@@ -64,7 +68,7 @@ async def test_connections_that_are_cut_again_and_again_lose_nothing(open_world:
             for _ in range(12):
                 await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
                 await asyncio.sleep(0.15)
-        await check_world(world, names)
+        await check_world(world, names, tmp_path)
 
 
 @pytest.mark.slow
@@ -76,7 +80,7 @@ async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path, s
         postgres = EmbeddedPostgres(tmp_path)
         await stack.enter_async_context(postgres)
         await migrate(postgres.url)
-        async with run_world(postgres.url, settings, spool_megabytes=spool_megabytes) as world:
+        async with run_world(postgres.url, settings, spool_megabytes=spool_megabytes, data_dir=tmp_path) as world:
             await world.import_people()
             names = await launch_everywhere(world)
             while len(world.sandbox.truth.entries) < 150:  # noqa: ASYNC110 - the sandbox wakes nobody
@@ -84,7 +88,7 @@ async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path, s
             await stack.aclose()
             await asyncio.sleep(2)
             await stack.enter_async_context(EmbeddedPostgres(tmp_path))
-            await check_world(world, names)
+            await check_world(world, names, tmp_path)
             assert (world.sandbox.outbox.counts["retries"] == 0) == (spool_megabytes > 0)
 
 

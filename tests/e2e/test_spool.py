@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sqlite3
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -19,9 +18,10 @@ from sqlalchemy import text
 
 from aftertouch.channels import Receipt
 from aftertouch.ingest.intake import Intake
-from aftertouch.ingest.spool import FILE, Spool
+from aftertouch.ingest.spool import Spool
 from aftertouch.store.engine import transaction
 from tests.e2e.site import launch_campaigns, open_site, wait_until_sent
+from tests.e2e.spools import count_rows, wait_until_drained
 from tests.e2e.test_webhooks import post_statuses, read_unrecognized
 from tests.fix_database import name_database
 from tests.fix_world import OpenWorld, World
@@ -86,20 +86,6 @@ async def click(http: str, tokens: Iterable[str]) -> list[int]:
 
     async with aiohttp.ClientSession(timeout=PATIENCE) as session:
         return await asyncio.gather(*(post(session, token) for token in tokens))
-
-
-def count_rows(data_dir: Path, where: str = "error IS NULL") -> int:
-    """Rows of the spool."""
-    with sqlite3.connect(data_dir / FILE) as conn:
-        (count,) = conn.execute(f"SELECT count(*) FROM spooled WHERE {where}").fetchone()
-    conn.close()
-    return int(count)
-
-
-async def wait_until_drained(data_dir: Path) -> None:
-    async with asyncio.timeout(30):
-        while count_rows(data_dir):  # noqa: ASYNC110 - there is nothing to wait on but the file
-            await asyncio.sleep(0.02)
 
 
 async def launch_push(world: World) -> tuple[str, list[str]]:
