@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
@@ -53,13 +54,22 @@ async def template(postgres_url: str) -> AsyncIterator[str]:
     await _run(postgres_url, f"DROP DATABASE {name}")
 
 
+@asynccontextmanager
+async def clone_database(postgres_url: str, template: str | None = None) -> AsyncIterator[str]:
+    """A database that is dropped in the end: a clone of the template, or an empty one."""
+    name = f"aftertouch_test_{next(_numbers)}"
+    await _run(postgres_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template} STRATEGY file_copy" if template else ""))
+    try:
+        yield name_database(postgres_url, name)
+    finally:
+        await _run(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.fixture
 async def database_url(postgres_url: str, template: str) -> AsyncIterator[str]:
     """A database of the test's own, with the schema and nothing in it."""
-    name = f"aftertouch_test_{next(_numbers)}"
-    await _run(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
-    yield name_database(postgres_url, name)
-    await _run(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    async with clone_database(postgres_url, template) as url:
+        yield url
 
 
 @pytest.fixture

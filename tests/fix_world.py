@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from aftertouch.store import apps as store
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from aftertouch.web.server import bind
+from tests.fix_database import clone_database
 
 SECRET_KEY = "a secret key of the tests, 32 characters or more"
 
@@ -105,31 +107,40 @@ class World:
 OpenWorld = Callable[..., AbstractAsyncContextManager[World]]
 
 
+@asynccontextmanager
+async def open_world_on(database_url: str, settings: SandboxSettings | None = None, **config: Any) -> AsyncIterator[World]:
+    """A world on a database of its own."""
+    listener = bind("127.0.0.1:0")
+    hook = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/webhooks/whatsapp"
+    chosen = settings or SandboxSettings(size=60, time_scale=0.05)
+    async with Sandbox(SandboxSettings(**{**vars(chosen), "whatsapp_webhook_url": hook})) as sandbox:
+        values = {"grpc_address": "127.0.0.1:0", **config}
+        loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
+        stopping = asyncio.Event()
+        async with serve(loaded, discover_channels(), sandbox.environment, stopping, listener) as (core, addresses):
+            async with transaction(core.engine) as conn:
+                app = await store.create_app(conn, "acme", "Acme")
+                _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
+            async with Client(addresses.grpc, api_key=secret, app="acme") as client:
+                yield World(sandbox, core, addresses, client, secret)
+
+
 @pytest.fixture
 def open_world(database_url: str) -> OpenWorld:
     """Open a world: ``async with open_world(SandboxSettings(size=50)) as world``; settings of the server by keyword."""
-
-    @asynccontextmanager
-    async def open_one(settings: SandboxSettings | None = None, **config: Any) -> AsyncIterator[World]:
-        listener = bind("127.0.0.1:0")
-        hook = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/webhooks/whatsapp"
-        chosen = settings or SandboxSettings(size=60, time_scale=0.05)
-        async with Sandbox(SandboxSettings(**{**vars(chosen), "whatsapp_webhook_url": hook})) as sandbox:
-            values = {"grpc_address": "127.0.0.1:0", **config}
-            loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
-            stopping = asyncio.Event()
-            async with serve(loaded, discover_channels(), sandbox.environment, stopping, listener) as (core, addresses):
-                async with transaction(core.engine) as conn:
-                    app = await store.create_app(conn, "acme", "Acme")
-                    _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
-                async with Client(addresses.grpc, api_key=secret, app="acme") as client:
-                    yield World(sandbox, core, addresses, client, secret)
-
-    return open_one
+    return partial(open_world_on, database_url)
 
 
 @pytest.fixture
 async def world(open_world: OpenWorld) -> AsyncIterator[World]:
     """A world of 60 people who are not imported yet."""
     async with open_world() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+async def shared_world(postgres_url: str, template: str) -> AsyncIterator[World]:
+    """A world of 60 contacts for all tests of a module; each works under names of its own."""
+    async with clone_database(postgres_url, template) as url, open_world_on(url) as opened:
+        await opened.import_people()
         yield opened

@@ -44,7 +44,7 @@ class ReportedEvent:
     """An event as a caller names it: by token, or by campaign id and external_id."""
 
     signal: str
-    token: str = ""
+    token: str | None = None
     campaign: str = ""
     external_id: str = ""
     reason_code: str = ""
@@ -72,6 +72,15 @@ class Fact:
     position: int
     kind: Kind
     time: datetime
+
+
+class TokenUnknown(Exception):
+    """The only thing a receipt had to show was a token, and no message of its channel has this token."""
+
+
+def clean_text(text: str) -> str:
+    """Text that PostgreSQL can store: a provider's JSON may hold U+0000 and lone surrogates, and would be sent for days."""
+    return text.encode(errors="replace").decode().replace("\0", "\ufffd")
 
 
 class Ledger:
@@ -140,7 +149,8 @@ class Ledger:
         for index, (campaign, position) in targets.items():
             event = events[index]
             time = event.time or now
-            if event.signal not in self._channels[campaign.channel].evidence or event.signal in SERVER_SIGNALS:
+            channel = self._channels.get(campaign.channel)
+            if channel is None or event.signal not in channel.evidence or event.signal in SERVER_SIGNALS:
                 reject(index, "SIGNAL_UNKNOWN", f"{campaign.channel} has no signal {event.signal!r} that can be reported")
             elif time > now + LATEST or campaign.launch_time is None or time < campaign.launch_time - LATEST:
                 reject(index, "TIME_OUT_OF_RANGE", "the time is before the campaign was launched, or ahead of the clock")
@@ -153,6 +163,10 @@ class Ledger:
         """Record what a provider reported on a channel, durably, with what follows for the subscriptions.
 
         What names no message of this channel is kept as unrecognized: the provider would only send it again.
+
+        Raises:
+            TokenUnknown: a token is all that a receipt has, and it is not one of this channel's; nothing was stored.
+            DatabaseUnavailable: it may or may not be stored; ingest it again.
         """
         now = datetime.now(UTC)
         found = self.tokens.read([receipt.token or "" for receipt in receipts])
@@ -163,16 +177,18 @@ class Ledger:
         ):
             campaign = launched.get(campaign_id) if valid else None
             known = campaign is not None and campaign.channel == channel and position < campaign.recipients
+            if not known and receipt.message_id is None and len(receipts) == 1 and not unrecognized:
+                raise TokenUnknown
             if campaign is None or not known or receipt.signal not in self._channels[channel].evidence:
                 strange.append(f"{receipt.signal} of message {receipt.message_id or 'without id'}: no such message or signal")
                 continue
-            kind = self._kind_of(channel, receipt.signal, receipt.code or "")
+            kind = self._kind_of(channel, receipt.signal, clean_text(receipt.code or ""))
             facts.append(Fact(campaign, position, kind, receipt.time or now))
         if strange:
             log.warning("receipts were not recognized", action="ingest_receipts", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
                 await conn.execute(
-                    insert(unrecognized_receipts), [{"channel": channel, "item": item[:10_000]} for item in strange]
+                    insert(unrecognized_receipts), [{"channel": channel, "item": clean_text(item)[:10_000]} for item in strange]
                 )
         await self.record(facts)
         await self._follow(channel, facts)
@@ -231,8 +247,8 @@ class Ledger:
     async def _find_by_token(
         self, app_id: int, events: Sequence[ReportedEvent], targets: dict[int, tuple[Campaign, int]], reject: Reject
     ) -> None:
-        indexes = [index for index, event in enumerate(events) if event.token]
-        found = self.tokens.read([events[index].token for index in indexes])
+        indexes = [index for index, event in enumerate(events) if event.token is not None]
+        found = self.tokens.read([events[index].token or "" for index in indexes])
         launched = await self._read_launched(found.campaigns[found.valid].tolist())
         for index, campaign_id, position, valid in zip(
             indexes, found.campaigns.tolist(), found.positions.tolist(), found.valid.tolist(), strict=True
@@ -246,7 +262,7 @@ class Ledger:
     async def _find_by_external_id(
         self, app_id: int, events: Sequence[ReportedEvent], targets: dict[int, tuple[Campaign, int]], reject: Reject
     ) -> None:
-        indexes = [index for index, event in enumerate(events) if not event.token]
+        indexes = [index for index, event in enumerate(events) if event.token is None]
         if not indexes:
             return
         async with transaction(self._engine) as conn:

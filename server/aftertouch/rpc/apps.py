@@ -45,13 +45,12 @@ class Apps(apps_pb2_grpc.AppsServicer):
     ) -> apps_pb2.ListApiKeysResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        after = (datetime.fromisoformat(position[0]), position[1]) if position else None
+        question = f"{request.parent}/apiKeys"
+        after = read_page_token(request.page_token, question, str)
         keys = await store.list_api_keys(await call.begin(), call.app.app_id, after, size + 1)
-        more = keys[size - 1 : size] if len(keys) > size else []
         return apps_pb2.ListApiKeysResponse(
             api_keys=[_to_api_key(call, key) for key in keys[:size]],
-            next_page_token=make_page_token(request.parent, [more[0].create_time.isoformat(), more[0].api_key]) if more else "",
+            next_page_token=make_page_token(question, keys[size - 1].api_key) if len(keys) > size else "",
         )
 
     async def DeleteApiKey(self, request: apps_pb2.DeleteApiKeyRequest, call: Call) -> Empty:  # type: ignore[override]

@@ -76,11 +76,12 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.ListCampaignsResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        found = await store.list_campaigns(await call.begin(), call.app.app_id, position[0] if position else None, size + 1)
+        question = f"{request.parent}/campaigns"
+        before = read_page_token(request.page_token, question, int)
+        found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1)
         return campaigns_pb2.ListCampaignsResponse(
             campaigns=[await to_campaign(call, campaign) for campaign in found[:size]],
-            next_page_token=make_page_token(request.parent, [found[size - 1].campaign_id]) if len(found) > size else "",
+            next_page_token=make_page_token(question, found[size - 1].campaign_id) if len(found) > size else "",
         )
 
     async def UpdateCampaign(  # type: ignore[override]
@@ -134,8 +135,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.ListRecipientsResponse:
         campaign = await find(call, request.parent, field="parent")
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        start = position[0] if position else 0
+        question = f"{request.parent}/recipients"
+        start = read_page_token(request.page_token, question, int) or 0
         people = await list_recipients(
             await call.begin(), campaign, self._registry.types.get(campaign.channel), start, start + size
         )
@@ -146,7 +147,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
                 )
                 for person in people
             ],
-            next_page_token=make_page_token(request.parent, [start + size]) if start + size < campaign.recipients else "",
+            next_page_token=make_page_token(question, start + size) if start + size < campaign.recipients else "",
         )
 
     async def _read_parts(
@@ -157,7 +158,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         if "content" in paths:
             values["content"] = _read_content(found, given) if given.HasField("content") else None
         if "audience" in paths:
-            values["audience"] = None
+            values |= {"audience": None, "root_id": None}
             if given.HasField("audience"):
                 audience = read_audience(call, given.audience)
                 if isinstance(audience, Selection):
@@ -208,7 +209,7 @@ def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
     if not paths:
         return tuple(field.name for field, _ in request.campaign.ListFields() if field.name in (*_CHANGEABLE, "channel"))
     if "*" in paths:
-        return _CHANGEABLE
+        return (*_CHANGEABLE, "channel") if request.campaign.channel else _CHANGEABLE
     known = campaigns_pb2.Campaign.DESCRIPTOR.fields_by_name
     unknown = [path for path in paths if path not in known]
     if unknown:

@@ -101,12 +101,12 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
     ) -> contacts_pb2.ListContactsResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        after = position[0] if position else -1
-        found = await store.list_contacts(await call.begin(), call.app.app_id, after, size + 1)
+        question = f"{request.parent}/contacts"
+        after = read_page_token(request.page_token, question, int)
+        found = await store.list_contacts(await call.begin(), call.app.app_id, -1 if after is None else after, size + 1)
         return contacts_pb2.ListContactsResponse(
             contacts=[_to_contact(call, contact) for contact in found[:size]],
-            next_page_token=make_page_token(request.parent, [found[size - 1].number]) if len(found) > size else "",
+            next_page_token=make_page_token(question, found[size - 1].number) if len(found) > size else "",
         )
 
     def _read_contact(self, contact: contacts_pb2.Contact) -> store.Contact:

@@ -37,10 +37,11 @@ class Events(events_pb2_grpc.EventsServicer):
 
 def _read_event(call: Call, event: events_pb2.Event, index: int) -> ReportedEvent:
     recipient = event.recipient
+    has_token = event.WhichOneof("target") == "token"
     return ReportedEvent(
         signal=event.signal,
-        token=event.token,
-        campaign="" if event.token else read_name(call, recipient.campaign, "campaigns", f"events[{index}].recipient.campaign"),
+        token=event.token if has_token else None,
+        campaign="" if has_token else read_name(call, recipient.campaign, "campaigns", f"events[{index}].recipient.campaign"),
         external_id=recipient.external_id,
         reason_code=event.reason_code,
         time=event.time.ToDatetime(UTC) if event.HasField("time") else None,

@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from aftertouch.errors import DatabaseUnavailable
@@ -54,7 +55,7 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         if is_disconnect(error):
             raise DatabaseUnavailable from error
         raise
-    except TimeoutError as error:
+    except (TimeoutError, PoolTimeout) as error:
         raise DatabaseUnavailable from error
 
 
