@@ -9,9 +9,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-import re
 from collections.abc import Sequence
-from datetime import timedelta
 from types import TracebackType
 from typing import Literal, Self, cast
 
@@ -37,6 +35,7 @@ from aftertouch.channels import (
     Unclear,
     Webhook,
     WebhookRequest,
+    parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
 
@@ -136,7 +135,7 @@ class ConsoleChannel(Channel):
                 headers={"Authorization": f"Bearer {self.settings.api_key.get_secret_value()}"},
                 allow_redirects=False,
             ) as answer:
-                return read_answer(answer.status, answer.headers.get("Retry-After", ""), await answer.read())
+                return read_answer(answer.status, answer.headers.get("Retry-After"), await answer.read())
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             return Refused(code="connect_error")  # nothing has left yet
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -176,7 +175,7 @@ class ConsoleChannel(Channel):
 
 
 # --8<-- [start:answer]
-def read_answer(status: int, retry_after: str, body: bytes) -> Outcome:
+def read_answer(status: int, retry_after: str | None, body: bytes) -> Outcome:
     """What the provider's answer means; its documentation as code."""
     try:
         told = json.loads(body)
@@ -189,9 +188,8 @@ def read_answer(status: int, retry_after: str, body: bytes) -> Outcome:
     if status < 400:
         return Refused(code="redirected")
     if status == 429:
-        # The other form of Retry-After is a date; without a delay the server waits as long as it thinks fit.
-        seconds = int(retry_after) if re.fullmatch(r"[0-9]{1,6}", retry_after) else None
-        return Refused(code="too_fast", retry_after=None if seconds is None else timedelta(seconds=seconds))
+        # Without a delay the server waits as long as it thinks fit.
+        return Refused(code="too_fast", retry_after=parse_retry_after(retry_after))
     if status >= 500:
         return Refused(code="unavailable")
     return Refused(code=str(told.get("error", f"http_{status}")))

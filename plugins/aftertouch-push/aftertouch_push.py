@@ -16,8 +16,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 from functools import partial
 from types import TracebackType
 from typing import Annotated, ClassVar, Literal, Self, cast
@@ -28,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from py_vapid import Vapid02  # type: ignore[import-untyped]
+from py_vapid import Vapid02
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from yarl import URL
 
@@ -52,6 +51,7 @@ from aftertouch.channels import (
     Webhook,
     WebhookAnswer,
     WebhookRequest,
+    parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
 
@@ -134,19 +134,6 @@ def load_vapid_key(text: str) -> ec.EllipticCurvePrivateKey:
     return ec.derive_private_key(int.from_bytes(number, "big"), CURVE)
 
 
-def parse_retry_after(text: str | None) -> timedelta | None:
-    """Read a Retry-After header: seconds or a date (RFC 9110, section 10.2.3); None where it is absent or makes no sense."""
-    if text is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,7}", text):
-        return timedelta(seconds=int(text))
-    try:
-        due = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(due - datetime.now(UTC), timedelta()) if due.tzinfo else None
-
-
 def _split_hosts(value: object) -> object:
     return [host.strip() for host in value.split(",") if host.strip()] if isinstance(value, str) else value
 
@@ -159,8 +146,6 @@ def _check_host_rule(rule: str) -> str:
 
 class PushSettings(Settings):
     """The key that browsers subscribed with, and which push services are spoken to."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     vapid_private_key: SecretStr
     vapid_subject: str
@@ -210,8 +195,6 @@ class PushKeys(BaseModel):
 
 class PushAddress(Address):
     """A browser's ``PushSubscription``, as its ``toJSON`` writes it."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     endpoint: str = Field(max_length=2048, repr=False)
     """Whoever knows it can try to send to it: a secret."""
@@ -278,7 +261,7 @@ class PushChannel(Channel):
     content_model = PushContent
     settings_model = PushSettings
     # The token is the Topic, and a push service replaces a waiting message by the next one of its topic (RFC 8030, section 5.4).
-    capabilities = Capabilities(idempotent_sends=True)
+    capabilities = Capabilities(idempotent_sends=True, signed_webhooks=False)
     signals = (
         Signal(name="confirmed", label="Confirmed delivery", implies=("sent",)),
         Signal(name="clicked", label="Clicked", implies=("confirmed",)),

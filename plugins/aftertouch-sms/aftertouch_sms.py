@@ -11,20 +11,18 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Annotated, ClassVar, Self, cast
 from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
 from multidict import MultiDict
-from pydantic import ConfigDict, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
-from twilio.http import AsyncHttpClient  # type: ignore[import-untyped]
-from twilio.http.response import Response  # type: ignore[import-untyped]
-from twilio.request_validator import RequestValidator  # type: ignore[import-untyped]
-from twilio.rest import Client  # type: ignore[import-untyped]
+from twilio.http import AsyncHttpClient
+from twilio.http.response import Response
+from twilio.request_validator import RequestValidator
+from twilio.rest import Client
 
 from aftertouch.channels import (
     Accepted,
@@ -45,6 +43,7 @@ from aftertouch.channels import (
     Unclear,
     Webhook,
     WebhookRequest,
+    parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
 
@@ -109,23 +108,8 @@ _CODES: Mapping[ReasonClass, Sequence[str]] = {
 """Twilio: Error and Warning Dictionary. The codes of its other channels are here because a Messaging Service may use them."""
 
 
-def parse_retry_after(text: str | None) -> timedelta | None:
-    """Read a Retry-After header: seconds or a date (RFC 9110, section 10.2.3); None where it is absent or makes no sense."""
-    if text is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,7}", text):
-        return timedelta(seconds=int(text))
-    try:
-        due = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(due - datetime.now(UTC), timedelta()) if due.tzinfo else None
-
-
 class SmsSettings(Settings):
     """The Twilio account, and who its messages come from."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     account_sid: str = Field(pattern=r"^AC[0-9a-fA-F]{32}$")
     auth_token: SecretStr = Field(min_length=1)
@@ -148,8 +132,6 @@ class SmsSettings(Settings):
 
 class SmsAddress(Address):
     """A phone number."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     phone: Annotated[str, PhoneNumberValidator(number_format="E164")] = Field(repr=False)
 

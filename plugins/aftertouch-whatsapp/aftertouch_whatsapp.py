@@ -12,8 +12,6 @@ import hmac
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -41,6 +39,7 @@ from aftertouch.channels import (
     Webhook,
     WebhookAnswer,
     WebhookRequest,
+    parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
 
@@ -85,23 +84,8 @@ _CODES: Mapping[ReasonClass, Sequence[str]] = {
 """Meta: Cloud API error codes. Meta asks to decide by code, never by title or HTTP status."""
 
 
-def parse_retry_after(text: str | None) -> timedelta | None:
-    """Read a Retry-After header: seconds or a date (RFC 9110, section 10.2.3); None where it is absent or makes no sense."""
-    if text is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,7}", text):
-        return timedelta(seconds=int(text))
-    try:
-        due = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(due - datetime.now(UTC), timedelta()) if due.tzinfo else None
-
-
 class WhatsAppSettings(Settings):
     """The business's phone number and app at Meta."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     phone_number_id: str = Field(pattern=r"^[0-9]+$")
     access_token: SecretStr = Field(min_length=1)
@@ -117,8 +101,6 @@ class WhatsAppSettings(Settings):
 
 class WhatsAppAddress(Address):
     """A phone number."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
 
     phone: Annotated[str, PhoneNumberValidator(number_format="E164")] = Field(repr=False)
 

@@ -6,10 +6,12 @@ imports the standard library and pydantic only: a channel can be written and tes
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
@@ -89,6 +91,9 @@ class Capabilities:
     """The same token sent twice reaches the person once (web push with a Topic): after a crash such messages are sent again."""
     webhooks: bool = True
     """Receipts arrive over HTTP; ``verify`` and ``parse`` are then required."""
+    signed_webhooks: bool = True
+    """A webhook request proves by itself that the provider made it. Where it does not (a browser's beacon), the token is the
+    only proof: a receipt without one of ours is then refused, and nothing of it kept."""
     batch_size: int = 50
     """How many messages one call of ``send`` may be handed (1 to 1,000)."""
 
@@ -96,7 +101,7 @@ class Capabilities:
 class Address(BaseModel, ABC):
     """Where one subscription of a contact is reached. Subclass it with your fields and validators."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     @property
     @abstractmethod
@@ -113,7 +118,7 @@ class Content(BaseModel):
 class Settings(BaseModel):
     """The operator's settings for a channel, read from ``AFTERTOUCH_<CHANNEL>_<FIELD>``. Use ``SecretStr`` for secrets."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 A = TypeVar("A", bound="Address", covariant=True)
@@ -288,3 +293,16 @@ class Channel(ABC):
     def classify(cls, code: str) -> ReasonClass:
         """The class of a code; ``UNKNOWN`` for one that nobody has met yet."""
         return cls.reasons.get(code, ReasonClass.UNKNOWN)
+
+
+def parse_retry_after(text: str | None) -> timedelta | None:
+    """Read a Retry-After header: seconds or a date (RFC 9110, section 10.2.3); None where it is absent or makes no sense."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,7}", text):
+        return timedelta(seconds=int(text))
+    try:
+        due = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(due - datetime.now(UTC), timedelta()) if due.tzinfo else None

@@ -37,6 +37,7 @@ from aftertouch.channels import (
     Refused,
     Unclear,
     WebhookRequest,
+    parse_retry_after,
 )
 from aftertouch.signals import CORE_IMPLICATIONS, close_implications, parse
 
@@ -248,7 +249,7 @@ def test_address_parsing_never_raises_anything_else(text: str) -> None:
 @settings(deadline=None)
 @given(st.text())
 def test_retry_after_of_any_text_is_survived(text: str) -> None:
-    delay = aftertouch_push.parse_retry_after(text)
+    delay = parse_retry_after(text)
     assert delay is None or delay >= timedelta()
 
 

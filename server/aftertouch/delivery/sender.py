@@ -12,7 +12,9 @@ begin.
 
 from __future__ import annotations
 
+import asyncio
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -42,6 +44,8 @@ MOST_TRIES = 10
 """Refusals with back-off that add up to about five minutes; then a person has failed, with the last reason."""
 MOST_UNKNOWN_TRIES = 3
 """The same for a code that nobody knows: it is more likely to be final."""
+BATCHES_AT_ONCE = 4
+"""Of one unit: while one is with the provider, others are being rendered, marked and recorded."""
 LONGEST_BACK_OFF = timedelta(seconds=60)
 
 
@@ -120,11 +124,22 @@ class Sender:
         progress = await self._read_progress(len(roll))
         todo = progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends)
         size = self._channel.capabilities.batch_size
-        for start in range(0, len(todo), size):
-            within = todo[start : start + size]
-            await self._send_batch(campaign, template, within, roll[within], progress.tries[within])
-            if self._retry.is_urgent or self._is_stopping:
-                break
+        batches = iter([todo[start : start + size] for start in range(0, len(todo), size)])
+
+        async def send_batches() -> None:
+            for within in batches:
+                try:
+                    await self._send_batch(campaign, template, within, roll[within], progress.tries[within])
+                finally:
+                    # Of the batches under way none is cut off: its people would be left attempted without outcome.
+                    self._is_stopping |= sys.exception() is not None
+                if self._retry.is_urgent or self._is_stopping:
+                    break
+
+        failures = await asyncio.gather(*(send_batches() for _ in range(BATCHES_AT_ONCE)), return_exceptions=True)
+        for failure in failures:
+            if isinstance(failure, BaseException):
+                raise failure
         await self._settle(campaign, len(roll))
 
     async def _read_progress(self, members: int) -> Progress:

@@ -74,8 +74,8 @@ class Fact:
     time: datetime
 
 
-class TokenUnknown(Exception):
-    """The only thing a receipt had to show was a token, and no message of its channel has this token."""
+class TokenInvalid(Exception):
+    """News whose only proof would have been its token, which is not one of ours."""
 
 
 def clean_text(text: str) -> str:
@@ -162,11 +162,12 @@ class Ledger:
     async def ingest_receipts(self, channel: str, receipts: Sequence[Receipt], unrecognized: Sequence[str] = ()) -> None:
         """Record what a provider reported on a channel, durably, with what follows for the subscriptions.
 
-        What names no message of this channel is kept as unrecognized: the provider would only send it again.
+        What names no message of this channel is kept as unrecognized, if its origin is proven: the provider would only send it
+        again.
 
         Raises:
-            TokenUnknown: a token is all that a receipt has, and it is not one of this channel's; nothing was stored.
-            DatabaseUnavailable: it may or may not be stored; ingest it again.
+            TokenInvalid: the channel's webhooks prove nothing by themselves; nothing was stored.
+            DatabaseUnavailable: it may or may not be durable.
         """
         now = datetime.now(UTC)
         found = self.tokens.read([receipt.token or "" for receipt in receipts])
@@ -177,9 +178,9 @@ class Ledger:
         ):
             campaign = launched.get(campaign_id) if valid else None
             known = campaign is not None and campaign.channel == channel and position < campaign.recipients
-            if not known and receipt.message_id is None and len(receipts) == 1 and not unrecognized:
-                raise TokenUnknown
             if campaign is None or not known or receipt.signal not in self._channels[channel].evidence:
+                if not self._channels[channel].channel.capabilities.signed_webhooks:
+                    raise TokenInvalid("the token is not one of ours")
                 strange.append(f"{receipt.signal} of message {receipt.message_id or 'without id'}: no such message or signal")
                 continue
             kind = self._kind_of(channel, receipt.signal, clean_text(receipt.code or ""))

@@ -158,7 +158,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         if "content" in paths:
             values["content"] = _read_content(found, given) if given.HasField("content") else None
         if "audience" in paths:
-            values |= {"audience": None, "root_id": None}
+            values["audience"] = values["root_id"] = None
             if given.HasField("audience"):
                 audience = read_audience(call, given.audience)
                 if isinstance(audience, Selection):

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import make_url, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -46,24 +46,40 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A transaction on a connection of the pool.
 
     Raises:
-        DatabaseUnavailable: the server could not be reached, or went away in the middle; nothing was committed.
+        DatabaseUnavailable: the server could not be reached, went away in the middle, or chose this transaction to resolve a
+            deadlock. Unless it went away during the commit itself, nothing was committed.
     """
     try:
         async with engine.begin() as conn:
             yield conn
-    except (OperationalError, InterfaceError) as error:
-        if is_disconnect(error):
+    except (DBAPIError, psycopg.Error) as error:
+        if may_pass(error):
             raise DatabaseUnavailable from error
         raise
-    except (TimeoutError, PoolTimeout) as error:
+    except PoolTimeout as error:
         raise DatabaseUnavailable from error
 
 
-def is_disconnect(error: DBAPIError) -> bool:
-    """True when the server is away or going, and the same transaction may succeed later."""
-    cause = error.orig
+def may_pass(error: DBAPIError | psycopg.Error) -> bool:
+    """True when the same transaction may succeed later: the server is away, full or going, or two transactions collided."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
     state = getattr(cause, "sqlstate", None)
-    return error.connection_invalidated or state is None or state[:2] == "08" or state in ("57P01", "57P02", "57P03")
+    if state is None:
+        return isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError)
+    return state[:2] == "08" or state in _PASSING
+
+
+_PASSING = frozenset(
+    {
+        "40001",  # serialization failure
+        "40P01",  # deadlock
+        "53300",  # too many connections
+        "55P03",  # lock not available in time
+        "57P01",  # the server is shutting down,
+        "57P02",  # crashed,
+        "57P03",  # or starts
+    }
+)
 
 
 async def driver(conn: AsyncConnection) -> psycopg.AsyncConnection[Any]:

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from aftertouch.channels import InvalidSignature, InvalidWebhook, WebhookRequest
 from aftertouch.errors import AftertouchError
-from aftertouch.ingest.ledger import Ledger, TokenUnknown
+from aftertouch.ingest.ledger import Ledger, TokenInvalid
 from aftertouch.plugins import Registry
 
 log = structlog.get_logger()
@@ -62,8 +62,8 @@ def create_ingress(registry: Registry, ledger: Ledger, public_url: str) -> Starl
             return PlainTextResponse("the channel failed on this request", 500)
         try:
             await ledger.ingest_receipts(name, webhook.receipts, webhook.unrecognized)
-        except TokenUnknown:
-            return PlainTextResponse("no message has this token", 403)
+        except TokenInvalid as error:
+            return PlainTextResponse(str(error), 403)
         except AftertouchError as error:
             return PlainTextResponse(str(error), 503, headers={"retry-after": "1"})
         answer = webhook.answer
