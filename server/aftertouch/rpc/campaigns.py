@@ -221,10 +221,11 @@ def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
 
 
 def _read_content(found: ChannelType, given: campaigns_pb2.Campaign) -> dict[str, Any]:
+    # First, so that nobody has us parse megabytes of Liquid.
+    if given.content.ByteSize() > _LARGEST_CONTENT:
+        raise FieldsInvalid([Violation("campaign.content", f"is larger than {_LARGEST_CONTENT} bytes")])
     content: dict[str, Any] = json_format.MessageToDict(given.content)
     violations = [Violation(f"campaign.{path}", text) for path, text in find_template_errors(content)]
-    if given.content.ByteSize() > _LARGEST_CONTENT:
-        violations.append(Violation("campaign.content", f"is larger than {_LARGEST_CONTENT} bytes"))
     try:
         found.channel.content_model.model_validate(content)
     except ValidationError as error:
