@@ -68,9 +68,7 @@ async def retarget(world: World, selection: campaigns_pb2.RetargetSelection, cha
 class Oracle:
     """Who matches, from what ListRecipients and ListContacts show."""
 
-    def __init__(
-        self, world: World, recipients: dict[str, campaigns_pb2.Recipient], contacts: list[contacts_pb2.Contact]
-    ) -> None:
+    def __init__(self, recipients: dict[str, campaigns_pb2.Recipient], contacts: list[contacts_pb2.Contact]) -> None:
         self.recipients = recipients
         self.states = {
             contact.external_id: {

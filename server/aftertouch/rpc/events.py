@@ -6,7 +6,7 @@ from datetime import UTC
 
 from aftertouch.ingest.ledger import Ledger, ReportedEvent
 from aftertouch.rpc.interceptor import Call
-from aftertouch.rpc.names import check_parent, read_name
+from aftertouch.rpc.names import check_app_name, read_name
 from aftertouch.v1 import events_pb2, events_pb2_grpc
 
 
@@ -19,7 +19,7 @@ class Events(events_pb2_grpc.EventsServicer):
     async def IngestEvents(  # type: ignore[override]
         self, request: events_pb2.IngestEventsRequest, call: Call
     ) -> events_pb2.IngestEventsResponse:
-        check_parent(call, request.parent)
+        check_app_name(call, request.parent)
         events = [_read_event(call, event, index) for index, event in enumerate(request.events)]
         rejections = await self._ledger.ingest_events(call.app.app_id, events)
         return events_pb2.IngestEventsResponse(
