@@ -49,7 +49,7 @@ def find_template_errors(content: Any, path: str = "content") -> Iterator[tuple[
             # Liquid meets a filter or template that does not exist only when it renders: everybody would be skipped.
             used = _LIQUID.from_string(content).analyze().filters
         except TemplateNotFoundError as error:
-            yield path, f"there is no template {str(error)!r} to render or include; a content stands alone"
+            yield path, f"there is no template {str(error).splitlines()[0]!r}: a content cannot render or include another"
         except LiquidError as error:
             yield path, str(error).splitlines()[0]
         else:
