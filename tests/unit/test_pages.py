@@ -7,11 +7,20 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import Any
 
 import pytest
+from google.protobuf import wrappers_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aftertouch.errors import FieldsInvalid
-from aftertouch.rpc.pages import DEFAULT_SIZE, LARGEST_SIZE, make_page_token, read_page_token, size_page
+from aftertouch.rpc.pages import (
+    DEFAULT_SIZE,
+    LARGEST_ANSWER,
+    LARGEST_SIZE,
+    fill_page,
+    make_page_token,
+    read_page_token,
+    size_page,
+)
 
 plain = st.text(st.characters(min_codepoint=32, max_codepoint=126))
 
@@ -44,6 +53,16 @@ def test_page_token_with_a_position_that_is_no_number_is_refused(position: Any) 
 def test_any_text_is_refused_as_a_page_token(text: str) -> None:
     with pytest.raises(FieldsInvalid):
         read_page_token(text, "a", int)
+
+
+def test_page_is_filled_up_to_the_largest_answer_and_never_empty() -> None:
+    letter, half = wrappers_pb2.StringValue(value="x"), wrappers_pb2.StringValue(value="x" * (LARGEST_ANSWER // 2))
+    whole = wrappers_pb2.StringValue(value="x" * LARGEST_ANSWER)
+    assert fill_page([]) == []
+    assert fill_page([letter] * 1000) == [letter] * 1000
+    assert fill_page([half, half]) == [half]
+    assert fill_page([whole, letter]) == [whole]
+    assert fill_page([letter, whole, letter]) == [letter]
 
 
 def test_page_has_a_default_and_a_largest_size() -> None:

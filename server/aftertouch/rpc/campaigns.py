@@ -26,7 +26,7 @@ from aftertouch.retargeting.report import count_campaign, list_recipients
 from aftertouch.retargeting.selections import Selection
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_app_name, make_campaign_id, read_name
-from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
+from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.store import campaigns as store
 from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
@@ -79,9 +79,10 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         question = f"{request.parent}/campaigns"
         before = read_page_token(request.page_token, question, int)
         found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1)
+        page = fill_page([await to_campaign(call, campaign) for campaign in found[:size]])
         return campaigns_pb2.ListCampaignsResponse(
-            campaigns=[await to_campaign(call, campaign) for campaign in found[:size]],
-            next_page_token=make_page_token(question, found[size - 1].campaign_id) if len(found) > size else "",
+            campaigns=page,
+            next_page_token=make_page_token(question, found[len(page) - 1].campaign_id) if len(found) > len(page) else "",
         )
 
     async def UpdateCampaign(  # type: ignore[override]

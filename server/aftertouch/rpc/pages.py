@@ -10,19 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from aftertouch.errors import FieldsInvalid, Violation
 
 DEFAULT_SIZE = 50
 LARGEST_SIZE = 1000
+LARGEST_ANSWER = 3 * 1024 * 1024
+"""Bytes of a page: gRPC's clients refuse an answer above 4 MB unless they are told otherwise."""
 
 K = TypeVar("K", int, str)
+M = TypeVar("M", bound=Message)
 
 
 def size_page(page_size: int) -> int:
     """How many to return for what was asked."""
     return min(page_size or DEFAULT_SIZE, LARGEST_SIZE)
+
+
+def fill_page(messages: Sequence[M]) -> Sequence[M]:
+    """As many of the messages as one answer may hold, and never none of them."""
+    ends = list(accumulate(message.ByteSize() for message in messages))
+    return messages[: max(bisect_right(ends, LARGEST_ANSWER), 1)]
 
 
 def _digest(question: str) -> str:
