@@ -194,6 +194,41 @@ class Internal(AftertouchError):
         super().__init__(f"a defect of the server; its log has the trace under {request}", request=request)
 
 
+class PositionOutOfOrder(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "POSITION_OUT_OF_ORDER"
+
+    def __init__(self, producer: str, expected: int, position: int) -> None:
+        super().__init__(
+            f"batch {position} of {producer} came where {expected} was expected; open the stream again and go on from there",
+            producer=producer,
+            expected=str(expected),
+            position=str(position),
+        )
+
+
+class StreamSuperseded(AftertouchError):
+    code, reason = "ABORTED", "STREAM_SUPERSEDED"
+
+    def __init__(self, producer: str) -> None:
+        super().__init__(f"{producer} opened a newer stream; this one is over", producer=producer)
+
+
+class StreamNotOpened(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "STREAM_NOT_OPENED"
+
+    def __init__(self) -> None:
+        super().__init__("the first message of a stream must open it, and no other may")
+
+
+class ResumeTokenTooOld(AftertouchError):
+    code, reason = "OUT_OF_RANGE", "RESUME_TOKEN_TOO_OLD"
+
+    def __init__(self, kept_since: str) -> None:
+        super().__init__(
+            f"the events after this token are kept no longer; there are those since {kept_since}", kept_since=kept_since
+        )
+
+
 class MethodUnknown(AftertouchError):
     code, reason = "UNIMPLEMENTED", "METHOD_UNKNOWN"
 

@@ -13,7 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.plugins import Discovery, Registry, build_registry
 from aftertouch.rpc.server import serve_grpc
+from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.embedded import EmbeddedPostgres, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
-from aftertouch.store.partitions import create_partitions
+from aftertouch.store.partitions import create_partitions, drop_partitions
 from aftertouch.store.requests import forget_requests
 from aftertouch.web.ingress import WEBHOOKS, create_ingress
 from aftertouch.web.server import serve_http
@@ -137,9 +138,13 @@ async def open_core(
 
 
 async def keep_house(engine: AsyncEngine) -> None:
-    """Make partitions ahead and forget old requests."""
+    """Make partitions ahead, drop those that no app keeps any longer, and forget old requests."""
+    today = datetime.now(UTC).date()
     async with transaction(engine) as conn:
-        await create_partitions(conn, datetime.now(UTC).date())
+        await create_partitions(conn, today)
+        kept = max((app.retention_days for app in await list_apps(conn)), default=DEFAULT_RETENTION_DAYS)
+        for day in await drop_partitions(conn, today - timedelta(days=kept)):
+            log.info("a day's events are kept no longer", action="drop_partitions", day=day.isoformat())
         await forget_requests(conn)
 
 

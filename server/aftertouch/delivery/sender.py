@@ -27,7 +27,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from aftertouch.channels import Accepted, Address, Channel, Content, Message, Outcome, ReasonClass, Refused, Unclear
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.render import ContentTemplate, RenderError
-from aftertouch.ingest.ledger import Fact, Ledger
+from aftertouch.errors import DatabaseUnavailable
+from aftertouch.ingest.batcher import RETRY_SECONDS
+from aftertouch.ingest.ledger import Fact, Ledger, Tried
 from aftertouch.rolls.chunks import CHUNK, Numbers, chunk_of
 from aftertouch.rolls.sql import read_receipts, read_roll_chunk
 from aftertouch.store.campaigns import Campaign, read_campaign, update_campaign
@@ -119,7 +121,7 @@ class Sender:
             if campaign is None or campaign.content is None:
                 raise LeaseLost
             roll = await read_roll_chunk(conn, self._unit.slot)
-        self._ledger.remember([campaign])
+        self._ledger.lookups.remember(campaign)
         template = ContentTemplate(campaign.content, self._type.channel.content_model)
         progress = await self._read_progress(len(roll))
         todo = progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends)
@@ -180,16 +182,18 @@ class Sender:
         messages = [message for draft in drafts for message in draft.messages]
         outcomes = iter(await self._call_channel(messages))
         facts: list[Fact] = []
+        tried: list[Tried] = []
         changes: list[tuple[int, str, bytes, str, str]] = []
         for draft in drafts:
             own = [next(outcomes) for _ in draft.messages]
-            kinds = self._judge(own, tries_of[draft.position])
-            facts += [Fact(campaign, draft.position, kind, datetime.now(UTC)) for kind in kinds]
+            now = datetime.now(UTC)
+            facts += [Fact(campaign, draft.position, kind, now) for kind in self._judge(own, tries_of[draft.position])]
+            for address_hash, outcome in zip(draft.hashes, own, strict=True):
+                message_id = outcome.message_id[:256] if isinstance(outcome, Accepted) else ""
+                tried.append(Tried(campaign, draft.position, self._describe(outcome), address_hash, message_id))
             changes += self._follow(draft, own)
-        await self._ledger.record(facts)
-        if changes:
-            async with transaction(self._engine) as conn:
-                await set_states(conn, campaign.app_id, changes)
+        await self._ledger.record(facts, tried)
+        await self._change_subscriptions(campaign, changes)
         if self._refusal_of_config:
             await self._pause(campaign)
 
@@ -247,7 +251,7 @@ class Sender:
                 self._wait(reason_class, outcome, tries)
                 return [Kind("refused", reason_class, str(tries))]
         reason_class, outcome = classified[0]
-        return [Kind("failed", reason_class, outcome.code[:64])]
+        return [self._ledger.lookups.bound_kind(Kind("failed", reason_class, outcome.code[:64]))]
 
     @staticmethod
     def _may_try_again(reason_class: ReasonClass, tries: int) -> bool:
@@ -263,6 +267,28 @@ class Sender:
         back_off = min(timedelta(seconds=2 ** min(tries - 1, 10)), LONGEST_BACK_OFF) * random.uniform(0.5, 1.0)
         self._retry.wait(outcome.retry_after or back_off)
         self._retry.is_urgent |= reason_class in (ReasonClass.RATE, ReasonClass.CONFIG)
+
+    def _describe(self, outcome: Outcome) -> Kind:
+        """One message's outcome, for the attempt log."""
+        match outcome:
+            case Accepted():
+                return Kind("sent")
+            case Refused():
+                return self._ledger.lookups.bound_kind(
+                    Kind("failed", self._type.channel.classify(outcome.code), outcome.code[:64])
+                )
+            case Unclear():
+                return Kind("attempted")
+
+    async def _change_subscriptions(self, campaign: Campaign, changes: list[tuple[int, str, bytes, str, str]]) -> None:
+        """Make what providers said of addresses durable, however long the database is away."""
+        while changes:
+            try:
+                async with transaction(self._engine) as conn:
+                    await set_states(conn, campaign.app_id, changes)
+                return
+            except DatabaseUnavailable:
+                await asyncio.sleep(RETRY_SECONDS)
 
     def _follow(self, draft: Draft, outcomes: list[Outcome]) -> list[tuple[int, str, bytes, str, str]]:
         """What the outcomes mean for the subscriptions that they are about."""

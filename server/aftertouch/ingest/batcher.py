@@ -1,172 +1,143 @@
 """Group commit: what arrives within a few milliseconds, from everywhere in the process, becomes one transaction.
 
-The transaction is one COPY into the event log and one upsert into the receipts. Only after its commit are the submitters
-answered, so an answer means durable; and since the receipts are only ever OR-ed, a submitter that never got its answer
-simply submits again.
+Only after its commit are the submitters answered, so an answer means durable. Receipts are only ever OR-ed, so a submitter
+that never got its answer simply submits again; a stream's position is stored in the same transaction, so its batches go into
+the log exactly once whatever is sent again.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.errors import ServerStopping
-from aftertouch.rolls.chunks import Numbers, group_bits
-from aftertouch.rolls.sql import upsert_receipts
-from aftertouch.store.engine import driver, transaction
+from aftertouch.errors import DatabaseUnavailable, ServerStopping, StreamSuperseded
+from aftertouch.store.engine import transaction
+from aftertouch.store.logs import Attempt, EventBatch, join_batches, store_attempts, store_events
+from aftertouch.store.producers import Stream, lock_positions, set_positions
 
 log = structlog.get_logger()
 
 GATHER_SECONDS = 0.002
-"""How long the first of a batch waits for company: short against a commit, long enough to gather hundreds of webhooks."""
+"""How long the first of a group waits for company: short against a commit, long enough to gather hundreds of webhooks."""
 LARGEST_COMMIT = 100_000
 """Events in one transaction; more waits for the next."""
 LARGEST_BACKLOG = 500_000
-"""Events that may wait; submitters are held back until there is room. 28 bytes each, so 14 MB."""
-
-_POSTGRES_EPOCH = np.datetime64("2000-01-01", "us").astype(np.int64)
-_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
-_COPY_TRAILER = b"\xff\xff"
-_ROW = np.dtype(
-    [
-        ("columns", ">i2"),
-        ("arrive_length", ">i4"),
-        ("arrive_time", ">i8"),
-        ("slot_length", ">i4"),
-        ("slot", ">i8"),
-        ("position_length", ">i4"),
-        ("position", ">i4"),
-        ("kind_length", ">i4"),
-        ("kind", ">i4"),
-        ("time_length", ">i4"),
-        ("time", ">i8"),
-    ]
-)
+"""Events that may wait in a process; submitters are held back until there is room. About 30 bytes each, so 15 MB."""
+RETRY_SECONDS = 0.25
+"""Between two tries while the database is away."""
 
 
 @dataclass(frozen=True)
-class EventBatch:
-    """Events as columns of equal length."""
+class Submission:
+    """Something to make durable, and who waits for it."""
 
-    slots: Numbers
-    positions: NDArray[np.int32]
-    """Within the slot."""
-    members: NDArray[np.int32]
-    """How many people the slot has."""
-    kinds: NDArray[np.int32]
-    times: Numbers
-    """Microseconds since 1970, UTC."""
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-
-def join_batches(batches: Sequence[EventBatch]) -> EventBatch:
-    """One after the other."""
-    if len(batches) == 1:
-        return batches[0]
-    return EventBatch(*(np.concatenate([getattr(batch, column.name) for batch in batches]) for column in fields(EventBatch)))
+    batch: EventBatch
+    attempts: Sequence[Attempt] = ()
+    stream: Stream | None = None
+    position: int = 0
+    """Of the batch in its stream."""
+    is_patient: bool = False
+    """Waits while the database is away, however long; others are told."""
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Batcher:
-    """The one place where receipts are written. Run ``run`` in a task; stop it with ``close``."""
+    """The one place of a process where events are made durable. Run ``run`` in a task; stop it with ``close``."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._waiting: list[tuple[EventBatch, asyncio.Future[None]]] = []
+        self._waiting: deque[Submission] = deque()
         self._backlog = 0
         self._changed = asyncio.Condition()
-        self._closed = False
+        self._is_closed = False
 
-    async def submit(self, batch: EventBatch) -> None:
-        """Return when the batch is durable.
+    async def submit(self, submission: Submission) -> asyncio.Future[None]:
+        """Take it when there is room, and return what is done when it is durable.
 
-        Raises:
-            DatabaseUnavailable: it may or may not be; submit it again.
-            ServerStopping: nothing was stored.
+        The future raises ``DatabaseUnavailable`` (it may or may not be durable: submit it again), ``StreamSuperseded`` (it is
+        not) or ``ServerStopping`` (likewise). Submissions of one stream are stored in the order in which they were taken.
         """
-        if not len(batch):
-            return
-        future = asyncio.get_running_loop().create_future()
         async with self._changed:
-            await self._changed.wait_for(lambda: self._closed or self._backlog < LARGEST_BACKLOG)
-            if self._closed:
+            await self._changed.wait_for(lambda: self._is_closed or self._backlog < LARGEST_BACKLOG)
+            if self._is_closed:
                 raise ServerStopping
-            self._waiting.append((batch, future))
-            self._backlog += len(batch)
+            self._waiting.append(submission)
+            self._backlog += len(submission.batch)
             self._changed.notify_all()
-        await future
+        return submission.done
 
     async def run(self) -> None:
         """Commit what is submitted until ``close``, then what is left."""
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._closed or bool(self._waiting))
+                await self._changed.wait_for(lambda: self._is_closed or bool(self._waiting))
                 if not self._waiting:
                     return
             await asyncio.sleep(GATHER_SECONDS)
             await self._commit(self._take())
 
     async def close(self) -> None:
-        """Take nothing more; ``run`` ends when all that was taken is durable."""
+        """Take nothing more; ``run`` ends when all that was taken is durable, or the database is away."""
         async with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify_all()
 
-    def _take(self) -> list[tuple[EventBatch, asyncio.Future[None]]]:
-        taken = count = 0
-        for batch, _ in self._waiting:
-            if taken and count + len(batch) > LARGEST_COMMIT:
-                break
-            taken, count = taken + 1, count + len(batch)
-        group, self._waiting = self._waiting[:taken], self._waiting[taken:]
+    def _take(self) -> list[Submission]:
+        group: list[Submission] = []
+        count = 0
+        while self._waiting and (not group or count + len(self._waiting[0].batch) <= LARGEST_COMMIT):
+            group.append(self._waiting.popleft())
+            count += len(group[-1].batch)
         return group
 
-    async def _commit(self, group: list[tuple[EventBatch, asyncio.Future[None]]]) -> None:
+    async def _commit(self, group: list[Submission]) -> None:
         try:
-            async with transaction(self._engine) as conn:
-                await store_events(conn, join_batches([batch for batch, _ in group]))
+            superseded = await self._store(group)
+        except DatabaseUnavailable as error:
+            is_kept = not self._is_closed
+            kept = [submission for submission in group if submission.is_patient and is_kept]
+            self._waiting.extendleft(reversed(kept))
+            await self._answer([submission for submission in group if not (submission.is_patient and is_kept)], error)
+            await asyncio.sleep(RETRY_SECONDS)
         except Exception as error:
             # Every submitter gets the error and answers for it; the batcher itself goes on with the next group.
-            log.warning("events were not stored", action="commit_events", error=type(error).__name__)
-            for _, future in group:
-                if not future.done():
-                    future.set_exception(error)
+            log.exception("events were not stored", action="commit_events")
+            await self._answer(group, error)
         else:
-            for _, future in group:
-                if not future.done():
-                    future.set_result(None)
+            for submission in superseded:
+                assert submission.stream is not None
+                submission.done.set_exception(StreamSuperseded(submission.stream.producer))
+            await self._answer(group, None)
+
+    async def _answer(self, group: list[Submission], error: Exception | None) -> None:
+        for submission in group:
+            if submission.done.done():
+                continue
+            if error is None:
+                submission.done.set_result(None)
+            else:
+                submission.done.set_exception(error)
         async with self._changed:
-            self._backlog -= sum(len(batch) for batch, _ in group)
+            self._backlog -= sum(len(submission.batch) for submission in group)
             self._changed.notify_all()
 
-
-async def store_events(conn: AsyncConnection, batch: EventBatch) -> None:
-    """Write events into the log and the receipts."""
-    cursor = (await driver(conn)).cursor()
-    async with cursor.copy("COPY events (arrive_time, slot, position, kind, time) FROM STDIN (FORMAT BINARY)") as copy:
-        await copy.write(_encode_rows(batch))
-    await upsert_receipts(conn, group_bits(batch.slots, batch.kinds, batch.positions, batch.members))
-
-
-def _encode_rows(batch: EventBatch) -> bytes:
-    """The batch in PostgreSQL's binary COPY format: numpy fills all rows at once, 3.3 M rows/s where row by row does 157 k."""
-    rows = np.empty(len(batch), _ROW)
-    rows["columns"] = 5
-    for name in ("arrive", "slot", "time"):
-        rows[f"{name}_length"] = 8
-    for name in ("position", "kind"):
-        rows[f"{name}_length"] = 4
-    rows["arrive_time"] = int(datetime.now(UTC).timestamp() * 1_000_000) - _POSTGRES_EPOCH
-    rows["slot"] = batch.slots
-    rows["position"] = batch.positions
-    rows["kind"] = batch.kinds
-    rows["time"] = batch.times - _POSTGRES_EPOCH
-    return _COPY_HEADER + rows.tobytes() + _COPY_TRAILER
+    async def _store(self, group: list[Submission]) -> list[Submission]:
+        """Store the group in one transaction, without what is durable already, and return what a newer stream superseded."""
+        async with transaction(self._engine) as conn:
+            streams = {submission.stream for submission in group if submission.stream is not None}
+            positions = await lock_positions(conn, streams) if streams else {}
+            superseded = [s for s in group if s.stream is not None and s.stream not in positions]
+            # After a connection broke during COMMIT nobody knows whether it happened; the stored position does.
+            fresh = [s for s in group if s.stream is None or s.position > positions.get(s.stream, s.position)]
+            if fresh:
+                await store_events(conn, join_batches([submission.batch for submission in fresh]))
+                await store_attempts(conn, [attempt for submission in fresh for attempt in submission.attempts])
+            reached = {s.stream: s.position for s in fresh if s.stream is not None}
+            if reached:
+                await set_positions(conn, reached)
+        return superseded

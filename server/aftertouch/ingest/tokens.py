@@ -8,8 +8,9 @@ a whole batch: 0.1 µs a token, where an HMAC each takes 1 µs.
 
 from __future__ import annotations
 
+import binascii
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,6 @@ from numpy.typing import NDArray
 from aftertouch.rolls.chunks import Numbers
 
 TOKEN_LENGTH = 24
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
-"""Without padding: one token that decodes to fewer bytes would shift all that are read after it."""
 _HEADER = b"\x01\x00"
 """Format 1; the second byte has no meaning yet."""
 _BLOCK = np.dtype([("campaign", ">u8"), ("position", ">u4"), ("zero", ">u4")])
@@ -65,17 +64,37 @@ class TokenCodec:
 
     def read(self, tokens: Sequence[str]) -> Targets:
         """Whom the tokens name. Text that is no token is not valid, whatever it is."""
-        well_formed = [_TOKEN.fullmatch(token) is not None for token in tokens]
-        filler = "A" * TOKEN_LENGTH
-        joined = "".join(token if good else filler for token, good in zip(tokens, well_formed, strict=True))
-        wire = np.frombuffer(urlsafe_b64decode(joined), _WIRE)
+        wire, well_formed = _decode(tokens)
         decryptor = self._cipher.decryptor()
         blocks = np.frombuffer(decryptor.update(wire["block"].tobytes()) + decryptor.finalize(), _BLOCK)
-        valid = np.array(well_formed, np.bool_)
-        valid &= wire["header"] == np.void(_HEADER)
+        valid = well_formed & (wire["header"] == np.void(_HEADER))
         valid &= (blocks["zero"] == 0) & (blocks["campaign"] < _LARGEST_CAMPAIGN)
         return Targets(
             np.where(valid, blocks["campaign"], 0).astype(np.int64),
             np.where(valid, blocks["position"], 0).astype(np.int64),
             valid,
         )
+
+
+def _decode(tokens: Sequence[str]) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+    """The bytes of each token, and whether it is 24 characters of the alphabet. All at once: 60 ns a token, one by one 400."""
+    well_formed = np.ones(len(tokens), np.bool_)
+    try:
+        data = _decode_joined("".join(tokens))
+        if len(data) != len(tokens) * _WIRE.itemsize or set(map(len, tokens)) - {TOKEN_LENGTH}:
+            raise ValueError
+    except ValueError:
+        well_formed = np.array([_TOKEN.fullmatch(token) is not None for token in tokens], np.bool_)
+        data = _decode_joined(
+            "".join(token if good else "A" * TOKEN_LENGTH for token, good in zip(tokens, well_formed, strict=True))
+        )
+    return np.frombuffer(data, _WIRE), well_formed
+
+
+def _decode_joined(text: str) -> bytes:
+    return binascii.a2b_base64(text.encode("ascii").translate(_TO_STANDARD), strict_mode=True)
+
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{24}", re.ASCII)
+_TO_STANDARD = bytes.maketrans(b"-_+/", b"+/??")
+"""From the URL-safe alphabet to the standard one, whose own two characters are no part of a token."""

@@ -107,6 +107,25 @@ class BitRows:
     bits: list[bytes]
 
 
+def rank(values: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct values, ascending, and for each value its place among them.
+
+    Where the values span little, as slots of one campaign do, marking and counting replaces the sort: 10 ns a value, not 80.
+    """
+    low, high = int(values.min()), int(values.max())
+    if high - low >= _MOST_MARKS:
+        distinct, places = np.unique(values, return_inverse=True)
+        return distinct.astype(np.int64), places.astype(np.int64)
+    marks = np.zeros(high - low + 1, np.bool_)
+    shifted = values - low
+    marks[shifted] = True
+    return np.flatnonzero(marks) + low, (np.cumsum(marks) - 1)[shifted]
+
+
+_MOST_MARKS = 4_000_000
+"""Values further apart are sorted: marking them would take more memory than time it saves."""
+
+
 def group_bits(slots: Numbers, kinds: NDArray[np.integer], offsets: NDArray[np.integer], members: NDArray[np.integer]) -> BitRows:
     """Turn events into the rows of an upsert.
 
@@ -117,18 +136,22 @@ def group_bits(slots: Numbers, kinds: NDArray[np.integer], offsets: NDArray[np.i
     """
     if not len(slots):
         return BitRows([], [], [])
-    order = np.lexsort((kinds, slots))
-    slots, kinds, offsets, members = slots[order], kinds[order], offsets[order], members[order]
-    starts = np.flatnonzero(np.concatenate(([True], (slots[1:] != slots[:-1]) | (kinds[1:] != kinds[:-1]))))
-    lengths = (members[starts] + 7) // 8
+    # Slots of several campaigns lie far apart: the campaigns are ranked first, which brings the slots together.
+    campaigns, campaign_places = rank(slots >> SLOT_SHIFT)
+    chunks = slots & ((1 << SLOT_SHIFT) - 1)
+    width = int(chunks.max()) + 1
+    near, slot_places = rank(campaign_places * width + chunks)
+    kind_values, kind_places = rank(kinds)
+    pairs, group = rank(slot_places * len(kind_values) + kind_places)
+    near_of_group = near[pairs // len(kind_values)]
+    lengths = np.zeros(len(pairs), np.int64)
+    lengths[group] = (members + 7) // 8
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(slots))))
     flags = np.zeros(int(bounds[-1]) * 8, np.bool_)
     flags[bounds[group] * 8 + offsets] = True
     packed = np.packbits(flags).tobytes()
-    edges = bounds.tolist()
     return BitRows(
-        slots[starts].tolist(),
-        kinds[starts].tolist(),
-        [packed[start:end] for start, end in pairwise(edges)],
+        (campaigns[near_of_group // width] << SLOT_SHIFT | near_of_group % width).tolist(),
+        kind_values[pairs % len(kind_values)].tolist(),
+        [packed[start:end] for start, end in pairwise(bounds.tolist())],
     )

@@ -8,7 +8,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from aftertouch.errors import NotFound
 from aftertouch.rpc.interceptor import Call
-from aftertouch.rpc.names import check_app_name, read_name
+from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store import apps as store
@@ -19,7 +19,7 @@ class Apps(apps_pb2_grpc.AppsServicer):
     """The caller's app and its keys."""
 
     async def GetApp(self, request: apps_pb2.GetAppRequest, call: Call) -> apps_pb2.App:  # type: ignore[override]
-        check_app_name(call, request.name, "name")
+        check_parent(call, request.name, "name")
         return apps_pb2.App(
             name=call.app.name,
             display_name=call.app.display_name,
@@ -32,7 +32,7 @@ class Apps(apps_pb2_grpc.AppsServicer):
     async def CreateApiKey(  # type: ignore[override]
         self, request: apps_pb2.CreateApiKeyRequest, call: Call
     ) -> apps_pb2.ApiKey:
-        check_app_name(call, request.parent)
+        check_parent(call, request.parent)
         scopes = [options_pb2.Scope.Name(scope).removeprefix("SCOPE_").lower() for scope in request.api_key.scopes]
         key, secret = await store.create_api_key(await call.begin(), call.app.app_id, request.api_key.display_name, scopes)
         return _to_api_key(call, key, secret)
@@ -40,7 +40,7 @@ class Apps(apps_pb2_grpc.AppsServicer):
     async def ListApiKeys(  # type: ignore[override]
         self, request: apps_pb2.ListApiKeysRequest, call: Call
     ) -> apps_pb2.ListApiKeysResponse:
-        check_app_name(call, request.parent)
+        check_parent(call, request.parent)
         size = size_page(request.page_size)
         question = f"{request.parent}/apiKeys"
         after = read_page_token(request.page_token, question, str)

@@ -25,7 +25,7 @@ from aftertouch.retargeting.audiences import (
 from aftertouch.retargeting.report import count_campaign, list_recipients
 from aftertouch.retargeting.selections import Selection
 from aftertouch.rpc.interceptor import Call
-from aftertouch.rpc.names import check_app_name, make_campaign_id, read_name
+from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.store import campaigns as store
@@ -45,7 +45,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     async def CreateCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.CreateCampaignRequest, call: Call
     ) -> campaigns_pb2.Campaign:
-        check_app_name(call, request.parent)
+        check_parent(call, request.parent)
         given = request.campaign
         if given.channel not in self._registry.types:
             known = ", ".join(sorted(self._registry.types))
@@ -74,7 +74,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     async def ListCampaigns(  # type: ignore[override]
         self, request: campaigns_pb2.ListCampaignsRequest, call: Call
     ) -> campaigns_pb2.ListCampaignsResponse:
-        check_app_name(call, request.parent)
+        check_parent(call, request.parent)
         size = size_page(request.page_size)
         question = f"{request.parent}/campaigns"
         before = read_page_token(request.page_token, question, int)

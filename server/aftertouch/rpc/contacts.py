@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from aftertouch.errors import FieldsInvalid, NotFound, Violation
 from aftertouch.plugins import Registry
 from aftertouch.rpc.interceptor import Call
-from aftertouch.rpc.names import check_app_name, read_name
+from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.validation import check_message
 from aftertouch.rpc.values import to_struct, to_timestamp
@@ -47,7 +47,7 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
             parent = request.parent or parent
             if not parent:
                 raise FieldsInvalid([Violation("parent", "is required in the first message")])
-            check_app_name(call, parent)
+            check_parent(call, parent)
             if len(request.contacts) > 1000:
                 raise FieldsInvalid([Violation("contacts", "has more than 1,000 in one message; send several messages")])
             good = []
@@ -75,7 +75,7 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
     async def UpsertContacts(  # type: ignore[override]
         self, request: contacts_pb2.UpsertContactsRequest, call: Call
     ) -> contacts_pb2.UpsertContactsResponse:
-        check_app_name(call, request.parent)
+        check_parent(call, request.parent)
         good, violations = [], []
         for index, contact in enumerate(request.contacts):
             try:
@@ -99,7 +99,7 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
     async def ListContacts(  # type: ignore[override]
         self, request: contacts_pb2.ListContactsRequest, call: Call
     ) -> contacts_pb2.ListContactsResponse:
-        check_app_name(call, request.parent)
+        check_parent(call, request.parent)
         size = size_page(request.page_size)
         question = f"{request.parent}/contacts"
         after = read_page_token(request.page_token, question, int)

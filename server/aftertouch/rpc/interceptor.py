@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -43,6 +44,8 @@ log = structlog.get_logger()
 LARGEST_REQUEST = 4 * 1024 * 1024
 """Bytes in one request message. gRPC itself lets four times as much through, so that larger ones get our reason."""
 
+T = TypeVar("T")
+
 _OPEN_SERVICES = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
 _INCLUDED = {
     "admin": frozenset({"admin", "manage", "ingest", "read"}),
@@ -61,6 +64,11 @@ class Call:
         self.app = app
         self._stack = stack
         self._conn: AsyncConnection | None = None
+
+    @property
+    def is_begun(self) -> bool:
+        """True when the call's transaction is open, as it is for a request_id."""
+        return self._conn is not None
 
     async def begin(self) -> AsyncConnection:
         """The call's connection, in its one transaction."""
@@ -122,6 +130,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
             self._methods[path] = Method(path)
         method = self._methods[path]
         secret = _read_secret(handler_call_details)
+        if handler.response_streaming:
+            if handler.request_streaming:
+                return grpc.stream_stream_rpc_method_handler(self._wrap_answers(method, handler.stream_stream, secret))
+            return grpc.unary_stream_rpc_method_handler(self._wrap_answers(method, handler.unary_stream, secret))
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(self._wrap_stream(method, handler.stream_unary, secret))
         return grpc.unary_unary_rpc_method_handler(self._wrap_unary(method, handler.unary_unary, secret))
@@ -170,6 +182,29 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         return answer
 
+    def _wrap_answers(self, method: Method, serve: Any, secret: str) -> Any:
+        async def answer(received: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+            async def parsed() -> AsyncIterator[Message]:
+                async for data in received:
+                    yield method.parse(data)
+
+            async def work() -> AsyncGenerator[bytes, None]:
+                async with AsyncExitStack() as stack:
+                    call = await self._admit(method, secret, stack)
+                    if isinstance(received, bytes):
+                        request: Any = method.parse(received)
+                        check_message(request)
+                    else:
+                        request = parsed()
+                    async for response in serve(request, call):
+                        yield response.SerializeToString()
+
+            async with aclosing(work()) as answers:
+                while (data := await _guard(method.path, partial(anext, answers, None), context)) is not None:
+                    yield data
+
+        return answer
+
     async def _admit(self, method: Method, secret: str, stack: AsyncExitStack) -> Call:
         if not secret:
             raise ApiKeyMissing
@@ -205,7 +240,7 @@ def _read_secret(details: grpc.HandlerCallDetails) -> str:
     return ""
 
 
-async def _guard(path: str, work: Callable[[], Awaitable[bytes]], context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+async def _guard(path: str, work: Callable[[], Awaitable[T]], context: grpc.aio.ServicerContext[Any, Any]) -> T:
     """Run the work; whatever goes wrong leaves as a status with our reason."""
     try:
         return await work()

@@ -10,7 +10,7 @@ from aftertouch.rpc.interceptor import Call
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 
 
-def check_app_name(call: Call, name: str, field: str = "parent") -> None:
+def check_parent(call: Call, name: str, field: str = "parent") -> None:
     """Raise unless ``name`` is that of the caller's own app."""
     parts = name.split("/")
     if len(parts) != 2 or parts[0] != "apps" or not parts[1]:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from aftertouch.errors import AlreadyExists
 from aftertouch.store.tables import api_keys, apps
 
+DEFAULT_RETENTION_DAYS = 30
 SCOPES = ("read", "ingest", "manage", "admin")
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     ForeignKey,
     Identity,
     Index,
@@ -190,11 +191,62 @@ events = Table(
     "events",
     metadata,
     _time("arrive_time"),
+    Column("commit_id", BigInteger, nullable=False, comment="number of the transaction that stored it"),
     Column("slot", BigInteger, nullable=False),
     Column("position", Integer, nullable=False, comment="within the slot"),
     Column("kind", Integer, nullable=False),
     _time("time"),
+    # Rows arrive nearly in the order of their transactions, so a block-range index finds the newest at almost no cost.
+    Index(None, "commit_id", postgresql_using="brin", postgresql_with={"autosummarize": "on", "pages_per_range": 32}),
     comment="every event as it came, by the day of its arrival",
+    postgresql_partition_by="RANGE (arrive_time)",
+)
+
+dropped_days = Table(
+    "dropped_days",
+    metadata,
+    Column("log", Text, nullable=False),
+    Column("day", Date, nullable=False),
+    Column("last_commit_id", BigInteger, comment="of its events"),
+    PrimaryKeyConstraint("log", "day"),
+    comment="partitions that are kept no longer",
+)
+
+activity = Table(
+    "activity",
+    metadata,
+    Column("slot", BigInteger, nullable=False, comment="the campaign's first"),
+    _time("minute"),
+    Column("kind", Integer, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    PrimaryKeyConstraint("slot", "minute", "kind"),
+    comment="how many events of a kind happened in a minute",
+)
+
+producers = Table(
+    "producers",
+    metadata,
+    Column("app_id", BigInteger, nullable=False),
+    Column("producer", Text, nullable=False),
+    Column("position", BigInteger, nullable=False, comment="of the last batch that is durable"),
+    Column("stream", BigInteger, nullable=False, comment="counts up with every opened stream: the newest commits"),
+    _time("update_time", default=True),
+    PrimaryKeyConstraint("app_id", "producer"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    _time("arrive_time"),
+    Column("slot", BigInteger, nullable=False),
+    Column("position", Integer, nullable=False, comment="within the slot"),
+    Column("kind", Integer, nullable=False, comment="sent, failed, refused, or attempted when the outcome is unclear"),
+    Column("address_hash", LargeBinary, nullable=False),
+    Column("channel", Text, nullable=False),
+    Column("message_id", Text, nullable=False, comment="the provider's; empty where there is none"),
+    Index(None, "message_id", postgresql_where=text("message_id <> ''")),
+    Index(None, "slot", "position"),
+    comment="one row for each message handed to a provider, by day",
     postgresql_partition_by="RANGE (arrive_time)",
 )
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61\x66tertouch/v1/errors.proto\x12\raftertouch.v1*\x80\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41PI_KEY_MISSING\x10\x01\x12\x13\n\x0f\x41PI_KEY_INVALID\x10\x02\x12\x16\n\x12SCOPE_INSUFFICIENT\x10\x03\x12\x16\n\x12RESOURCE_NOT_FOUND\x10\x04\x12\x1b\n\x17RESOURCE_ALREADY_EXISTS\x10\x05\x12\x12\n\x0e\x46IELDS_INVALID\x10\x06\x12\x11\n\rETAG_MISMATCH\x10\x07\x12\x15\n\x11REQUEST_ID_REUSED\x10\x08\x12\x18\n\x14\x43\x41MPAIGN_STATE_WRONG\x10\t\x12\x13\n\x0f\x43ONTENT_MISSING\x10\n\x12\x12\n\x0e\x41UDIENCE_EMPTY\x10\x0b\x12\x15\n\x11\x43HANNEL_NOT_READY\x10\x0c\x12\x13\n\x0fSOURCE_NOT_SENT\x10\r\x12\x12\n\x0eSOURCE_TOO_OLD\x10\x0e\x12\x1b\n\x17RETARGETING_NOT_ENABLED\x10\x0f\x12\x16\n\x12SOURCE_BEFORE_PLAN\x10\x10\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x11\x12\x18\n\x14\x44\x41TABASE_UNAVAILABLE\x10\x12\x12\x13\n\x0fSERVER_STOPPING\x10\x13\x12\x0c\n\x08INTERNAL\x10\x14\x12\x12\n\x0eMETHOD_UNKNOWN\x10\x15\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61\x66tertouch/v1/errors.proto\x12\raftertouch.v1*\xe3\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41PI_KEY_MISSING\x10\x01\x12\x13\n\x0f\x41PI_KEY_INVALID\x10\x02\x12\x16\n\x12SCOPE_INSUFFICIENT\x10\x03\x12\x16\n\x12RESOURCE_NOT_FOUND\x10\x04\x12\x1b\n\x17RESOURCE_ALREADY_EXISTS\x10\x05\x12\x12\n\x0e\x46IELDS_INVALID\x10\x06\x12\x11\n\rETAG_MISMATCH\x10\x07\x12\x15\n\x11REQUEST_ID_REUSED\x10\x08\x12\x18\n\x14\x43\x41MPAIGN_STATE_WRONG\x10\t\x12\x13\n\x0f\x43ONTENT_MISSING\x10\n\x12\x12\n\x0e\x41UDIENCE_EMPTY\x10\x0b\x12\x15\n\x11\x43HANNEL_NOT_READY\x10\x0c\x12\x13\n\x0fSOURCE_NOT_SENT\x10\r\x12\x12\n\x0eSOURCE_TOO_OLD\x10\x0e\x12\x1b\n\x17RETARGETING_NOT_ENABLED\x10\x0f\x12\x16\n\x12SOURCE_BEFORE_PLAN\x10\x10\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x11\x12\x18\n\x14\x44\x41TABASE_UNAVAILABLE\x10\x12\x12\x13\n\x0fSERVER_STOPPING\x10\x13\x12\x0c\n\x08INTERNAL\x10\x14\x12\x12\n\x0eMETHOD_UNKNOWN\x10\x15\x12\x19\n\x15POSITION_OUT_OF_ORDER\x10\x16\x12\x15\n\x11STREAM_SUPERSEDED\x10\x17\x12\x15\n\x11STREAM_NOT_OPENED\x10\x18\x12\x18\n\x14RESUME_TOKEN_TOO_OLD\x10\x19\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\020io.aftertouch.v1P\001ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1'
   _globals['_ERRORREASON']._serialized_start=46
-  _globals['_ERRORREASON']._serialized_end=558
+  _globals['_ERRORREASON']._serialized_end=657
 # @@protoc_insertion_point(module_scope)

@@ -72,6 +72,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL {"request": "…"}: a defect of ours. The server's log has the trace under this request."""
     METHOD_UNKNOWN: _ErrorReason.ValueType  # 21
     """UNIMPLEMENTED {"method": "…"}: this server does not know the method; it may be older than the client."""
+    POSITION_OUT_OF_ORDER: _ErrorReason.ValueType  # 22
+    """FAILED_PRECONDITION {"producer": "…", "expected": "8", "position": "10"}: a batch is missing, or came twice. Open the
+    stream again and go on after the position that it answers.
+    """
+    STREAM_SUPERSEDED: _ErrorReason.ValueType  # 23
+    """ABORTED {"producer": "…"}: the same producer opened a newer stream. Only one of the two may go on."""
+    STREAM_NOT_OPENED: _ErrorReason.ValueType  # 24
+    """FAILED_PRECONDITION {}: the first message of a stream must open it, and no other may."""
+    RESUME_TOKEN_TOO_OLD: _ErrorReason.ValueType  # 25
+    """OUT_OF_RANGE {"kept_since": "…"}: list what you need again, then watch without a token."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that every error carries, with the domain
@@ -129,4 +139,14 @@ INTERNAL: ErrorReason.ValueType  # 20
 """INTERNAL {"request": "…"}: a defect of ours. The server's log has the trace under this request."""
 METHOD_UNKNOWN: ErrorReason.ValueType  # 21
 """UNIMPLEMENTED {"method": "…"}: this server does not know the method; it may be older than the client."""
+POSITION_OUT_OF_ORDER: ErrorReason.ValueType  # 22
+"""FAILED_PRECONDITION {"producer": "…", "expected": "8", "position": "10"}: a batch is missing, or came twice. Open the
+stream again and go on after the position that it answers.
+"""
+STREAM_SUPERSEDED: ErrorReason.ValueType  # 23
+"""ABORTED {"producer": "…"}: the same producer opened a newer stream. Only one of the two may go on."""
+STREAM_NOT_OPENED: ErrorReason.ValueType  # 24
+"""FAILED_PRECONDITION {}: the first message of a stream must open it, and no other may."""
+RESUME_TOKEN_TOO_OLD: ErrorReason.ValueType  # 25
+"""OUT_OF_RANGE {"kept_since": "…"}: list what you need again, then watch without a token."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

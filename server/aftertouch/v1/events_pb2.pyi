@@ -28,6 +28,7 @@ class Event(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     RECIPIENT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
     REASON_CODE_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
@@ -42,6 +43,10 @@ class Event(_message.Message):
         """A recipient by campaign and external_id."""
 
     @_builtins.property
+    def message(self) -> Global___MessageTarget:
+        """A message by the provider's id for it."""
+
+    @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened; now, when it is not set."""
 
@@ -50,15 +55,16 @@ class Event(_message.Message):
         *,
         token: _builtins.str = ...,
         recipient: Global___RecipientTarget | None = ...,
+        message: Global___MessageTarget | None = ...,
         signal: _builtins.str = ...,
         reason_code: _builtins.str = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["recipient", b"recipient", "target", b"target", "time", b"time", "token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "recipient", b"recipient", "target", b"target", "time", b"time", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason_code", b"reason_code", "recipient", b"recipient", "signal", b"signal", "target", b"target", "time", b"time", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason_code", b"reason_code", "recipient", b"recipient", "signal", b"signal", "target", b"target", "time", b"time", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["token", "recipient"]  # noqa: Y015
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["token", "recipient", "message"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
 
@@ -91,6 +97,113 @@ class RecipientTarget(_message.Message):
 Global___RecipientTarget: _TypeAlias = RecipientTarget  # noqa: Y015
 
 @_typing.final
+class MessageTarget(_message.Message):
+    """A message by the provider's id for it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """The channel's id, as in "sms"."""
+    message_id: _builtins.str
+    """As the provider named it when it took the message."""
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        message_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "message_id", b"message_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MessageTarget: _TypeAlias = MessageTarget  # noqa: Y015
+
+@_typing.final
+class RejectedEvent(_message.Message):
+    """An event that was left out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Reason:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RejectedEvent._Reason.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        REASON_UNSPECIFIED: RejectedEvent._Reason.ValueType  # 0
+        """Never sent."""
+        TOKEN_INVALID: RejectedEvent._Reason.ValueType  # 1
+        """The token is not one of ours, or of another app."""
+        CAMPAIGN_UNKNOWN: RejectedEvent._Reason.ValueType  # 2
+        """No launched campaign of this name."""
+        CONTACT_UNKNOWN: RejectedEvent._Reason.ValueType  # 3
+        """No contact of this external_id."""
+        NOT_A_RECIPIENT: RejectedEvent._Reason.ValueType  # 4
+        """The contact is not a recipient of the campaign."""
+        SIGNAL_UNKNOWN: RejectedEvent._Reason.ValueType  # 5
+        """The campaign's channel has no such signal, or it is one that only the server sets."""
+        TIME_OUT_OF_RANGE: RejectedEvent._Reason.ValueType  # 6
+        """The time is before the campaign was launched or more than five minutes ahead."""
+        MALFORMED: RejectedEvent._Reason.ValueType  # 7
+        """The event names no target, or no signal, or a text of it is too long."""
+        MESSAGE_UNKNOWN: RejectedEvent._Reason.ValueType  # 8
+        """No message with this id, or it is too long ago."""
+        CAMPAIGN_TOO_OLD: RejectedEvent._Reason.ValueType  # 9
+        """The campaign was launched longer ago than the app keeps events."""
+
+    class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
+        """Why an event was left out."""
+
+    REASON_UNSPECIFIED: RejectedEvent.Reason.ValueType  # 0
+    """Never sent."""
+    TOKEN_INVALID: RejectedEvent.Reason.ValueType  # 1
+    """The token is not one of ours, or of another app."""
+    CAMPAIGN_UNKNOWN: RejectedEvent.Reason.ValueType  # 2
+    """No launched campaign of this name."""
+    CONTACT_UNKNOWN: RejectedEvent.Reason.ValueType  # 3
+    """No contact of this external_id."""
+    NOT_A_RECIPIENT: RejectedEvent.Reason.ValueType  # 4
+    """The contact is not a recipient of the campaign."""
+    SIGNAL_UNKNOWN: RejectedEvent.Reason.ValueType  # 5
+    """The campaign's channel has no such signal, or it is one that only the server sets."""
+    TIME_OUT_OF_RANGE: RejectedEvent.Reason.ValueType  # 6
+    """The time is before the campaign was launched or more than five minutes ahead."""
+    MALFORMED: RejectedEvent.Reason.ValueType  # 7
+    """The event names no target, or no signal, or a text of it is too long."""
+    MESSAGE_UNKNOWN: RejectedEvent.Reason.ValueType  # 8
+    """No message with this id, or it is too long ago."""
+    CAMPAIGN_TOO_OLD: RejectedEvent.Reason.ValueType  # 9
+    """The campaign was launched longer ago than the app keeps events."""
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its place in the request or batch, from 0."""
+    reason: Global___RejectedEvent.Reason.ValueType
+    """Why."""
+    description: _builtins.str
+    """For people."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        reason: Global___RejectedEvent.Reason.ValueType = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "index", b"index", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejectedEvent: _TypeAlias = RejectedEvent  # noqa: Y015
+
+@_typing.final
 class IngestEventsRequest(_message.Message):
     """Request of IngestEvents."""
 
@@ -98,8 +211,11 @@ class IngestEventsRequest(_message.Message):
 
     PARENT_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """`apps/{app}`."""
+    request_id: _builtins.str
+    """A UUID that makes a repeat within 24 hours return the same answer."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """1 to 10,000 events."""
@@ -109,10 +225,11 @@ class IngestEventsRequest(_message.Message):
         *,
         parent: _builtins.str = ...,
         events: _abc.Iterable[Global___Event] | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -124,86 +241,19 @@ class IngestEventsResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    class _Reason:
-        ValueType = _typing.NewType("ValueType", _builtins.int)
-        V: _TypeAlias = ValueType  # noqa: Y015
-
-    class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[IngestEventsResponse._Reason.ValueType], _builtins.type):
-        DESCRIPTOR: _descriptor.EnumDescriptor
-        REASON_UNSPECIFIED: IngestEventsResponse._Reason.ValueType  # 0
-        """Never sent."""
-        TOKEN_INVALID: IngestEventsResponse._Reason.ValueType  # 1
-        """The token is not one of ours, or of another app."""
-        CAMPAIGN_UNKNOWN: IngestEventsResponse._Reason.ValueType  # 2
-        """No launched campaign of this name."""
-        CONTACT_UNKNOWN: IngestEventsResponse._Reason.ValueType  # 3
-        """No contact of this external_id."""
-        NOT_A_RECIPIENT: IngestEventsResponse._Reason.ValueType  # 4
-        """The contact is not a recipient of the campaign."""
-        SIGNAL_UNKNOWN: IngestEventsResponse._Reason.ValueType  # 5
-        """The campaign's channel has no such signal, or it is one that only the server sets."""
-        TIME_OUT_OF_RANGE: IngestEventsResponse._Reason.ValueType  # 6
-        """The time is before the campaign was launched or more than five minutes ahead."""
-
-    class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
-        """Why an event was left out."""
-
-    REASON_UNSPECIFIED: IngestEventsResponse.Reason.ValueType  # 0
-    """Never sent."""
-    TOKEN_INVALID: IngestEventsResponse.Reason.ValueType  # 1
-    """The token is not one of ours, or of another app."""
-    CAMPAIGN_UNKNOWN: IngestEventsResponse.Reason.ValueType  # 2
-    """No launched campaign of this name."""
-    CONTACT_UNKNOWN: IngestEventsResponse.Reason.ValueType  # 3
-    """No contact of this external_id."""
-    NOT_A_RECIPIENT: IngestEventsResponse.Reason.ValueType  # 4
-    """The contact is not a recipient of the campaign."""
-    SIGNAL_UNKNOWN: IngestEventsResponse.Reason.ValueType  # 5
-    """The campaign's channel has no such signal, or it is one that only the server sets."""
-    TIME_OUT_OF_RANGE: IngestEventsResponse.Reason.ValueType  # 6
-    """The time is before the campaign was launched or more than five minutes ahead."""
-
-    @_typing.final
-    class Rejection(_message.Message):
-        """An event that was left out."""
-
-        DESCRIPTOR: _descriptor.Descriptor
-
-        INDEX_FIELD_NUMBER: _builtins.int
-        REASON_FIELD_NUMBER: _builtins.int
-        DESCRIPTION_FIELD_NUMBER: _builtins.int
-        index: _builtins.int
-        """Its place in the request, from 0."""
-        reason: Global___IngestEventsResponse.Reason.ValueType
-        """Why."""
-        description: _builtins.str
-        """For people."""
-        def __init__(
-            self,
-            *,
-            index: _builtins.int = ...,
-            reason: Global___IngestEventsResponse.Reason.ValueType = ...,
-            description: _builtins.str = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "index", b"index", "reason", b"reason"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
     REJECTIONS_FIELD_NUMBER: _builtins.int
     accepted_count: _builtins.int
     """How many are durable now."""
     @_builtins.property
-    def rejections(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestEventsResponse.Rejection]:
+    def rejections(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedEvent]:
         """Those that were left out, in their order."""
 
     def __init__(
         self,
         *,
         accepted_count: _builtins.int = ...,
-        rejections: _abc.Iterable[Global___IngestEventsResponse.Rejection] | None = ...,
+        rejections: _abc.Iterable[Global___RejectedEvent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -212,3 +262,257 @@ class IngestEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngestEventsResponse: _TypeAlias = IngestEventsResponse  # noqa: Y015
+
+@_typing.final
+class StreamEventsRequest(_message.Message):
+    """One message of a stream of events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def open(self) -> Global___OpenStream:
+        """Opens the stream."""
+
+    @_builtins.property
+    def batch(self) -> Global___EventsBatch:
+        """Some events."""
+
+    def __init__(
+        self,
+        *,
+        open: Global___OpenStream | None = ...,
+        batch: Global___EventsBatch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "kind", b"kind", "open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "kind", b"kind", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "batch"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___StreamEventsRequest: _TypeAlias = StreamEventsRequest  # noqa: Y015
+
+@_typing.final
+class OpenStream(_message.Message):
+    """Opens a stream of events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PRODUCER_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`apps/{app}`."""
+    producer: _builtins.str
+    """Who sends: one stream at a time for each name. Lower-case letters, digits, hyphens and dots, at most 63."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        producer: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "producer", b"producer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenStream: _TypeAlias = OpenStream  # noqa: Y015
+
+@_typing.final
+class EventsBatch(_message.Message):
+    """Some events of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """One more than that of the batch before; the first one of a new producer has 1."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """Up to 10,000 events."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        events: _abc.Iterable[Global___Event] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventsBatch: _TypeAlias = EventsBatch  # noqa: Y015
+
+@_typing.final
+class StreamEventsResponse(_message.Message):
+    """One message of the answer to a stream of events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMITTED_POSITION_FIELD_NUMBER: _builtins.int
+    REJECTIONS_FIELD_NUMBER: _builtins.int
+    committed_position: _builtins.int
+    """All batches up to this position are durable. In the first message: the last position of earlier streams, 0 for a
+    new producer.
+    """
+    @_builtins.property
+    def rejections(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedBatch]:
+        """Events of batches up to this position that were left out, since the message before."""
+
+    def __init__(
+        self,
+        *,
+        committed_position: _builtins.int = ...,
+        rejections: _abc.Iterable[Global___RejectedBatch] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_position", b"committed_position", "rejections", b"rejections"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEventsResponse: _TypeAlias = StreamEventsResponse  # noqa: Y015
+
+@_typing.final
+class RejectedBatch(_message.Message):
+    """The events of a batch that were left out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The batch."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedEvent]:
+        """Its events that were left out, in their order."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        events: _abc.Iterable[Global___RejectedEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejectedBatch: _TypeAlias = RejectedBatch  # noqa: Y015
+
+@_typing.final
+class WatchEventsRequest(_message.Message):
+    """Request of WatchEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    CAMPAIGN_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`apps/{app}`."""
+    campaign: _builtins.str
+    """Only events of this campaign: `apps/{app}/campaigns/{campaign}`."""
+    resume_token: _builtins.str
+    """Goes on after the answer that carried it; empty begins with what becomes durable from now on."""
+    @_builtins.property
+    def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these signals; empty means all."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        campaign: _builtins.str = ...,
+        signals: _abc.Iterable[_builtins.str] | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "parent", b"parent", "resume_token", b"resume_token", "signals", b"signals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class WatchEventsResponse(_message.Message):
+    """One message of the answer to WatchEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """To go on after this answer."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedEvent]:
+        """Events in the order in which they became durable. Empty every 15 seconds while nothing happens."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___WatchedEvent] | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015
+
+@_typing.final
+class WatchedEvent(_message.Message):
+    """An event as it is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAMPAIGN_FIELD_NUMBER: _builtins.int
+    CONTACT_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    ARRIVE_TIME_FIELD_NUMBER: _builtins.int
+    campaign: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    contact: _builtins.str
+    """`apps/{app}/contacts/{external_id}`; empty when the person was erased."""
+    signal: _builtins.str
+    """As in "read"."""
+    reason: _builtins.str
+    """Why, as in "recipient_gone/30005"; empty without a reason."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it happened."""
+
+    @_builtins.property
+    def arrive_time(self) -> _timestamp_pb2.Timestamp:
+        """When it became durable."""
+
+    def __init__(
+        self,
+        *,
+        campaign: _builtins.str = ...,
+        contact: _builtins.str = ...,
+        signal: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        arrive_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrive_time", b"arrive_time", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrive_time", b"arrive_time", "campaign", b"campaign", "contact", b"contact", "reason", b"reason", "signal", b"signal", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchedEvent: _TypeAlias = WatchedEvent  # noqa: Y015

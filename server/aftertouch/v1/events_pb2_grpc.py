@@ -40,6 +40,16 @@ class EventsStub:
                 request_serializer=aftertouch_dot_v1_dot_events__pb2.IngestEventsRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_events__pb2.IngestEventsResponse.FromString,
                 _registered_method=True)
+        self.StreamEvents = channel.stream_stream(
+                '/aftertouch.v1.Events/StreamEvents',
+                request_serializer=aftertouch_dot_v1_dot_events__pb2.StreamEventsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_events__pb2.StreamEventsResponse.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/aftertouch.v1.Events/WatchEvents',
+                request_serializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
 
 
 class EventsServicer:
@@ -48,8 +58,28 @@ class EventsServicer:
 
     def IngestEvents(self, request, context):
         """Stores up to 10,000 events and answers when they are durable. An event that was stored before changes no count, so
-        a batch can be sent again after a lost answer. Events that cannot be taken are reported by their place, the others
-        are stored.
+        a batch can be sent again after a lost answer; with a request_id the log does not get it twice either. Events that
+        cannot be taken are reported by their place, the others are stored. Reasons: REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamEvents(self, request_iterator, context):
+        """Takes events for as long as the connection lasts, and says how far they are safe. The first message opens the
+        stream for a producer, and the answer names the last position that is durable; batches follow with the positions
+        after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
+        position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
+        STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
+        answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
+        when its events are no longer kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,6 +92,16 @@ def add_EventsServicer_to_server(servicer, server):
                     servicer.IngestEvents,
                     request_deserializer=aftertouch_dot_v1_dot_events__pb2.IngestEventsRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_events__pb2.IngestEventsResponse.SerializeToString,
+            ),
+            'StreamEvents': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamEvents,
+                    request_deserializer=aftertouch_dot_v1_dot_events__pb2.StreamEventsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_events__pb2.StreamEventsResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +132,60 @@ class Events:
             '/aftertouch.v1.Events/IngestEvents',
             aftertouch_dot_v1_dot_events__pb2.IngestEventsRequest.SerializeToString,
             aftertouch_dot_v1_dot_events__pb2.IngestEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEvents(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/aftertouch.v1.Events/StreamEvents',
+            aftertouch_dot_v1_dot_events__pb2.StreamEventsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_events__pb2.StreamEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/aftertouch.v1.Events/WatchEvents',
+            aftertouch_dot_v1_dot_events__pb2.WatchEventsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_events__pb2.WatchEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,8 +35,20 @@ class EventsStub:
     def __new__(cls, channel: _aio.Channel) -> EventsAsyncStub: ...
     IngestEvents: _grpc.UnaryUnaryMultiCallable[_events_pb2.IngestEventsRequest, _events_pb2.IngestEventsResponse]
     """Stores up to 10,000 events and answers when they are durable. An event that was stored before changes no count, so
-    a batch can be sent again after a lost answer. Events that cannot be taken are reported by their place, the others
-    are stored.
+    a batch can be sent again after a lost answer; with a request_id the log does not get it twice either. Events that
+    cannot be taken are reported by their place, the others are stored. Reasons: REQUEST_ID_REUSED.
+    """
+    StreamEvents: _grpc.StreamStreamMultiCallable[_events_pb2.StreamEventsRequest, _events_pb2.StreamEventsResponse]
+    """Takes events for as long as the connection lasts, and says how far they are safe. The first message opens the
+    stream for a producer, and the answer names the last position that is durable; batches follow with the positions
+    after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
+    position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
+    STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+    """
+    WatchEvents: _grpc.UnaryStreamMultiCallable[_events_pb2.WatchEventsRequest, _events_pb2.WatchEventsResponse]
+    """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
+    answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
+    when its events are no longer kept.
     """
 
 @_typing.type_check_only
@@ -46,8 +58,20 @@ class EventsAsyncStub(EventsStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     IngestEvents: _aio.UnaryUnaryMultiCallable[_events_pb2.IngestEventsRequest, _events_pb2.IngestEventsResponse]  # type: ignore[assignment]
     """Stores up to 10,000 events and answers when they are durable. An event that was stored before changes no count, so
-    a batch can be sent again after a lost answer. Events that cannot be taken are reported by their place, the others
-    are stored.
+    a batch can be sent again after a lost answer; with a request_id the log does not get it twice either. Events that
+    cannot be taken are reported by their place, the others are stored. Reasons: REQUEST_ID_REUSED.
+    """
+    StreamEvents: _aio.StreamStreamMultiCallable[_events_pb2.StreamEventsRequest, _events_pb2.StreamEventsResponse]  # type: ignore[assignment]
+    """Takes events for as long as the connection lasts, and says how far they are safe. The first message opens the
+    stream for a producer, and the answer names the last position that is durable; batches follow with the positions
+    after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
+    position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
+    STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+    """
+    WatchEvents: _aio.UnaryStreamMultiCallable[_events_pb2.WatchEventsRequest, _events_pb2.WatchEventsResponse]  # type: ignore[assignment]
+    """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
+    answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
+    when its events are no longer kept.
     """
 
 class EventsServicer(metaclass=_abc_1.ABCMeta):
@@ -60,8 +84,32 @@ class EventsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_events_pb2.IngestEventsResponse, _abc.Awaitable[_events_pb2.IngestEventsResponse]]:
         """Stores up to 10,000 events and answers when they are durable. An event that was stored before changes no count, so
-        a batch can be sent again after a lost answer. Events that cannot be taken are reported by their place, the others
-        are stored.
+        a batch can be sent again after a lost answer; with a request_id the log does not get it twice either. Events that
+        cannot be taken are reported by their place, the others are stored. Reasons: REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamEvents(
+        self,
+        request_iterator: _MaybeAsyncIterator[_events_pb2.StreamEventsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_events_pb2.StreamEventsResponse], _abc.AsyncIterator[_events_pb2.StreamEventsResponse]]:
+        """Takes events for as long as the connection lasts, and says how far they are safe. The first message opens the
+        stream for a producer, and the answer names the last position that is durable; batches follow with the positions
+        after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
+        position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
+        STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchEvents(
+        self,
+        request: _events_pb2.WatchEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_events_pb2.WatchEventsResponse], _abc.AsyncIterator[_events_pb2.WatchEventsResponse]]:
+        """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
+        answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
+        when its events are no longer kept.
         """
 
 def add_EventsServicer_to_server(servicer: EventsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,4 +1,4 @@
-"""Apps, contacts, campaigns, rolls and receipts."""
+"""Apps, contacts, campaigns, rolls, receipts and the logs."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,6 +9,15 @@ down_revision = None
 
 
 def upgrade() -> None:
+    op.create_table(
+        "activity",
+        sa.Column("slot", sa.BigInteger(), nullable=False, comment="the campaign's first"),
+        sa.Column("minute", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("kind", sa.Integer(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("slot", "minute", "kind", name=op.f("activity_pkey")),
+        comment="how many events of a kind happened in a minute",
+    )
     op.create_table(
         "apps",
         sa.Column("app_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
@@ -21,6 +30,24 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("app_id", name=op.f("apps_pkey")),
         sa.UniqueConstraint("app", name=op.f("apps_app_key")),
     )
+    op.create_table(
+        "attempts",
+        sa.Column("arrive_time", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("slot", sa.BigInteger(), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False, comment="within the slot"),
+        sa.Column(
+            "kind", sa.Integer(), nullable=False, comment="sent, failed, refused, or attempted when the outcome is unclear"
+        ),
+        sa.Column("address_hash", sa.LargeBinary(), nullable=False),
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("message_id", sa.Text(), nullable=False, comment="the provider's; empty where there is none"),
+        comment="one row for each message handed to a provider, by day",
+        postgresql_partition_by="RANGE (arrive_time)",
+    )
+    op.create_index(
+        op.f("attempts_message_id_idx"), "attempts", ["message_id"], unique=False, postgresql_where=sa.text("message_id <> ''")
+    )
+    op.create_index(op.f("attempts_slot_position_idx"), "attempts", ["slot", "position"], unique=False)
     op.create_table(
         "contact_counters",
         sa.Column("app_id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -54,14 +81,31 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("block", "number", name=op.f("contacts_pkey")),
     )
     op.create_table(
+        "dropped_days",
+        sa.Column("log", sa.Text(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("last_commit_id", sa.BigInteger(), nullable=True, comment="of its events"),
+        sa.PrimaryKeyConstraint("log", "day", name=op.f("dropped_days_pkey")),
+        comment="partitions that are kept no longer",
+    )
+    op.create_table(
         "events",
         sa.Column("arrive_time", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("commit_id", sa.BigInteger(), nullable=False, comment="number of the transaction that stored it"),
         sa.Column("slot", sa.BigInteger(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False, comment="within the slot"),
         sa.Column("kind", sa.Integer(), nullable=False),
         sa.Column("time", postgresql.TIMESTAMP(timezone=True), nullable=False),
         comment="every event as it came, by the day of its arrival",
         postgresql_partition_by="RANGE (arrive_time)",
+    )
+    op.create_index(
+        op.f("events_commit_id_idx"),
+        "events",
+        ["commit_id"],
+        unique=False,
+        postgresql_using="brin",
+        postgresql_with={"autosummarize": "on", "pages_per_range": 32},
     )
     op.create_table(
         "kinds",
@@ -72,6 +116,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("kind", name=op.f("kinds_pkey")),
         sa.UniqueConstraint("signal", "reason_class", "reason_code", name=op.f("kinds_signal_reason_class_reason_code_key")),
         comment="a signal with its reason as one small number",
+    )
+    op.create_table(
+        "producers",
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("producer", sa.Text(), nullable=False),
+        sa.Column("position", sa.BigInteger(), nullable=False, comment="of the last batch that is durable"),
+        sa.Column("stream", sa.BigInteger(), nullable=False, comment="counts up with every opened stream: the newest commits"),
+        sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("app_id", "producer", name=op.f("producers_pkey")),
     )
     op.create_table(
         "receipts",

@@ -1,0 +1,143 @@
+"""Watching: events in the order in which they became durable, none left out, each once.
+
+Events carry the number of the transaction that stored them. Transactions may commit in another order than they are numbered,
+so a watcher reads only up to the first that may still be running: whatever is below is all there, and stays so. A resume
+token is the last event's transaction and its place within it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from aftertouch.errors import DatabaseUnavailable, FieldsInvalid, ResumeTokenTooOld, Violation
+from aftertouch.ingest.lookups import Lookups
+from aftertouch.rolls.chunks import CHUNK, SLOT_SHIFT, slot_range
+from aftertouch.store.apps import App
+from aftertouch.store.campaigns import Campaign
+from aftertouch.store.contacts import find_external_ids
+from aftertouch.store.engine import transaction
+from aftertouch.store.kinds import Kind, load_kinds
+from aftertouch.store.logs import LoggedEvent, read_events, read_horizon
+from aftertouch.store.partitions import read_last_dropped
+
+POLL_SECONDS = 0.2
+CHECKPOINT_SECONDS = 15.0
+"""An answer at least this often, so that idle proxies do not cut the stream."""
+PAGE = 1_000
+"""Events in one answer at the most."""
+_ALL_SLOTS = (0, (1 << 63) - 1)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An event, with whom it is about."""
+
+    campaign: Campaign
+    external_id: str
+    """Empty when the person was erased."""
+    kind: Kind
+    time: datetime
+    arrive_time: datetime
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some events, and where to go on after them."""
+
+    events: list[Watched]
+    resume_token: str
+
+
+def encode_resume_token(commit_id: int, place: int) -> str:
+    """A position as text."""
+    return urlsafe_b64encode(json.dumps([commit_id, place]).encode()).decode()
+
+
+def decode_resume_token(token: str) -> tuple[int, int]:
+    """The position in a token.
+
+    Raises:
+        FieldsInvalid: it is none.
+    """
+    try:
+        commit_id, place = json.loads(urlsafe_b64decode(token))
+        return int(commit_id), int(place)
+    except (ValueError, TypeError) as error:
+        raise FieldsInvalid([Violation("resume_token", "is not a resume token")]) from error
+
+
+async def watch_events(
+    engine: AsyncEngine, lookups: Lookups, app: App, campaign: Campaign | None, signals: Collection[str], resume_token: str
+) -> AsyncIterator[Page]:
+    """Pages of an app's events, for ever; an empty one every 15 seconds while nothing happens.
+
+    Raises:
+        FieldsInvalid: the token is none.
+        ResumeTokenTooOld: its events are no longer kept.
+    """
+    slots = slot_range(campaign.campaign_id) if campaign else _ALL_SLOTS
+    async with transaction(engine) as conn:
+        if resume_token:
+            after = decode_resume_token(resume_token)
+            dropped = await read_last_dropped(conn)
+            if dropped is not None and after[0] <= dropped[0]:
+                raise ResumeTokenTooOld(dropped[1].isoformat())
+        else:
+            after = (await read_horizon(conn), 0)
+    silent_since = asyncio.get_running_loop().time()
+    while True:
+        try:
+            async with transaction(engine) as conn:
+                numbered = await load_kinds(conn)
+                kinds = [number for number, kind in numbered.items() if not signals or kind.signal in signals]
+                # The horizon is read before the events: what commits in between has a number beyond it.
+                horizon = await read_horizon(conn)
+                rows = await read_events(conn, after, horizon, slots, kinds, PAGE)
+        except DatabaseUnavailable:
+            await asyncio.sleep(1)
+            continue
+        if rows:
+            events = await _name_people(engine, lookups, app, [event for _, event in rows], numbered)
+            after = (rows[-1][1].commit_id, rows[-1][0])
+            silent_since = asyncio.get_running_loop().time()
+            yield Page(events, encode_resume_token(*after))
+            if len(rows) == PAGE:
+                continue
+        else:
+            after = max(after, (horizon, 0))
+            if asyncio.get_running_loop().time() - silent_since >= CHECKPOINT_SECONDS:
+                silent_since = asyncio.get_running_loop().time()
+                yield Page([], encode_resume_token(*after))
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _name_people(
+    engine: AsyncEngine, lookups: Lookups, app: App, events: list[LoggedEvent], numbered: Mapping[int, Kind]
+) -> list[Watched]:
+    """The app's own of these events, with campaigns and external_ids."""
+    campaigns = await lookups.read_launched({event.slot >> SLOT_SHIFT for event in events})
+    own = [event for event in events if (found := campaigns.get(event.slot >> SLOT_SHIFT)) and found.app_id == app.app_id]
+    numbers: list[int] = []
+    for event in own:
+        roll = await lookups.read_roll(event.slot >> SLOT_SHIFT)
+        numbers.append(int(roll[(event.slot & ((1 << SLOT_SHIFT) - 1)) * CHUNK + event.position]))
+    async with transaction(engine) as conn:
+        external_ids = await find_external_ids(conn, app.app_id, np.array(sorted(set(numbers)), np.int64))
+    return [
+        Watched(
+            campaigns[event.slot >> SLOT_SHIFT],
+            external_ids.get(number, ""),
+            numbered[event.kind],
+            event.time.astimezone(UTC),
+            event.arrive_time.astimezone(UTC),
+        )
+        for event, number in zip(own, numbers, strict=True)
+    ]
