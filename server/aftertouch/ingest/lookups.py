@@ -63,7 +63,7 @@ class Lookups:
         self._engine = engine
         self._campaigns: Kept[int, Campaign] = Kept(MOST_CAMPAIGNS)
         self._campaigns_by_name: Kept[tuple[int, str], Campaign] = Kept(MOST_CAMPAIGNS)
-        self._identities: dict[int, dict[str, int]] = {}
+        self._identities: dict[int, dict[bytes, int]] = {}
         self._rolls: Kept[int, Numbers] = Kept(MOST_ROLL_POSITIONS, len)
         self._kinds: dict[Kind, int] = {}
 
@@ -98,20 +98,21 @@ class Lookups:
                     found[name] = campaign
         return found
 
-    async def find_numbers(self, app_id: int, external_ids: Sequence[str]) -> Numbers:
-        """The contact number of each external_id; -1 where there is none."""
+    async def find_numbers(self, app_id: int, external_ids: Sequence[bytes]) -> Numbers:
+        """The contact number of each external_id, in UTF-8; -1 where there is none."""
         known = self._identities.setdefault(app_id, {})
-        numbers = np.fromiter((known.get(external_id, -1) for external_id in external_ids), np.int64, len(external_ids))
-        unknown = np.flatnonzero(numbers < 0)
-        if len(unknown):
-            wanted = {external_ids[index] for index in unknown.tolist()}
+        numbers = np.array([known.get(external_id, -1) for external_id in external_ids], np.int64)
+        unknown = np.flatnonzero(numbers < 0).tolist()
+        if unknown:
+            wanted = {external_ids[index] for index in unknown}
+            texts = [text for text in (external_id.decode(errors="replace") for external_id in wanted) if "\0" not in text]
             async with transaction(self._engine) as conn:
-                read = await find_numbers(conn, app_id, list(wanted))
+                read = {text.encode(): number for text, number in (await find_numbers(conn, app_id, texts)).items()}
             if sum(map(len, self._identities.values())) + len(read) > MOST_IDENTITIES:
-                self._identities = {app_id: {}}
-                known = self._identities[app_id]
+                known = {}
+                self._identities = {app_id: known}
             known.update(read)
-            numbers[unknown] = [read.get(external_ids[index], -1) for index in unknown.tolist()]
+            numbers[unknown] = [read.get(external_ids[index], -1) for index in unknown]
         return numbers
 
     async def read_roll(self, campaign_id: int) -> Numbers:

@@ -64,11 +64,17 @@ class TokenCodec:
 
     def read(self, tokens: Sequence[str]) -> Targets:
         """Whom the tokens name. Text that is no token is not valid, whatever it is."""
+        return self.read_joined(join_tokens(tokens))
+
+    def read_joined(self, tokens: bytes) -> Targets:
+        """The same for tokens one after the other, 24 bytes each; all at once, 110 ns a token, one by one 1,000."""
         wire, well_formed = _decode(tokens)
         decryptor = self._cipher.decryptor()
         blocks = np.frombuffer(decryptor.update(wire["block"].tobytes()) + decryptor.finalize(), _BLOCK)
         valid = well_formed & (wire["header"] == np.void(_HEADER))
         valid &= (blocks["zero"] == 0) & (blocks["campaign"] < _LARGEST_CAMPAIGN)
+        if valid.all():
+            return Targets(blocks["campaign"].astype(np.int64), blocks["position"].astype(np.int64), valid)
         return Targets(
             np.where(valid, blocks["campaign"], 0).astype(np.int64),
             np.where(valid, blocks["position"], 0).astype(np.int64),
@@ -76,23 +82,25 @@ class TokenCodec:
         )
 
 
-def _decode(tokens: Sequence[str]) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
-    """The bytes of each token, and whether it is 24 characters of the alphabet. All at once: 60 ns a token, one by one 400."""
-    well_formed = np.ones(len(tokens), np.bool_)
+def join_tokens(tokens: Sequence[str]) -> bytes:
+    """Tokens one after the other, each in 24 bytes; what is no token becomes question marks, which are none either."""
+    joined = "".join(tokens)
+    if len(joined) != TOKEN_LENGTH * len(tokens) or not joined.isascii() or set(map(len, tokens)) - {TOKEN_LENGTH}:
+        joined = "".join(token if _TOKEN.fullmatch(token) else "?" * TOKEN_LENGTH for token in tokens)
+    return joined.encode()
+
+
+def _decode(tokens: bytes) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+    """The bytes of each token, and whether it is 24 characters of the alphabet."""
+    count = len(tokens) // TOKEN_LENGTH
     try:
-        data = _decode_joined("".join(tokens))
-        if len(data) != len(tokens) * _WIRE.itemsize or set(map(len, tokens)) - {TOKEN_LENGTH}:
-            raise ValueError
-    except ValueError:
-        well_formed = np.array([_TOKEN.fullmatch(token) is not None for token in tokens], np.bool_)
-        data = _decode_joined(
-            "".join(token if good else "A" * TOKEN_LENGTH for token, good in zip(tokens, well_formed, strict=True))
-        )
-    return np.frombuffer(data, _WIRE), well_formed
-
-
-def _decode_joined(text: str) -> bytes:
-    return binascii.a2b_base64(text.encode("ascii").translate(_TO_STANDARD), strict_mode=True)
+        data = binascii.a2b_base64(tokens.translate(_TO_STANDARD), strict_mode=True)
+    except binascii.Error:
+        each = [tokens[at : at + TOKEN_LENGTH] for at in range(0, len(tokens), TOKEN_LENGTH)]
+        well_formed = np.array([_TOKEN.fullmatch(token.decode("latin-1")) is not None for token in each], np.bool_)
+        filled = b"".join(token if good else b"A" * TOKEN_LENGTH for token, good in zip(each, well_formed, strict=True))
+        return _decode(filled)[0], well_formed
+    return np.frombuffer(data, _WIRE), np.ones(count, np.bool_)
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}", re.ASCII)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from aftertouch.errors import FieldsInvalid, NotFound, PositionOutOfOrder, StreamNotOpened, Violation
 from aftertouch.ingest.ledger import Ledger
@@ -14,18 +13,16 @@ from aftertouch.ingest.reports import Rejection, Reports
 from aftertouch.ingest.watch import watch_events
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, read_name
+from aftertouch.rpc.reports import MOST_EVENTS, read_batch, read_reports
 from aftertouch.rpc.validation import check_message
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store.engine import transaction
-from aftertouch.store.logs import MICROSECONDS
 from aftertouch.store.producers import Stream, open_stream
 from aftertouch.v1 import events_pb2, events_pb2_grpc
 
-LARGEST_BATCH = 10_000
-WINDOW = 64
+WINDOW = 256
 """Batches of one stream that may wait for their commit; then the client is held back by HTTP/2's flow control. With the
-largest batches, 640,000 events; the batcher holds all streams of a process to fewer."""
-_LONGEST_TEXT = 256
+usual 1,000 events in each a stream can fill two commits; the batcher bounds all streams of a process together."""
 
 
 class Events(events_pb2_grpc.EventsServicer):
@@ -38,7 +35,7 @@ class Events(events_pb2_grpc.EventsServicer):
         self, request: events_pb2.IngestEventsRequest, call: Call
     ) -> events_pb2.IngestEventsResponse:
         check_parent(call, request.parent)
-        reports = read_reports(call, request.events)
+        reports = read_reports(call.app.name, request.events)
         if call.is_begun:
             # With a request_id: in the transaction that stores the answer, so that the log gets it once.
             rejections = await self._ledger.ingest_reports_within(await call.begin(), call.app, reports)
@@ -49,10 +46,10 @@ class Events(events_pb2_grpc.EventsServicer):
         )
 
     async def StreamEvents(  # type: ignore[override]
-        self, requests: AsyncIterator[events_pb2.StreamEventsRequest], call: Call
+        self, requests: AsyncIterator[bytes], call: Call
     ) -> AsyncIterator[events_pb2.StreamEventsResponse]:
-        first = await anext(aiter(requests), None)
-        if first is None or first.WhichOneof("kind") != "open":
+        first: Any = call.parse(await anext(aiter(requests), b""))
+        if first.WhichOneof("kind") != "open":
             raise StreamNotOpened
         check_message(first)
         check_parent(call, first.open.parent)
@@ -84,22 +81,19 @@ class Events(events_pb2_grpc.EventsServicer):
 
     async def _read_batches(
         self,
-        requests: AsyncIterator[events_pb2.StreamEventsRequest],
+        requests: AsyncIterator[bytes],
         call: Call,
         stream: Stream,
         position: int,
         window: asyncio.Queue[_Pending | None],
     ) -> None:
         try:
-            async for request in requests:
-                if request.WhichOneof("kind") != "batch":
-                    raise StreamNotOpened
+            async for data in requests:
+                given, reports = read_batch(call.app.name, data) or _parse_batch(call, data)
                 position += 1
-                if request.batch.position != position:
-                    raise PositionOutOfOrder(stream.producer, position, request.batch.position)
-                if len(request.batch.events) > LARGEST_BATCH:
-                    raise FieldsInvalid([Violation("batch.events", f"has more than {LARGEST_BATCH} events")])
-                batch, rejections = await self._ledger.place(call.app, read_reports(call, request.batch.events))
+                if given != position:
+                    raise PositionOutOfOrder(stream.producer, position, given)
+                batch, rejections = await self._ledger.place(call.app, reports)
                 durable = await self._ledger.append(stream, position, batch)
                 await window.put(_Pending(position, durable, rejections))
         finally:
@@ -135,6 +129,15 @@ class Events(events_pb2_grpc.EventsServicer):
             )
 
 
+def _parse_batch(call: Call, data: bytes) -> tuple[int, Reports]:
+    request: Any = call.parse(data)
+    if request.WhichOneof("kind") != "batch":
+        raise StreamNotOpened
+    if len(request.batch.events) > MOST_EVENTS:
+        raise FieldsInvalid([Violation("batch.events", f"has more than {MOST_EVENTS} events")])
+    return request.batch.position, read_reports(call.app.name, request.batch.events)
+
+
 @dataclass(frozen=True)
 class _Pending:
     """A batch on its way to being durable."""
@@ -150,46 +153,3 @@ def _to_rejected(rejection: Rejection) -> events_pb2.RejectedEvent:
         reason=events_pb2.RejectedEvent.Reason.Value(rejection.reason),
         description=rejection.description,
     )
-
-
-def read_reports(call: Call, events: Sequence[events_pb2.Event]) -> Reports:
-    """Events as columns; one comprehension a field, which is what reading a message in Python costs least."""
-    signals = [event.signal for event in events]
-    codes = [event.reason_code for event in events]
-    stamps = [event.time for event in events]
-    times = np.fromiter((stamp.seconds for stamp in stamps), np.int64, len(events)) * MICROSECONDS
-    times += np.fromiter((stamp.nanos for stamp in stamps), np.int64, len(events)) // 1_000
-    tokens = [event.token for event in events]
-    malformed = np.zeros(len(events), np.bool_)
-    if not all(signals) or max(map(len, signals), default=0) > 64 or max(map(len, codes), default=0) > 64:
-        malformed |= [not 0 < len(signal) <= 64 or len(code) > 64 for signal, code in zip(signals, codes, strict=True)]
-    named: dict[str, list[str]] = {}
-    if not all(tokens):
-        recipients = [event.recipient for event in events]
-        messages = [event.message for event in events]
-        named = {
-            "campaigns": [_read_campaign_id(call, recipient.campaign) for recipient in recipients],
-            "external_ids": [recipient.external_id for recipient in recipients],
-            "channels": [message.channel for message in messages],
-            "message_ids": [message.message_id for message in messages],
-        }
-        malformed |= [
-            not (token or (campaign and external_id) or (channel and message_id))
-            or len(external_id) > _LONGEST_TEXT
-            or "\0" in external_id + campaign + message_id
-            for token, campaign, external_id, channel, message_id in zip(tokens, *named.values(), strict=True)
-        ]
-    return Reports(
-        signals=signals,
-        reason_codes=codes if any(codes) else [],
-        times=times,
-        tokens=tokens if any(tokens) else [],
-        malformed=malformed if malformed.any() else None,
-        **{name: column if any(column) else [] for name, column in named.items()},
-    )
-
-
-def _read_campaign_id(call: Call, name: str) -> str:
-    """The id in a campaign's name; something that no campaign is called, for a name that is not of the caller's app."""
-    prefix = f"{call.app.name}/campaigns/"
-    return name.removeprefix(prefix) if name.startswith(prefix) else name and "?"

@@ -59,9 +59,11 @@ _INCLUDED = {
 class Call:
     """One call: its app, and its transaction."""
 
-    def __init__(self, engine: AsyncEngine, app: App, stack: AsyncExitStack) -> None:
+    def __init__(self, engine: AsyncEngine, app: App, method: Method, stack: AsyncExitStack) -> None:
         self.engine = engine
         self.app = app
+        self.parse = method.parse
+        """Reads a request from its bytes, which is what a method with streams in both directions is given."""
         self._stack = stack
         self._conn: AsyncConnection | None = None
 
@@ -184,18 +186,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _wrap_answers(self, method: Method, serve: Any, secret: str) -> Any:
         async def answer(received: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
-            async def parsed() -> AsyncIterator[Message]:
-                async for data in received:
-                    yield method.parse(data)
-
             async def work() -> AsyncGenerator[bytes, None]:
                 async with AsyncExitStack() as stack:
                     call = await self._admit(method, secret, stack)
+                    request = received
                     if isinstance(received, bytes):
-                        request: Any = method.parse(received)
+                        request = method.parse(received)
                         check_message(request)
-                    else:
-                        request = parsed()
                     async for response in serve(request, call):
                         yield response.SerializeToString()
 
@@ -216,7 +213,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         wanted = method.scope.removeprefix("SCOPE_").lower()
         if not any(wanted in _INCLUDED[scope] for scope in key.scopes):
             raise ScopeInsufficient(method.path, method.scope)
-        return Call(self._engine, app, stack)
+        return Call(self._engine, app, method, stack)
 
     @staticmethod
     async def _begin_once(method: Method, call: Call, request: Message, request_id: str) -> bytes | None:
