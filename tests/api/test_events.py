@@ -24,7 +24,7 @@ from aftertouch.web.server import bind
 from tests.fix_world import SECRET_KEY, World
 from tests.refusals import refuse
 
-Reason = events_pb2.IngestEventsResponse.Reason
+Reason = events_pb2.RejectedEvent.Reason
 
 
 @dataclass
@@ -83,7 +83,10 @@ async def test_every_reason_of_a_rejection_is_told_with_its_place(shared_world: 
     silent = next(person.external_id for person in shared_world.sandbox.population if "push" not in person.channels)
     draft = await shared_world.create_campaign("push")
     early = (await shared_world.get_campaign(push.name)).launch_time.seconds - 400
-    unknown = events_pb2.RecipientTarget(campaign="apps/acme/campaigns/none", external_id="x")
+    unknown = events_pb2.RecipientTarget(campaign="apps/acme/campaigns/none", external_id=push.people[0])
+    foreign = events_pb2.RecipientTarget(campaign="apps/other/campaigns/none", external_id=push.people[0])
+    nameless = events_pb2.RecipientTarget(campaign="none", external_id=push.people[0])
+    unheard = events_pb2.MessageTarget(channel="push", message_id="never sent")
     unsent = events_pb2.RecipientTarget(campaign=draft.name, external_id=push.people[0])
     events = [
         (events_pb2.Event(token="x", signal="clicked"), "TOKEN_INVALID"),
@@ -94,6 +97,9 @@ async def test_every_reason_of_a_rejection_is_told_with_its_place(shared_world: 
         (events_pb2.Event(token=push.tokens[0] + "A", signal="clicked"), "TOKEN_INVALID"),
         (events_pb2.Event(recipient=unknown, signal="clicked"), "CAMPAIGN_UNKNOWN"),
         (events_pb2.Event(recipient=unsent, signal="clicked"), "CAMPAIGN_UNKNOWN"),
+        (events_pb2.Event(recipient=foreign, signal="clicked"), "CAMPAIGN_UNKNOWN"),
+        (events_pb2.Event(recipient=nameless, signal="clicked"), "CAMPAIGN_UNKNOWN"),
+        (events_pb2.Event(message=unheard, signal="clicked"), "MESSAGE_UNKNOWN"),
         (events_pb2.Event(recipient={"campaign": push.name, "external_id": "nobody"}, signal="clicked"), "CONTACT_UNKNOWN"),
         (events_pb2.Event(recipient={"campaign": push.name, "external_id": silent}, signal="clicked"), "NOT_A_RECIPIENT"),
         (events_pb2.Event(recipient=push.target(1), signal="clicked"), None),
@@ -120,7 +126,7 @@ async def test_every_reason_of_a_rejection_is_told_with_its_place(shared_world: 
         (events_pb2.Event(token="x", signal="s" * 65), "events[1].signal"),
         (events_pb2.Event(token="x", signal="s", reason_code="r" * 65), "events[1].reason_code"),
         (events_pb2.Event(token="x\0", signal="s"), "events[1].token"),
-        (events_pb2.Event(recipient={"campaign": "x", "external_id": "y"}, signal="s"), "events[1].recipient.campaign"),
+        (events_pb2.Event(message={"channel": "sms"}, signal="s"), "events[1].message.message_id"),
         (events_pb2.Event(recipient={"campaign": "apps/acme/campaigns/x"}, signal="s"), "events[1].recipient.external_id"),
         (events_pb2.Event(token="x", signal="s", time={"seconds": 1 << 62}), "events[1].time"),
         (events_pb2.Event(token="x", signal="s", time={"seconds": -(1 << 62)}), "events[1].time"),

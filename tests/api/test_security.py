@@ -175,15 +175,14 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
     key = apps_pb2.ApiKey(display_name="x", scopes=[options_pb2.SCOPE_READ])
     contact = contacts_pb2.Contact(external_id="intruder")
 
-    async def import_one() -> Any:
-        return await client.contacts.ImportContacts(iter([contacts_pb2.ImportContactsRequest(parent=app, contacts=[contact])]))
-
+    rows = contacts_pb2.ImportContactsRequest(parent=app, contacts=[contact])
+    opening = events_pb2.StreamEventsRequest(open=events_pb2.OpenStream(parent=app, producer="intruder"))
     return {
         "GetApp": client.apps.GetApp(apps_pb2.GetAppRequest(name=app)),
         "CreateApiKey": client.apps.CreateApiKey(apps_pb2.CreateApiKeyRequest(parent=app, api_key=key)),
         "ListApiKeys": client.apps.ListApiKeys(apps_pb2.ListApiKeysRequest(parent=app)),
         "DeleteApiKey": client.apps.DeleteApiKey(apps_pb2.DeleteApiKeyRequest(name=names["key"])),
-        "ImportContacts": import_one(),
+        "ImportContacts": client.contacts.ImportContacts(iter([rows])),
         "UpsertContacts": client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=app, contacts=[contact])),
         "GetContact": client.contacts.GetContact(contacts_pb2.GetContactRequest(name=names["contact"])),
         "ListContacts": client.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent=app)),
@@ -200,6 +199,8 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "IngestEvents": client.events.IngestEvents(
             events_pb2.IngestEventsRequest(parent=app, events=[events_pb2.Event(token="x", signal="delivered")])
         ),
+        "StreamEvents": client.events.StreamEvents(iter([opening])).read(),
+        "WatchEvents": client.events.WatchEvents(events_pb2.WatchEventsRequest(parent=app)).read(),
         "ListActions": client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=sent)),
         "PreviewRetarget": client.retargeting.PreviewRetarget(
             retargeting_pb2.PreviewRetargetRequest(selection=selection, channel="sms")
