@@ -24,6 +24,7 @@ from aftertouch.store import apps as store
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from aftertouch.web.server import bind
+from tests.fix_database import clone_database
 
 SECRET_KEY = "a secret key of the tests, 32 characters or more"
 
@@ -149,4 +150,12 @@ def open_world(database_url: str) -> OpenWorld:
 async def world(open_world: OpenWorld) -> AsyncIterator[World]:
     """A world of 60 people who are not imported yet."""
     async with open_world() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+async def shared_world(postgres_url: str, template: str) -> AsyncIterator[World]:
+    """A world of 60 contacts for all tests of a module; each works under names of its own."""
+    async with clone_database(postgres_url, template) as url, run_world(url) as opened:
+        await opened.import_people()
         yield opened

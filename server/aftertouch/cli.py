@@ -7,7 +7,7 @@ import csv
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -369,10 +369,15 @@ async def _import_contacts(file: Path, app_name: str, key: str, address: str) ->
 
     from aftertouch.client import Client
 
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        total = sum(1 for _ in csv.reader(lines)) - 1
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            header = next(csv.reader(lines), [])
+            total = sum(1 for _ in csv.reader(lines))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CommandFailed(f"{file} is not a CSV file in UTF-8: {error}") from error
+    check_header(header)
     with Progress(console=err, transient=True) as progress, file.open(newline="", encoding="utf-8-sig") as lines:
-        task = progress.add_task("importing", total=max(total, 0))
+        task = progress.add_task("importing", total=total)
         async with Client(address, api_key=key, app=app_name) as client:
             try:
                 result = await client.import_contacts(
@@ -384,11 +389,23 @@ async def _import_contacts(file: Path, app_name: str, key: str, address: str) ->
         f"{result.created_count:,} made, {result.updated_count:,} updated, {result.rejected_count:,} rejected", markup=False
     )
     for rejection in result.rejections:
-        # The header is line 1, so the first row is line 2.
-        place = f"line {rejection.index + 2} ({rejection.external_id or 'no external_id'})"
+        place = f"row {rejection.index + 1} ({rejection.external_id or 'no external_id'})"
         err.print(f"{place}: {rejection.field}: {rejection.description}", markup=False)
     if result.rejected_count:
         raise CommandFailed(f"{result.rejected_count:,} rows were rejected; the others are stored")
+
+
+def check_header(columns: Sequence[str]) -> None:
+    """Raise ``CommandFailed`` unless every column of the CSV has a place of its own in a contact."""
+    if "external_id" not in columns:
+        raise CommandFailed("the file has no column external_id; its first line must name the columns")
+    for column in columns:
+        if columns.count(column) > 1:
+            raise CommandFailed(f"the column {column!r} is there twice")
+        if any(other.startswith(f"{column}.") for other in columns if "." in column):
+            raise CommandFailed(f"the column {column!r} is the beginning of another one, and cannot be both")
+        if not all(column.split(".")):
+            raise CommandFailed(f"the column {column!r} has no name; leave it out or name it")
 
 
 def read_contacts(rows: Iterator[dict[str, str]] | csv.DictReader[str]) -> Iterator[Any]:

@@ -43,6 +43,16 @@ class _AuthorizeStream(_Authorize, grpc.aio.StreamUnaryClientInterceptor):
         return await continuation(self.add_key(client_call_details), request_iterator)
 
 
+class _AuthorizeAnswers(_Authorize, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(self.add_key(client_call_details), request)
+
+
+class _AuthorizeConversation(_Authorize, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await continuation(self.add_key(client_call_details), request_iterator)
+
+
 class Client:
     """A connection to a server; use it as an async context manager, from one event loop.
 
@@ -56,7 +66,8 @@ class Client:
     def __init__(self, address: str, *, api_key: str, app: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         self.parent = f"apps/{app}"
         """What lists and creates take as ``parent``."""
-        interceptors: Sequence[Any] = [_AuthorizeUnary(api_key), _AuthorizeStream(api_key)]
+        kinds = (_AuthorizeUnary, _AuthorizeStream, _AuthorizeAnswers, _AuthorizeConversation)
+        interceptors: Sequence[Any] = [kind(api_key) for kind in kinds]
         self._channel = (
             grpc.aio.secure_channel(address, credentials, interceptors=interceptors)
             if credentials

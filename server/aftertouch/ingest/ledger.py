@@ -59,6 +59,11 @@ class TokenInvalid(Exception):
     """News whose only proof would have been its token, which is not one of ours."""
 
 
+def clean_text(text: str) -> str:
+    """Text that PostgreSQL can store: a provider's JSON may hold U+0000 and lone surrogates, and would be sent for days."""
+    return text.encode(errors="replace").decode().replace("\0", "\ufffd")
+
+
 class Ledger:
     """Takes events from everywhere in the process."""
 
@@ -146,7 +151,7 @@ class Ledger:
             if campaign is None or receipt.signal not in self._channels[channel].evidence:
                 strange.append(f"{receipt.signal} of message {receipt.message_id or 'without id'}: no such message or signal")
                 continue
-            kind = kind_of(self.lookups, self._channels[channel], receipt.signal, receipt.code or "")
+            kind = kind_of(self.lookups, self._channels[channel], receipt.signal, clean_text(receipt.code or ""))
             facts.append(Fact(campaign, position, kind, receipt.time or now))
         if len(strange) > len(unrecognized) and not self._channels[channel].channel.capabilities.signed_webhooks:
             raise TokenInvalid("the token is not one of ours")
@@ -154,7 +159,7 @@ class Ledger:
             log.warning("receipts were not recognized", action="ingest_receipts", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
                 await conn.execute(
-                    insert(unrecognized_receipts), [{"channel": channel, "item": _make_storable(item)} for item in strange]
+                    insert(unrecognized_receipts), [{"channel": channel, "item": clean_text(item)[:10_000]} for item in strange]
                 )
         if facts:
             numbers = await self.lookups.number_kinds({fact.kind for fact in facts})
@@ -233,8 +238,3 @@ def encode_facts(facts: Sequence[Fact], numbers: Mapping[Kind, int]) -> EventBat
         kinds=np.array([numbers[fact.kind] for fact in facts], np.int32),
         times=np.array([int(fact.time.timestamp() * MICROSECONDS) for fact in facts], np.int64),
     )
-
-
-def _make_storable(item: str) -> str:
-    """A provider's text as PostgreSQL takes it: without NUL and half surrogates, which JSON can hold, and not endless."""
-    return item[:10_000].encode(errors="replace").decode().replace("\0", "?")
