@@ -82,7 +82,7 @@ async def test_killed_server_misses_nobody_and_texts_nobody_twice(tmp_path: Path
 
 async def test_stopped_server_leaves_nobody_unclear(tmp_path: Path, database_url: str) -> None:
     engine = create_engine(database_url, pool_size=1)
-    async with open_site(tmp_path, people=500, database_url=database_url) as site:
+    async with open_site(tmp_path, people=1400, database_url=database_url) as site:
         async with site.connect() as client:
             names = await launch_campaigns(client, *CHANNELS)
         await site.wait_for_messages(200)

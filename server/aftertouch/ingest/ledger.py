@@ -85,6 +85,10 @@ class Ledger:
         if self._task:
             await self._task
 
+    def lose_patience(self) -> None:
+        """Wait for no database that is away from now on: the process stops, and must not wait for ever."""
+        self._batcher.is_patient = False
+
     async def record(self, facts: Sequence[Fact], tried: Sequence[Tried] = ()) -> None:
         """Return when the facts, and the attempts they came from, are durable; waits while the database is away."""
         if facts or tried:
@@ -222,6 +226,8 @@ class Ledger:
             try:
                 return await self.lookups.number_kinds(kinds)
             except DatabaseUnavailable:
+                if not self._batcher.is_patient:
+                    raise
                 await asyncio.sleep(RETRY_SECONDS)
 
 
