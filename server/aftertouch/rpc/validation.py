@@ -14,8 +14,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aftertouch.errors import FieldsInvalid, Violation
 
 _NUL = "contains the character U+0000, which PostgreSQL cannot store"
-_FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
-"""What google.protobuf.Timestamp may hold: the years 1 to 9999."""
+TIMESTAMP_SECONDS = (-62_135_596_800, 253_402_300_799)
+"""The first and the last second of google.protobuf.Timestamp: the years 1 to 9999."""
 
 
 def check_message(message: Message) -> None:
@@ -52,7 +52,8 @@ def _find_value_faults(value: Message, path: str, *, is_part: bool) -> Iterator[
         case Struct():
             yield from _find_struct_faults(value, path)
         case Timestamp():
-            if not (_FIRST_SECOND <= value.seconds <= _LAST_SECOND and 0 <= value.nanos < 1_000_000_000):
+            first, last = TIMESTAMP_SECONDS
+            if not (first <= value.seconds <= last and 0 <= value.nanos < 1_000_000_000):
                 yield Violation(path, "is not a time from the year 1 to 9999")
         case _:
             yield from _find_faults(value, f"{path}.", is_part=is_part)
