@@ -13,9 +13,9 @@ import pytest
 from pydantic import SecretStr
 
 from aftertouch.channels import Channel
-from aftertouch.cli import read_contacts, stream
 from aftertouch.client import Client
 from aftertouch.config import Config
+from aftertouch.contact_files import read_contacts
 from aftertouch.plugins import discover_channels
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import Sandbox, SandboxSettings
@@ -59,7 +59,7 @@ class World:
 
     async def import_people(self) -> None:
         """Everybody of the sandbox becomes a contact of ``acme``."""
-        imported = await self.client.import_contacts(stream(read_contacts(self.sandbox.population.list_rows())))
+        imported = await self.client.import_contacts(read_contacts(self.sandbox.population.list_rows()))
         assert imported.rejected_count == 0, imported.rejections
 
     async def create_campaign(self, channel: str, audience: campaigns_pb2.Audience | None = None, **fields: Any) -> Any:

@@ -19,6 +19,9 @@ from aftertouch.v1 import (
     retargeting_pb2_grpc,
 )
 
+CallError = grpc.aio.AioRpcError
+"""What a call that failed raises; ``read_reason`` says why in our words."""
+
 IMPORT_SIZE = 500
 """Contacts in one message of an import."""
 

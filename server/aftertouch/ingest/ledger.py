@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 
 import numpy as np
 import structlog
-from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.channels import ReasonClass, Receipt
@@ -27,9 +26,8 @@ from aftertouch.store.campaigns import Campaign
 from aftertouch.store.contacts import read_active_addresses, set_states
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
-from aftertouch.store.logs import MICROSECONDS, Attempt, EventBatch, find_messages, store_events
+from aftertouch.store.logs import MICROSECONDS, Attempt, EventBatch, find_messages, keep_unrecognized, store_events
 from aftertouch.store.producers import Stream
-from aftertouch.store.tables import unrecognized_receipts
 
 log = structlog.get_logger()
 
@@ -162,9 +160,7 @@ class Ledger:
         if strange:
             log.warning("receipts were not recognized", action="ingest_receipts", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
-                await conn.execute(
-                    insert(unrecognized_receipts), [{"channel": channel, "item": clean_text(item)[:10_000]} for item in strange]
-                )
+                await keep_unrecognized(conn, channel, [clean_text(item)[:10_000] for item in strange])
         if facts:
             numbers = await self.lookups.number_kinds({fact.kind for fact in facts})
             await (await self._batcher.submit(Submission(encode_facts(facts, numbers))))
