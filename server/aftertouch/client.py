@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +21,8 @@ from aftertouch.v1 import (
 
 CallError = grpc.aio.AioRpcError
 """What a call that failed raises; ``read_reason`` says why in our words."""
+
+Contacts = Iterable[contacts_pb2.Contact] | AsyncIterable[contacts_pb2.Contact]
 
 IMPORT_SIZE = 500
 """Contacts in one message of an import."""
@@ -94,14 +96,16 @@ class Client:
         return f"{self.parent}/{collection}/{identifier}"
 
     async def import_contacts(
-        self, contacts: AsyncIterable[contacts_pb2.Contact], on_sent: Callable[[int], None] = lambda _: None
+        self,
+        contacts: Contacts,
+        on_sent: Callable[[int], None] = lambda _: None,
     ) -> contacts_pb2.ImportContactsResponse:
         """Import any number of contacts; ``on_sent`` is told how many have left after each message."""
 
         async def pack() -> AsyncIterator[contacts_pb2.ImportContactsRequest]:
             batch: list[contacts_pb2.Contact] = []
             sent = 0
-            async for contact in contacts:
+            async for contact in _each(contacts):
                 batch.append(contact)
                 if len(batch) == IMPORT_SIZE:
                     yield contacts_pb2.ImportContactsRequest(parent=self.parent, contacts=batch)
@@ -123,3 +127,14 @@ def read_reason(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
                 if detail.Unpack(info):
                     return info.reason, dict(info.metadata)
     return "", {}
+
+
+async def _each(
+    contacts: Contacts,
+) -> AsyncIterator[contacts_pb2.Contact]:
+    if isinstance(contacts, AsyncIterable):
+        async for contact in contacts:
+            yield contact
+    else:
+        for contact in contacts:
+            yield contact

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from aftertouch.cli import CommandFailed, app, stream
+from aftertouch.cli import CommandFailed, app
 from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.rpc.values import to_struct
 from aftertouch.v1 import campaigns_pb2, contacts_pb2
@@ -48,7 +48,7 @@ async def get(world: World, external_id: str) -> contacts_pb2.Contact:
 
 
 async def import_all(world: World, contacts: Iterable[contacts_pb2.Contact]) -> contacts_pb2.ImportContactsResponse:
-    return await world.client.import_contacts(stream(iter(contacts)))
+    return await world.client.import_contacts(contacts)
 
 
 def read_attributes(contact: contacts_pb2.Contact) -> dict[str, Any]:
@@ -353,7 +353,7 @@ async def test_import_broken_off_keeps_what_was_stored(shared_world: World) -> N
 async def test_list_goes_through_all_in_the_order_they_were_made(shared_world: World) -> None:
     async with shared_world.connect("paged", await shared_world.create_key("paged", "manage")) as client:
         contacts = [contacts_pb2.Contact(external_id=f"p{i}") for i in range(57)]
-        await client.import_contacts(stream(iter(contacts)))
+        await client.import_contacts(contacts)
         for size in (1, 10, 19, 56, 57, 58, 0, 100_000):
             seen, token = [], ""
             while True:
