@@ -134,13 +134,13 @@ class Sender:
 
         async def send_batches() -> None:
             for within in batches:
+                if self._retry.is_urgent or self._is_stopping:
+                    break
                 try:
                     await self._send_batch(campaign, template, within, roll[within], progress.tries[within])
                 finally:
                     # Of the batches under way none is cut off: its people would be left attempted without outcome.
                     self._is_stopping |= sys.exception() is not None
-                if self._retry.is_urgent or self._is_stopping:
-                    break
 
         failures = await asyncio.gather(*(send_batches() for _ in range(BATCHES_AT_ONCE)), return_exceptions=True)
         for failure in failures:

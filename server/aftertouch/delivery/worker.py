@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.delivery.sender import LEASE, Sender
-from aftertouch.errors import AftertouchError, DatabaseUnavailable
+from aftertouch.errors import DatabaseUnavailable
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.plugins import Registry
 from aftertouch.store.campaigns import read_campaign
@@ -32,32 +32,50 @@ class Worker:
         self._registry = registry
         self._units = units
         self._news = asyncio.Event()
+        self._is_stopping = False
+        self._senders: set[Sender] = set()
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Work until ``stopping`` is set. A unit under way is cut off between two batches and handed back at once."""
-        tasks = [asyncio.create_task(self._work(), name=f"send units {index}") for index in range(self._units)]
-        tasks.append(asyncio.create_task(self._listen(), name="listen for units"))
-        stop = asyncio.create_task(stopping.wait())
-        done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
-        for task in [*tasks, stop]:
-            task.cancel()
-        await asyncio.gather(*tasks, stop, return_exceptions=True)
-        for task in done - {stop}:
-            task.result()
+        """Work until ``stopping`` is set. Units under way end between two batches and are handed back at once."""
+        working = [asyncio.create_task(self._work(), name=f"send units {index}") for index in range(self._units)]
+        beside = [
+            asyncio.create_task(self._listen(), name="listen for units"),
+            asyncio.create_task(stopping.wait(), name="wait for the stop"),
+        ]
+        try:
+            await asyncio.wait([*working, *beside], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # Nothing is cancelled that may have sent, or may have claimed: nobody is left attempted without outcome, and no
+            # unit waits out its lease.
+            self._is_stopping = True
+            self._news.set()
+            for sender in self._senders:
+                sender.stop()
+            done: list[object] = await asyncio.gather(*working, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            done += await asyncio.gather(*beside, return_exceptions=True)
+        for outcome in done:
+            if isinstance(outcome, Exception):
+                raise outcome
 
     async def _work(self) -> None:
-        while True:
+        while not self._is_stopping:
             try:
                 unit = await self._claim()
                 if unit is not None:
                     await self._send(unit)
                     continue
-            except AftertouchError as error:
-                log.warning("sending waits for the database", action="send_unit", reason=error.reason)
-                await asyncio.sleep(POLL_SECONDS)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self._news.wait()
+            except DatabaseUnavailable as error:
+                log.warning("sending waits for the database", action="claim_unit", reason=error.reason)
+            await self._rest()
+
+    async def _rest(self) -> None:
+        """Wait for news, or until it is time to look again; not at all when stopping."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_SECONDS):
+                await self._news.wait()
+        if not self._is_stopping:
             self._news.clear()
 
     async def _claim(self) -> Unit | None:
@@ -65,37 +83,39 @@ class Worker:
             return await claim_unit(conn, sorted(self._registry.channels), LEASE)
 
     async def _send(self, unit: Unit) -> None:
+        """Send a unit to its end, also when the database goes away in the middle: what is left then is not lost."""
+        while True:
+            try:
+                await self._try_to_send(unit)
+                return
+            except DatabaseUnavailable as error:
+                # The unit is still ours unless somebody took it meanwhile, which the sender then finds.
+                log.warning("sending waits for the database", action="send_unit", reason=error.reason)
+            if self._is_stopping:
+                return
+            await self._rest()
+
+    async def _try_to_send(self, unit: Unit) -> None:
         async with transaction(self._engine) as conn:
             campaign = await read_campaign(conn, unit.campaign_id)
         if campaign is None:
             return
         name = campaign.channel
-        while True:
-            sender = Sender(self._engine, self._ledger, self._registry.types[name], self._registry.channels[name], unit)
-            try:
-                await self._run(sender, unit)
-                return
-            except DatabaseUnavailable as error:
-                # The unit is still ours unless somebody took it meanwhile, which the sender then finds.
-                log.warning("sending waits for the database", action="send_unit", reason=error.reason)
-                await asyncio.sleep(POLL_SECONDS)
-
-    async def _run(self, sender: Sender, unit: Unit) -> None:
-        sending = asyncio.create_task(sender.run())
+        sender = Sender(self._engine, self._ledger, self._registry.types[name], self._registry.channels[name], unit)
+        if self._is_stopping:
+            sender.stop()
+        self._senders.add(sender)
         try:
-            await asyncio.shield(sending)
+            await sender.run()
         except LeaseLost:
             log.info("a unit was given up", action="send_unit", slot=unit.slot)
-        except asyncio.CancelledError:
-            # An orderly stop lets the batch under way finish and be recorded; nobody is left attempted without outcome.
-            sender.stop()
-            await asyncio.gather(sending, return_exceptions=True)
-            raise
-        except AftertouchError:
+        except DatabaseUnavailable:
             raise
         except Exception:
             # A defect must not spin: the unit waits out its lease while the others go on.
             log.exception("a unit failed", action="send_unit", slot=unit.slot)
+        finally:
+            self._senders.discard(sender)
 
     async def _listen(self) -> None:
         """Wake free workers when a campaign is launched. Without the connection they still poll."""
