@@ -55,18 +55,20 @@ async def template(postgres_url: str) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def clone_template(postgres_url: str, template: str) -> AsyncIterator[str]:
-    """A database with the schema and nothing in it, meanwhile."""
+async def clone_database(postgres_url: str, template: str | None = None) -> AsyncIterator[str]:
+    """A database that is dropped in the end: a clone of the template, or an empty one."""
     name = f"aftertouch_test_{next(_numbers)}"
-    await _run(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
-    yield name_database(postgres_url, name)
-    await _run(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    await _run(postgres_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template} STRATEGY file_copy" if template else ""))
+    try:
+        yield name_database(postgres_url, name)
+    finally:
+        await _run(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
 async def database_url(postgres_url: str, template: str) -> AsyncIterator[str]:
     """A database of the test's own, with the schema and nothing in it."""
-    async with clone_template(postgres_url, template) as url:
+    async with clone_database(postgres_url, template) as url:
         yield url
 
 

@@ -13,9 +13,9 @@ import pytest
 from pydantic import SecretStr
 
 from aftertouch.channels import Channel
-from aftertouch.cli import read_contacts, stream
 from aftertouch.client import Client
 from aftertouch.config import Config
+from aftertouch.contact_files import read_contacts
 from aftertouch.plugins import discover_channels
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import Sandbox, SandboxSettings
@@ -24,6 +24,7 @@ from aftertouch.store import apps as store
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from aftertouch.web.server import bind
+from tests.fix_database import clone_database
 
 SECRET_KEY = "a secret key of the tests, 32 characters or more"
 
@@ -58,7 +59,7 @@ class World:
 
     async def import_people(self) -> None:
         """Everybody of the sandbox becomes a contact of ``acme``."""
-        imported = await self.client.import_contacts(stream(read_contacts(self.sandbox.population.list_rows())))
+        imported = await self.client.import_contacts(read_contacts(self.sandbox.population.list_rows()))
         assert imported.rejected_count == 0, imported.rejections
 
     async def create_campaign(self, channel: str, audience: campaigns_pb2.Audience | None = None, **fields: Any) -> Any:
@@ -149,4 +150,12 @@ def open_world(database_url: str) -> OpenWorld:
 async def world(open_world: OpenWorld) -> AsyncIterator[World]:
     """A world of 60 people who are not imported yet."""
     async with open_world() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+async def shared_world(postgres_url: str, template: str) -> AsyncIterator[World]:
+    """A world of 60 contacts for all tests of a module; each works under names of its own."""
+    async with clone_database(postgres_url, template) as url, run_world(url) as opened:
+        await opened.import_people()
         yield opened

@@ -7,7 +7,7 @@ import csv
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -152,6 +152,7 @@ async def _serve_beside(descriptor: int) -> None:
 async def _settle_in(engine: Any, world: Any, address: str) -> None:
     """Make the app that plays in the sandbox, once, with its people; and a new key for it."""
     from aftertouch.client import Client
+    from aftertouch.contact_files import read_contacts
     from aftertouch.store import apps as store
     from aftertouch.store.engine import transaction
 
@@ -161,7 +162,7 @@ async def _settle_in(engine: Any, world: Any, address: str) -> None:
         _, secret = await store.create_api_key(conn, created.app_id, "aftertouch serve --sandbox", ["admin"])
     # The push addresses hold the sandbox's port, which is new at every start.
     async with Client(address, api_key=secret, app="sandbox") as client:
-        await client.import_contacts(stream(read_contacts(world.population.list_rows())))
+        await client.import_contacts(read_contacts(world.population.list_rows()))
     out.print(f"the app is sandbox with {world.settings.size:,} people; its key for this run:\n{secret}", markup=False)
 
 
@@ -395,60 +396,33 @@ def import_contacts(
 
 
 async def _import_contacts(file: Path, app_name: str, key: str, address: str) -> None:
-    import grpc
+    from aftertouch.client import CallError, Client
+    from aftertouch.contact_files import HeaderError, check_header, read_contacts
 
-    from aftertouch.client import Client
-
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        total = sum(1 for _ in csv.reader(lines)) - 1
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            header = next(csv.reader(lines), [])
+            total = sum(1 for _ in csv.reader(lines))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CommandFailed(f"{file} is not a CSV file in UTF-8: {error}") from error
+    try:
+        check_header(header)
+    except HeaderError as error:
+        raise CommandFailed(str(error)) from error
     with Progress(console=err, transient=True) as progress, file.open(newline="", encoding="utf-8-sig") as lines:
-        task = progress.add_task("importing", total=max(total, 0))
+        task = progress.add_task("importing", total=total)
         async with Client(address, api_key=key, app=app_name) as client:
             try:
                 result = await client.import_contacts(
-                    stream(read_contacts(csv.DictReader(lines))), lambda sent: progress.update(task, completed=sent)
+                    read_contacts(csv.DictReader(lines)), lambda sent: progress.update(task, completed=sent)
                 )
-            except grpc.aio.AioRpcError as error:
+            except CallError as error:
                 raise CommandFailed(f"the server answered {error.code().name}: {error.details()}") from error
     out.print(
         f"{result.created_count:,} made, {result.updated_count:,} updated, {result.rejected_count:,} rejected", markup=False
     )
     for rejection in result.rejections:
-        # The header is line 1, so the first row is line 2.
-        place = f"line {rejection.index + 2} ({rejection.external_id or 'no external_id'})"
+        place = f"row {rejection.index + 1} ({rejection.external_id or 'no external_id'})"
         err.print(f"{place}: {rejection.field}: {rejection.description}", markup=False)
     if result.rejected_count:
         raise CommandFailed(f"{result.rejected_count:,} rows were rejected; the others are stored")
-
-
-def read_contacts(rows: Iterator[dict[str, str]] | csv.DictReader[str]) -> Iterator[Any]:
-    """Contacts from rows of the CSV's form: ``<channel>.<field path>`` is an address, any other name an attribute."""
-    from google.protobuf import json_format
-
-    from aftertouch.v1 import contacts_pb2
-
-    for row in rows:
-        attributes: dict[str, str] = {}
-        addresses: dict[str, dict[str, Any]] = {}
-        for column, value in row.items():
-            if column in ("external_id", "time_zone") or column is None or not value:
-                continue
-            channel, dot, path = column.partition(".")
-            if not dot:
-                attributes[column] = value
-                continue
-            place = addresses.setdefault(channel, {})
-            *parents, leaf = path.split(".")
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[leaf] = value
-        contact = contacts_pb2.Contact(external_id=row.get("external_id") or "", time_zone=row.get("time_zone") or "")
-        json_format.ParseDict(attributes, contact.attributes)
-        for channel, address in addresses.items():
-            json_format.ParseDict(address, contact.subscriptions.add(channel=channel).address)
-        yield contact
-
-
-async def stream(items: Iterator[Any]) -> AsyncIterator[Any]:
-    for item in items:
-        yield item

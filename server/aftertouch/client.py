@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +18,11 @@ from aftertouch.v1 import (
     events_pb2_grpc,
     retargeting_pb2_grpc,
 )
+
+CallError = grpc.aio.AioRpcError
+"""What a call that failed raises; ``read_reason`` says why in our words."""
+
+Contacts = Iterable[contacts_pb2.Contact] | AsyncIterable[contacts_pb2.Contact]
 
 IMPORT_SIZE = 500
 """Contacts in one message of an import."""
@@ -43,6 +48,16 @@ class _AuthorizeStream(_Authorize, grpc.aio.StreamUnaryClientInterceptor):
         return await continuation(self.add_key(client_call_details), request_iterator)
 
 
+class _AuthorizeAnswers(_Authorize, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(self.add_key(client_call_details), request)
+
+
+class _AuthorizeConversation(_Authorize, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await continuation(self.add_key(client_call_details), request_iterator)
+
+
 class Client:
     """A connection to a server; use it as an async context manager, from one event loop.
 
@@ -56,7 +71,8 @@ class Client:
     def __init__(self, address: str, *, api_key: str, app: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         self.parent = f"apps/{app}"
         """What lists and creates take as ``parent``."""
-        interceptors: Sequence[Any] = [_AuthorizeUnary(api_key), _AuthorizeStream(api_key)]
+        kinds = (_AuthorizeUnary, _AuthorizeStream, _AuthorizeAnswers, _AuthorizeConversation)
+        interceptors: Sequence[Any] = [kind(api_key) for kind in kinds]
         self._channel = (
             grpc.aio.secure_channel(address, credentials, interceptors=interceptors)
             if credentials
@@ -80,14 +96,16 @@ class Client:
         return f"{self.parent}/{collection}/{identifier}"
 
     async def import_contacts(
-        self, contacts: AsyncIterable[contacts_pb2.Contact], on_sent: Callable[[int], None] = lambda _: None
+        self,
+        contacts: Contacts,
+        on_sent: Callable[[int], None] = lambda _: None,
     ) -> contacts_pb2.ImportContactsResponse:
         """Import any number of contacts; ``on_sent`` is told how many have left after each message."""
 
         async def pack() -> AsyncIterator[contacts_pb2.ImportContactsRequest]:
             batch: list[contacts_pb2.Contact] = []
             sent = 0
-            async for contact in contacts:
+            async for contact in _each(contacts):
                 batch.append(contact)
                 if len(batch) == IMPORT_SIZE:
                     yield contacts_pb2.ImportContactsRequest(parent=self.parent, contacts=batch)
@@ -109,3 +127,14 @@ def read_reason(error: grpc.aio.AioRpcError) -> tuple[str, dict[str, str]]:
                 if detail.Unpack(info):
                     return info.reason, dict(info.metadata)
     return "", {}
+
+
+async def _each(
+    contacts: Contacts,
+) -> AsyncIterator[contacts_pb2.Contact]:
+    if isinstance(contacts, AsyncIterable):
+        async for contact in contacts:
+            yield contact
+    else:
+        for contact in contacts:
+            yield contact

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 PREFIX = "AFTERTOUCH_"
+CALLER_NAMES = frozenset({"AFTERTOUCH_API_KEY", "AFTERTOUCH_ADDRESS"})
+"""What callers are configured by: no settings of a server, but often set in the same shell."""
 
 
 class ConfigError(Exception):
@@ -105,7 +107,7 @@ def load_config(environment: Mapping[str, str], channel_prefixes: Collection[str
     problems = [
         f"{key} is not a setting; `aftertouch settings` lists them"
         for key in sorted(given)
-        if key not in names and not key.startswith(tuple(channel_prefixes))
+        if key not in names and key not in CALLER_NAMES and not key.startswith(tuple(channel_prefixes))
     ]
     values = {names[key]: value for key, value in given.items() if key in names}
     try:

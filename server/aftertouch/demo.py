@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+from google.protobuf.json_format import ParseDict
+from google.protobuf.struct_pb2 import Struct
 from rich.console import Console
 from rich.table import Table
 
-from aftertouch.cli import read_contacts, stream
 from aftertouch.client import Client
+from aftertouch.contact_files import read_contacts
 from aftertouch.processes import Child, run_command
-from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import Population, SandboxSettings
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 
@@ -170,7 +171,7 @@ class Demo:
 
     async def _play(self) -> None:
         self._say(f"{self._size:,} people: some on one channel, some on all")
-        imported = await self._client.import_contacts(stream(read_contacts(self._population.list_rows())))
+        imported = await self._client.import_contacts(read_contacts(self._population.list_rows()))
         self._compare("people", imported.created_count, self._size)
         self._unreachable: dict[str, set[str]] = {"sms": set(), "whatsapp": set(), "push": set()}
         template = {"language": "en_US", "body": ["{{ first_name | default: 'there' }}"]}
@@ -182,7 +183,7 @@ class Demo:
                 campaign=campaigns_pb2.Campaign(
                     display_name="Summer Sale",
                     channel="whatsapp",
-                    content=to_struct({**template, "template": "summer_sale"}),
+                    content=ParseDict({**template, "template": "summer_sale"}, Struct()),
                     audience=campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers()),
                 ),
             )
@@ -214,7 +215,9 @@ class Demo:
             retargeting_pb2.CreateRetargetRequest(selection=selection, channel=channel)
         )
         wave = await self._client.campaigns.UpdateCampaign(
-            campaigns_pb2.UpdateCampaignRequest(campaign=campaigns_pb2.Campaign(name=draft.name, content=to_struct(content)))
+            campaigns_pb2.UpdateCampaignRequest(
+                campaign=campaigns_pb2.Campaign(name=draft.name, content=ParseDict(content, Struct()))
+            )
         )
         return wave, await self._send(wave, expected)
 

@@ -227,6 +227,7 @@ async def send_beside(config: Config, core: Core, stopping: asyncio.Event) -> As
         yield
     finally:
         done.set()
+        core.ledger.lose_patience()
         await sending
 
 

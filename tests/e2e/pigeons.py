@@ -25,7 +25,6 @@ from aftertouch.channels import (
     Settings,
     Signal,
 )
-from aftertouch.cli import stream
 from aftertouch.client import Client
 from aftertouch.delivery.sender import LEASE, Sender
 from aftertouch.rpc.values import to_struct
@@ -118,7 +117,7 @@ class Loft:
             for tree in range(trees):
                 contact.subscriptions.add(channel=self.name, address=to_struct({"tree": f"p{index}-{tree}"}))
             contacts.append(contact)
-        await self.client.import_contacts(stream(iter(contacts)))
+        await self.client.import_contacts(contacts)
         return await self.relaunch(note)
 
     async def relaunch(self, note: str = "Hi") -> str:

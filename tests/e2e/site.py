@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aftertouch.cli import read_contacts, stream
 from aftertouch.client import Client
+from aftertouch.contact_files import read_contacts
 from aftertouch.delivery.sender import LEASE
 from aftertouch.demo import SANDBOX_READY, SERVER_READY, ask_sandbox
 from aftertouch.processes import Child
@@ -63,7 +63,7 @@ class Site:
                 _, self.secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
             await engine.dispose()
             async with self.connect() as client:
-                await client.import_contacts(stream(read_contacts(self.population.list_rows())))
+                await client.import_contacts(read_contacts(self.population.list_rows()))
         async with Client(self.server.found[0], api_key=self.secret, app="acme") as client:
             yield client
 

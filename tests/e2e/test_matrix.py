@@ -14,7 +14,7 @@ import pytest
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
-from tests.fix_database import clone_template
+from tests.fix_database import clone_database
 from tests.fix_world import CONTENT, World, run_world
 
 CHANNELS = ("push", "sms", "whatsapp")
@@ -137,7 +137,7 @@ class Played:
 async def played(postgres_url: str, template: str) -> AsyncIterator[Played]:
     shares = Shares(sms_unreachable=0.15, push_beacon_lost=0.3, whatsapp_switched_off=0.1, whatsapp_failed_first=0.05)
     settings = SandboxSettings(seed=7, size=300, time_scale=0.03, duplicate_share=0.5, late_share=0.3, shares=shares)
-    async with clone_template(postgres_url, template) as url, run_world(url, settings) as world:
+    async with clone_database(postgres_url, template) as url, run_world(url, settings) as world:
         await world.import_people()
         played = Played(world)
         for channel in CHANNELS:

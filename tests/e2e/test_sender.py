@@ -14,7 +14,7 @@ from aftertouch.delivery import sender as sending
 from aftertouch.store.units import LeaseLost
 from aftertouch.v1 import campaigns_pb2, contacts_pb2
 from tests.e2e.pigeons import HomingChannel, Loft, Messages, PigeonChannel, accept_all, open_loft
-from tests.fix_database import clone_template
+from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
 
 SENT = campaigns_pb2.Campaign.State.SENT
@@ -25,7 +25,7 @@ _State = contacts_pb2.Subscription.State
 async def world(postgres_url: str, template: str) -> AsyncIterator[World]:
     """A world in which nobody sends but the tests."""
     async with (
-        clone_template(postgres_url, template) as url,
+        clone_database(postgres_url, template) as url,
         run_world(url, extra=[PigeonChannel, HomingChannel], send_units=0) as world,
     ):
         yield world

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from liquid import Environment, FalsyStrictUndefined
-from liquid.exceptions import LiquidError, UndefinedError
+from liquid.exceptions import LiquidError, TemplateNotFoundError, UndefinedError
 
 from aftertouch.channels import Content
 
@@ -46,9 +46,14 @@ def find_template_errors(content: Any, path: str = "content") -> Iterator[tuple[
     """The field path and text of every Liquid error in a content."""
     if isinstance(content, str):
         try:
-            _LIQUID.from_string(content)
+            # Liquid meets a filter or template that does not exist only when it renders: everybody would be skipped.
+            used = _LIQUID.from_string(content).analyze().filters
+        except TemplateNotFoundError as error:
+            yield path, f"there is no template {str(error).splitlines()[0]!r}: a content cannot render or include another"
         except LiquidError as error:
             yield path, str(error).splitlines()[0]
+        else:
+            yield from ((path, f"there is no filter {name!r}") for name in used if name not in _LIQUID.filters)
     elif isinstance(content, Mapping):
         for key, value in content.items():
             yield from find_template_errors(value, f"{path}.{key}")

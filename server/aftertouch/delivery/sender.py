@@ -301,6 +301,8 @@ class Sender:
                     await set_states(conn, campaign.app_id, changes)
                 return
             except DatabaseUnavailable:
+                if self._is_stopping:
+                    raise
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _follow(self, draft: Draft, outcomes: list[Outcome]) -> list[tuple[int, str, bytes, str, str]]:

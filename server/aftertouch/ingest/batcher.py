@@ -55,6 +55,8 @@ class Batcher:
         self._backlog = 0
         self._changed = asyncio.Condition()
         self._is_closed = False
+        self.is_patient = True
+        """Submissions that are patient wait for a database that is away; not any more once the process stops."""
 
     async def submit(self, submission: Submission) -> asyncio.Future[None]:
         """Take it when there is room, and return what is done when it is durable.
@@ -99,7 +101,7 @@ class Batcher:
         try:
             superseded = await self._store(group)
         except DatabaseUnavailable as error:
-            is_kept = not self._is_closed
+            is_kept = self.is_patient and not self._is_closed
             kept = [submission for submission in group if submission.is_patient and is_kept]
             self._waiting.extendleft(reversed(kept))
             await self._answer([submission for submission in group if not (submission.is_patient and is_kept)], error)

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 
 import numpy as np
 import structlog
-from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.channels import ReasonClass, Receipt
@@ -27,9 +26,8 @@ from aftertouch.store.campaigns import Campaign
 from aftertouch.store.contacts import read_active_addresses, set_states
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
-from aftertouch.store.logs import MICROSECONDS, Attempt, EventBatch, find_messages, store_events
+from aftertouch.store.logs import MICROSECONDS, Attempt, EventBatch, find_messages, keep_unrecognized, store_events
 from aftertouch.store.producers import Stream
-from aftertouch.store.tables import unrecognized_receipts
 
 log = structlog.get_logger()
 
@@ -59,6 +57,11 @@ class TokenInvalid(Exception):
     """News whose only proof would have been its token, which is not one of ours."""
 
 
+def clean_text(text: str) -> str:
+    """Text that PostgreSQL can store: a provider's JSON may hold U+0000 and lone surrogates, and would be sent for days."""
+    return text.encode(errors="replace").decode().replace("\0", "\ufffd")
+
+
 class Ledger:
     """Takes events from everywhere in the process."""
 
@@ -79,6 +82,10 @@ class Ledger:
         await self._batcher.close()
         if self._task:
             await self._task
+
+    def lose_patience(self) -> None:
+        """Wait for no database that is away from now on: the process stops, and must not wait for ever."""
+        self._batcher.is_patient = False
 
     async def record(self, facts: Sequence[Fact], tried: Sequence[Tried] = ()) -> None:
         """Return when the facts, and the attempts they came from, are durable; waits while the database is away."""
@@ -146,16 +153,14 @@ class Ledger:
             if campaign is None or receipt.signal not in self._channels[channel].evidence:
                 strange.append(f"{receipt.signal} of message {receipt.message_id or 'without id'}: no such message or signal")
                 continue
-            kind = kind_of(self.lookups, self._channels[channel], receipt.signal, receipt.code or "")
+            kind = kind_of(self.lookups, self._channels[channel], receipt.signal, clean_text(receipt.code or ""))
             facts.append(Fact(campaign, position, kind, receipt.time or now))
         if len(strange) > len(unrecognized) and not self._channels[channel].channel.capabilities.signed_webhooks:
             raise TokenInvalid("the token is not one of ours")
         if strange:
             log.warning("receipts were not recognized", action="ingest_receipts", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
-                await conn.execute(
-                    insert(unrecognized_receipts), [{"channel": channel, "item": _make_storable(item)} for item in strange]
-                )
+                await keep_unrecognized(conn, channel, [clean_text(item)[:10_000] for item in strange])
         if facts:
             numbers = await self.lookups.number_kinds({fact.kind for fact in facts})
             await (await self._batcher.submit(Submission(encode_facts(facts, numbers))))
@@ -217,6 +222,8 @@ class Ledger:
             try:
                 return await self.lookups.number_kinds(kinds)
             except DatabaseUnavailable:
+                if not self._batcher.is_patient:
+                    raise
                 await asyncio.sleep(RETRY_SECONDS)
 
 
@@ -233,8 +240,3 @@ def encode_facts(facts: Sequence[Fact], numbers: Mapping[Kind, int]) -> EventBat
         kinds=np.array([numbers[fact.kind] for fact in facts], np.int32),
         times=np.array([int(fact.time.timestamp() * MICROSECONDS) for fact in facts], np.int64),
     )
-
-
-def _make_storable(item: str) -> str:
-    """A provider's text as PostgreSQL takes it: without NUL and half surrogates, which JSON can hold, and not endless."""
-    return item[:10_000].encode(errors="replace").decode().replace("\0", "?")

@@ -104,5 +104,5 @@ def _decode(tokens: bytes) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}", re.ASCII)
-_TO_STANDARD = bytes.maketrans(b"-_+/", b"+/??")
-"""From the URL-safe alphabet to the standard one, whose own two characters are no part of a token."""
+_TO_STANDARD = bytes.maketrans(b"-_+/=", b"+/???")
+"""From the URL-safe alphabet to the standard one, whose own two characters and padding are no part of a token."""

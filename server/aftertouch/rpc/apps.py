@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from google.protobuf.empty_pb2 import Empty
 
-from aftertouch.errors import FieldsInvalid, NotFound, Violation
+from aftertouch.errors import NotFound
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
@@ -19,10 +19,7 @@ class Apps(apps_pb2_grpc.AppsServicer):
     """The caller's app and its keys."""
 
     async def GetApp(self, request: apps_pb2.GetAppRequest, call: Call) -> apps_pb2.App:  # type: ignore[override]
-        collection, _, app = request.name.partition("/")
-        if collection != "apps":
-            raise FieldsInvalid([Violation("name", f"must be like {call.app.name}")])
-        call.check_app(app, request.name)
+        check_parent(call, request.name, "name")
         return apps_pb2.App(
             name=call.app.name,
             display_name=call.app.display_name,
@@ -45,13 +42,12 @@ class Apps(apps_pb2_grpc.AppsServicer):
     ) -> apps_pb2.ListApiKeysResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        after = (datetime.fromisoformat(position[0]), position[1]) if position else None
+        question = f"{request.parent}/apiKeys"
+        after = read_page_token(request.page_token, question, str)
         keys = await store.list_api_keys(await call.begin(), call.app.app_id, after, size + 1)
-        more = keys[size - 1 : size] if len(keys) > size else []
         return apps_pb2.ListApiKeysResponse(
             api_keys=[_to_api_key(call, key) for key in keys[:size]],
-            next_page_token=make_page_token(request.parent, [more[0].create_time.isoformat(), more[0].api_key]) if more else "",
+            next_page_token=make_page_token(question, keys[size - 1].api_key) if len(keys) > size else "",
         )
 
     async def DeleteApiKey(self, request: apps_pb2.DeleteApiKeyRequest, call: Call) -> Empty:  # type: ignore[override]

@@ -26,7 +26,7 @@ from aftertouch.retargeting.report import count_campaign, list_recipients
 from aftertouch.retargeting.selections import Selection
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
-from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
+from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.store import campaigns as store
 from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
@@ -76,11 +76,13 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.ListCampaignsResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        found = await store.list_campaigns(await call.begin(), call.app.app_id, position[0] if position else None, size + 1)
+        question = f"{request.parent}/campaigns"
+        before = read_page_token(request.page_token, question, int)
+        found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1)
+        page = fill_page([await to_campaign(call, campaign) for campaign in found[:size]])
         return campaigns_pb2.ListCampaignsResponse(
-            campaigns=[await to_campaign(call, campaign) for campaign in found[:size]],
-            next_page_token=make_page_token(request.parent, [found[size - 1].campaign_id]) if len(found) > size else "",
+            campaigns=page,
+            next_page_token=make_page_token(question, found[len(page) - 1].campaign_id) if len(found) > len(page) else "",
         )
 
     async def UpdateCampaign(  # type: ignore[override]
@@ -134,8 +136,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.ListRecipientsResponse:
         campaign = await find(call, request.parent, field="parent")
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        start = position[0] if position else 0
+        question = f"{request.parent}/recipients"
+        start = read_page_token(request.page_token, question, int) or 0
         people = await list_recipients(
             await call.begin(), campaign, self._registry.types.get(campaign.channel), start, start + size
         )
@@ -146,7 +148,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
                 )
                 for person in people
             ],
-            next_page_token=make_page_token(request.parent, [start + size]) if start + size < campaign.recipients else "",
+            next_page_token=make_page_token(question, start + size) if start + size < campaign.recipients else "",
         )
 
     async def _read_parts(
@@ -208,7 +210,7 @@ def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
     if not paths:
         return tuple(field.name for field, _ in request.campaign.ListFields() if field.name in (*_CHANGEABLE, "channel"))
     if "*" in paths:
-        return _CHANGEABLE
+        return (*_CHANGEABLE, "channel") if request.campaign.channel else _CHANGEABLE
     known = campaigns_pb2.Campaign.DESCRIPTOR.fields_by_name
     unknown = [path for path in paths if path not in known]
     if unknown:
@@ -220,10 +222,11 @@ def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
 
 
 def _read_content(found: ChannelType, given: campaigns_pb2.Campaign) -> dict[str, Any]:
+    # First, so that nobody has us parse megabytes of Liquid.
+    if given.content.ByteSize() > _LARGEST_CONTENT:
+        raise FieldsInvalid([Violation("campaign.content", f"is larger than {_LARGEST_CONTENT} bytes")])
     content: dict[str, Any] = json_format.MessageToDict(given.content)
     violations = [Violation(f"campaign.{path}", text) for path, text in find_template_errors(content)]
-    if given.content.ByteSize() > _LARGEST_CONTENT:
-        violations.append(Violation("campaign.content", f"is larger than {_LARGEST_CONTENT} bytes"))
     try:
         found.channel.content_model.model_validate(content)
     except ValidationError as error:

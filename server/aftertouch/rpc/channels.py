@@ -23,11 +23,11 @@ class Channels(channels_pb2_grpc.ChannelsServicer):
         self, request: channels_pb2.ListChannelsRequest, call: Call
     ) -> channels_pb2.ListChannelsResponse:
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, "channels")
-        names = sorted(name for name in self._registry.types if position is None or name > position[0])
+        position = read_page_token(request.page_token, "channels", str)
+        names = sorted(name for name in self._registry.types if position is None or name > position)
         return channels_pb2.ListChannelsResponse(
             channels=[self._to_channel(self._registry.types[name]) for name in names[:size]],
-            next_page_token=make_page_token("channels", [names[size - 1]]) if len(names) > size else "",
+            next_page_token=make_page_token("channels", names[size - 1]) if len(names) > size else "",
         )
 
     async def GetChannel(  # type: ignore[override]

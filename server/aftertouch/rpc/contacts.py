@@ -13,7 +13,7 @@ from aftertouch.errors import FieldsInvalid, NotFound, Violation
 from aftertouch.plugins import Registry
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, read_name
-from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
+from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.validation import check_message
 from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.store import contacts as store
@@ -101,12 +101,13 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
     ) -> contacts_pb2.ListContactsResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        position = read_page_token(request.page_token, request.parent)
-        after = position[0] if position else -1
-        found = await store.list_contacts(await call.begin(), call.app.app_id, after, size + 1)
+        question = f"{request.parent}/contacts"
+        after = read_page_token(request.page_token, question, int)
+        found = await store.list_contacts(await call.begin(), call.app.app_id, -1 if after is None else after, size + 1)
+        page = fill_page([_to_contact(call, contact) for contact in found[:size]])
         return contacts_pb2.ListContactsResponse(
-            contacts=[_to_contact(call, contact) for contact in found[:size]],
-            next_page_token=make_page_token(request.parent, [found[size - 1].number]) if len(found) > size else "",
+            contacts=page,
+            next_page_token=make_page_token(question, found[len(page) - 1].number) if len(found) > len(page) else "",
         )
 
     def _read_contact(self, contact: contacts_pb2.Contact) -> store.Contact:

@@ -59,13 +59,17 @@ class Events(events_pb2_grpc.EventsServicer):
         window: asyncio.Queue[_Pending | None] = asyncio.Queue(WINDOW)
         reading = asyncio.create_task(self._read_batches(requests, call, stream, position, window))
         try:
-            while (pending := await window.get()) is not None:
+            is_ended = False
+            while not is_ended and (pending := await window.get()) is not None:
                 ready = [pending]
                 await pending.durable
                 # What has become durable meanwhile is acknowledged together.
-                while not window.empty() and (following := window.get_nowait()) is not None:
-                    ready.append(following)
-                    await following.durable
+                while not window.empty():
+                    if (following := window.get_nowait()) is None:
+                        is_ended = True
+                    else:
+                        ready.append(following)
+                        await following.durable
                 yield events_pb2.StreamEventsResponse(
                     committed_position=ready[-1].position,
                     rejections=[
@@ -96,8 +100,11 @@ class Events(events_pb2_grpc.EventsServicer):
                 batch, rejections = await self._ledger.place(call.app, reports)
                 durable = await self._ledger.append(stream, position, batch)
                 await window.put(_Pending(position, durable, rejections))
-        finally:
+        except Exception:
             await window.put(None)
+            raise
+        # Not when cancelled: nobody takes from the window any more, and in a full one this would wait for ever.
+        await window.put(None)
 
     async def WatchEvents(  # type: ignore[override]
         self, request: events_pb2.WatchEventsRequest, call: Call

@@ -10,12 +10,12 @@ from aftertouch.rpc.interceptor import Call
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 
 
-def check_parent(call: Call, parent: str) -> None:
-    """Raise unless ``parent`` is the caller's own app."""
-    parts = parent.split("/")
+def check_parent(call: Call, name: str, field: str = "parent") -> None:
+    """Raise unless ``name`` is that of the caller's own app."""
+    parts = name.split("/")
     if len(parts) != 2 or parts[0] != "apps" or not parts[1]:
-        raise FieldsInvalid([Violation("parent", f"must be like {call.app.name}")])
-    call.check_app(parts[1], parent)
+        raise FieldsInvalid([Violation(field, f"must be like {call.app.name}")])
+    call.check_app(parts[1], name)
 
 
 def read_name(call: Call, name: str, collection: str, field: str = "name") -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aftertouch.ingest.reports import MessageTargets, NamedTargets, Reports, TokenTargets
 from aftertouch.ingest.tokens import TOKEN_LENGTH, join_tokens
 from aftertouch.rolls.chunks import rank
+from aftertouch.rpc.validation import TIMESTAMP_SECONDS
 from aftertouch.store.logs import MICROSECONDS
 from aftertouch.v1 import events_pb2
 
@@ -32,7 +33,8 @@ def read_reports(app: str, events: Sequence[events_pb2.Event]) -> Reports:
     label_of: dict[tuple[str, str], int] = {}
     labels = np.array([label_of.setdefault((event.signal, event.reason_code), len(label_of)) for event in events], np.int64)
     stamps = [event.time for event in events]
-    times = np.array([stamp.seconds for stamp in stamps], np.int64) * MICROSECONDS
+    # Cut to what a Timestamp may hold, 292,000 years being all that microseconds leave room for; out of range it is anyway.
+    times = np.clip(np.array([stamp.seconds for stamp in stamps], np.int64), *TIMESTAMP_SECONDS) * MICROSECONDS
     times += np.array([stamp.nanos for stamp in stamps], np.int64) // 1_000
     by_token: list[int] = []
     by_name: list[int] = []
@@ -67,7 +69,7 @@ def read_reports(app: str, events: Sequence[events_pb2.Event]) -> Reports:
         else None,
         by_message=MessageTargets(
             np.array(by_message),
-            [events[index].message.channel for index in by_message],
+            [events[index].message.channel.replace("\0", "") for index in by_message],
             [events[index].message.message_id.replace("\0", "") for index in by_message],
         )
         if by_message

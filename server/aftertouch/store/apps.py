@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -117,16 +117,14 @@ async def find_caller(conn: AsyncConnection, secret: str) -> tuple[App, ApiKey] 
     return _app(app), _api_key(row)
 
 
-async def list_api_keys(conn: AsyncConnection, app_id: int, after: tuple[datetime, str] | None, limit: int) -> list[ApiKey]:
-    """Keys in the order in which they were made, after a (time, id) position."""
+async def list_api_keys(conn: AsyncConnection, app_id: int, after: str | None, limit: int) -> list[ApiKey]:
+    """Keys in the order in which they were made, those after the key with this id."""
     statement = (
         select(api_keys).where(api_keys.c.app_id == app_id).order_by(api_keys.c.create_time, api_keys.c.api_key).limit(limit)
     )
-    if after:
-        time, api_key = after
-        statement = statement.where(
-            (api_keys.c.create_time > time) | ((api_keys.c.create_time == time) & (api_keys.c.api_key > api_key))
-        )
+    if after is not None:
+        time = select(api_keys.c.create_time).where(api_keys.c.app_id == app_id, api_keys.c.api_key == after).scalar_subquery()
+        statement = statement.where(tuple_(api_keys.c.create_time, api_keys.c.api_key) > tuple_(time, after))
     return [_api_key(row) for row in await conn.execute(statement)]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import blake2b
 from typing import Any
@@ -94,12 +94,12 @@ async def page_numbers(conn: AsyncConnection, app_id: int, after: str, limit: in
     return await rows.fetchall()
 
 
-async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable[str]) -> tuple[dict[str, int], int]:
-    """The contact numbers of all these external_ids, and how many had to be made."""
+async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable[str]) -> tuple[dict[str, int], set[str]]:
+    """The contact numbers of all these external_ids, and those that had to be made."""
     wanted = list(dict.fromkeys(external_ids))
     numbers = await find_numbers(conn, app_id, wanted)
     if len(numbers) == len(wanted):
-        return numbers, 0
+        return numbers, set()
     # The counter's row is locked until the end of the transaction, so the second look sees all that others made, and numbers
     # have no holes even when a transaction is rolled back.
     await conn.execute(insert(contact_counters).values(app_id=app_id, next_number=0).on_conflict_do_nothing())
@@ -117,20 +117,25 @@ async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable
             insert(contact_ids), [{"app_id": app_id, "external_id": key, "number": number} for key, number in made.items()]
         )
         numbers |= made
-    return numbers, len(new)
+    return numbers, set(new)
 
 
 async def upsert_contacts(conn: AsyncConnection, app_id: int, given: Sequence[Contact]) -> tuple[int, int]:
-    """Create or update contacts, and return how many were made and how many existed. The later of two with one id wins."""
-    by_id = {contact.external_id: contact for contact in given}
-    numbers, created = await _number_new(conn, app_id, by_id)
+    """Create or update contacts, and return how many were made and how many existed. Two with one id are merged."""
+    by_id: dict[str, Contact] = {}
+    for contact in given:
+        earlier = by_id.get(contact.external_id)
+        by_id[contact.external_id] = _merge(earlier, contact) if earlier else contact
+    numbers, made = await _number_new(conn, app_id, by_id)
     people = sorted(((numbers[key], contact) for key, contact in by_id.items()), key=lambda person: person[0])
     pg = await driver(conn)
     await pg.execute(
         "INSERT INTO contacts AS c (block, number, external_id, attributes, time_zone)"
-        " SELECT block, number, external_id, jsonb_strip_nulls(attributes::jsonb), time_zone"
-        " FROM unnest(%b::bigint[], %b::bigint[], %b::text[], %b::text[], %b::text[])"
-        " AS new (block, number, external_id, attributes, time_zone) ORDER BY block, number"
+        # What exists takes the nulls along into the merge, where they remove.
+        " SELECT block, number, external_id,"
+        " CASE WHEN made THEN jsonb_strip_nulls(attributes::jsonb) ELSE attributes::jsonb END, time_zone"
+        " FROM unnest(%b::bigint[], %b::bigint[], %b::text[], %b::boolean[], %b::text[], %b::text[])"
+        " AS new (block, number, external_id, made, attributes, time_zone) ORDER BY block, number"
         " ON CONFLICT (block, number) DO UPDATE SET"
         " attributes = jsonb_strip_nulls(c.attributes || excluded.attributes),"
         " time_zone = coalesce(nullif(excluded.time_zone, ''), c.time_zone), update_time = now()",
@@ -138,6 +143,7 @@ async def upsert_contacts(conn: AsyncConnection, app_id: int, given: Sequence[Co
             [block_of(app_id, number) for number, _ in people],
             [number for number, _ in people],
             [contact.external_id for _, contact in people],
+            [contact.external_id in made for _, contact in people],
             [json.dumps(contact.attributes) for _, contact in people],
             [contact.time_zone for _, contact in people],
         ),
@@ -145,14 +151,27 @@ async def upsert_contacts(conn: AsyncConnection, app_id: int, given: Sequence[Co
     await put_subscriptions(
         conn, app_id, [(number, subscription) for number, contact in people for subscription in contact.subscriptions]
     )
-    return created, len(by_id) - created
+    return len(made), len(given) - len(made)
+
+
+def _merge(earlier: Contact, later: Contact) -> Contact:
+    return replace(
+        later,
+        attributes={**earlier.attributes, **later.attributes},
+        time_zone=later.time_zone or earlier.time_zone,
+        subscriptions=(*earlier.subscriptions, *later.subscriptions),
+    )
 
 
 async def put_subscriptions(conn: AsyncConnection, app_id: int, rows: Sequence[tuple[int, Subscription]]) -> None:
     """Add subscriptions to contacts by their numbers, or change those with the same address."""
     if not rows:
         return
-    unique = {(number, s.channel, hash_address(s.address_key)): s for number, s in rows}
+    unique: dict[tuple[int, str, bytes], Subscription] = {}
+    for number, given in rows:
+        key = number, given.channel, hash_address(given.address_key)
+        # Somebody who is said to have opted out, and then named again without a state, has opted out.
+        unique[key] = replace(given, state=given.state or unique[key].state) if key in unique else given
     keys = sorted(unique)
     blocks = [block_of(app_id, number) for number, _, _ in keys]
     numbers, channels, hashes = (list(column) for column in zip(*keys, strict=True))

@@ -8,11 +8,13 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 from numpy.typing import NDArray
+from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.rolls.chunks import SLOT_SHIFT, Numbers, group_bits, rank
 from aftertouch.rolls.sql import upsert_receipts
 from aftertouch.store.engine import driver
+from aftertouch.store.tables import unrecognized_receipts
 
 MICROSECONDS = 1_000_000
 _POSTGRES_EPOCH = int(np.datetime64("2000-01-01", "us").astype(np.int64))
@@ -151,6 +153,11 @@ async def store_attempts(conn: AsyncConnection, attempts: Sequence[Attempt]) -> 
             [attempt.message_id for attempt in attempts],
         ),
     )
+
+
+async def keep_unrecognized(conn: AsyncConnection, channel: str, items: Sequence[str]) -> None:
+    """Keep what a provider reported and nobody understands, for the operator."""
+    await conn.execute(insert(unrecognized_receipts), [{"channel": channel, "item": item} for item in items])
 
 
 async def find_messages(conn: AsyncConnection, channel: str, message_ids: Sequence[str]) -> dict[str, Attempt]:

@@ -1,0 +1,329 @@
+"""Retargeting: the rules that a source has to meet, and every count and wave against an oracle in plain Python."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from aftertouch.sandbox import SandboxSettings, Shares
+from aftertouch.signals import parse
+from aftertouch.store.engine import transaction
+from aftertouch.store.tables import apps, campaigns
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
+from tests.fix_database import clone_database
+from tests.fix_world import World, run_world
+from tests.refusals import refuse
+
+CHANNELS = ("sms", "whatsapp", "push")
+SIGNALS = {"attempted", "sent", "failed", "delivered", "read", "confirmed", "clicked", "unconfirmable"}
+"""Those that an action may ask for, whether or not anybody has them."""
+ACTIVE = contacts_pb2.Subscription.State.ACTIVE
+STATES = contacts_pb2.Subscription.State
+
+
+@pytest.fixture(scope="module")
+async def shared_world(postgres_url: str, template: str) -> AsyncIterator[World]:
+    """A world in which much goes wrong, with a campaign that was sent on each channel."""
+    troubled = Shares(
+        sms_opted_out=0.1, sms_gone=0.1, sms_unreachable=0.3, sms_no_report=0.2, whatsapp_gone=0.15, whatsapp_capped=0.2
+    )
+    settings = SandboxSettings(size=90, time_scale=0.05, shares=troubled)
+    async with clone_database(postgres_url, template) as url, run_world(url, settings) as world:
+        await world.import_people()
+        for channel in ("sms", "whatsapp", "push"):
+            draft = await create_named(world, f"source-{channel}", channel)
+            await world.launch(draft.name)
+        yield world
+
+
+async def create_named(world: World, campaign_id: str, channel: str, display_name: str = "Summer Sale") -> Any:
+    made = await world.create_campaign(channel)
+    campaign = campaigns_pb2.Campaign(display_name=display_name, channel=channel, content=made.content, audience=made.audience)
+    request = campaigns_pb2.CreateCampaignRequest(parent="apps/acme", campaign=campaign, campaign_id=campaign_id)
+    return await world.client.campaigns.CreateCampaign(request)
+
+
+def select(source: str, action: str, **fields: Any) -> campaigns_pb2.RetargetSelection:
+    return campaigns_pb2.RetargetSelection(source=source, action=action, **fields)
+
+
+async def list_actions(world: World, source: str) -> retargeting_pb2.ListActionsResponse:
+    return await world.client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=source))
+
+
+async def preview(world: World, selection: campaigns_pb2.RetargetSelection, channel: str) -> Any:
+    request = retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)
+    return await world.client.retargeting.PreviewRetarget(request)
+
+
+async def retarget(world: World, selection: campaigns_pb2.RetargetSelection, channel: str, **fields: Any) -> Any:
+    request = retargeting_pb2.CreateRetargetRequest(selection=selection, channel=channel, **fields)
+    return await world.client.retargeting.CreateRetarget(request)
+
+
+class Oracle:
+    """Who matches, from what ListRecipients and ListContacts show."""
+
+    def __init__(self, recipients: dict[str, campaigns_pb2.Recipient], contacts: list[contacts_pb2.Contact]) -> None:
+        self.recipients = recipients
+        self.states = {
+            contact.external_id: {
+                channel: {s.state for s in contact.subscriptions if s.channel == channel}
+                for channel in ("sms", "whatsapp", "push")
+            }
+            for contact in contacts
+        }
+
+    @classmethod
+    async def ask(cls, world: World, source: str) -> Oracle:
+        listed = await world.client.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent="apps/acme", page_size=1000))
+        return cls(await world.read_recipients(source), list(listed.contacts))
+
+    def match(self, expression: str) -> set[str]:
+        names = {name for recipient in self.recipients.values() for name in recipient.signals}
+        known = parse(expression, names | SIGNALS)
+        return {
+            external_id
+            for external_id, recipient in self.recipients.items()
+            if known.evaluate(lambda name, has=frozenset(recipient.signals): (name in has and -1) or 0)
+        }
+
+    def split(self, people: set[str], channel: str) -> tuple[set[str], int, int, int]:
+        """Who can be reached on a channel, and how many have no address there, said stop, or have only dead ones."""
+        reached, without, stopped, invalid = set(), 0, 0, 0
+        for external_id in people:
+            states = self.states[external_id][channel]
+            if ACTIVE in states:
+                reached.add(external_id)
+            elif not states:
+                without += 1
+            elif STATES.OPTED_OUT in states:
+                stopped += 1
+            else:
+                invalid += 1
+        return reached, without, stopped, invalid
+
+
+@pytest.mark.parametrize("channel", ["sms", "whatsapp", "push"])
+async def test_actions_are_counted_exactly(shared_world: World, channel: str) -> None:
+    source = f"apps/acme/campaigns/source-{channel}"
+    listed = await list_actions(shared_world, source)
+    oracle = await Oracle.ask(shared_world, source)
+    assert listed.recipients == len(oracle.recipients) > 0
+    assert any(counted.count for counted in listed.actions)
+    for counted in listed.actions:
+        apart = oracle.match(counted.action.apart_expression) if counted.action.apart_expression else set()
+        matched = oracle.match(counted.action.expression) - apart
+        assert (counted.count, counted.apart_count) == (len(matched), len(apart)), counted.action.action
+
+
+@pytest.mark.parametrize(("channel", "target"), list(itertools.product(["sms", "whatsapp", "push"], repeat=2)))
+async def test_preview_and_launch_reach_whom_the_oracle_says(shared_world: World, channel: str, target: str) -> None:
+    source = f"apps/acme/campaigns/source-{channel}"
+    Reason = retargeting_pb2.PreviewRetargetResponse.Reason
+    for counted in (await list_actions(shared_world, source)).actions:
+        for include_apart in (False, True):
+            oracle = await Oracle.ask(shared_world, source)
+            apart = oracle.match(counted.action.apart_expression) if counted.action.apart_expression else set()
+            matched = oracle.match(counted.action.expression)
+            matched = matched | apart if include_apart else matched - apart
+            reached, *dropped = oracle.split(matched, target)
+            selection = select(source, counted.action.action, include_apart=include_apart)
+            shown = await preview(shared_world, selection, target)
+            assert (shown.matched_count, shown.audience_count) == (len(matched), len(reached))
+            assert [(drop.reason, drop.count) for drop in shown.drops] == list(
+                zip((Reason.NO_SUBSCRIPTION, Reason.OPTED_OUT, Reason.INVALID), dropped, strict=True)
+            )
+            wave = await retarget(shared_world, selection, target)
+            assert wave.display_name == shown.display_name == f"Retarget: Summer Sale ({counted.action.short_name})"
+            assert (wave.root, wave.state) == (source, campaigns_pb2.Campaign.State.DRAFT)
+            assert wave.audience.retarget == selection
+
+
+async def test_wave_is_sent_to_whom_the_preview_counted(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-sms"
+    oracle = await Oracle.ask(shared_world, source)
+    reached, *_ = oracle.split(oracle.match("failed & ~delivered"), "push")
+    assert reached
+    wave = await give_content(shared_world, await retarget(shared_world, select(source, "not_delivered"), "push"))
+    await shared_world.launch(wave.name)
+    assert set(await shared_world.read_recipients(wave.name)) == reached
+
+
+async def give_content(world: World, wave: Any) -> Any:
+    content = (await world.create_campaign(wave.channel)).content
+    changed = campaigns_pb2.Campaign(name=wave.name, content=content)
+    return await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=changed))
+
+
+async def test_waves_of_waves_keep_the_root_and_add_to_the_name(shared_world: World) -> None:
+    root = "apps/acme/campaigns/source-whatsapp"
+    first = await give_content(shared_world, await retarget(shared_world, select(root, "not_read"), "whatsapp"))
+    await shared_world.launch(first.name)
+    second = await give_content(shared_world, await retarget(shared_world, select(first.name, "read"), "sms"))
+    assert (first.root, second.root) == (root, root)
+    assert second.display_name == "Retarget: Summer Sale (not read) (read)"
+    await shared_world.launch(second.name)
+    oracle = await Oracle.ask(shared_world, first.name)
+    reached, *_ = oracle.split(oracle.match("read"), "sms")
+    assert set(await shared_world.read_recipients(second.name)) <= reached
+    third = await retarget(shared_world, select(second.name, "delivered"), "sms", campaign_id="third", display_name="Mine")
+    assert (third.name, third.display_name, third.root) == ("apps/acme/campaigns/third", "Mine", root)
+
+
+async def test_name_of_a_wave_fits_however_long_its_source_is_called(shared_world: World) -> None:
+    source = await create_named(shared_world, "long", "sms", "ü" * 200)
+    await shared_world.launch(source.name)
+    name = (await retarget(shared_world, select(source.name, "not_delivered"), "sms")).display_name
+    assert len(name) == 200
+    assert name.endswith("ü (not delivered)")
+
+
+@pytest.mark.parametrize("channel", ["sms", "whatsapp"])
+async def test_reasons_narrow_a_selection(shared_world: World, channel: str) -> None:
+    source = f"apps/acme/campaigns/source-{channel}"
+    action, expression = {"sms": ("not_delivered", "failed & ~delivered"), "whatsapp": ("failed", "failed & ~delivered")}[channel]
+    oracle = await Oracle.ask(shared_world, source)
+    matched = oracle.match(expression)
+    reasons = {tuple(reason.split("/")) for name in matched for reason in oracle.recipients[name].reasons}
+    assert len(reasons) > 1
+    classes, codes = {reason[0] for reason in reasons}, {reason[1] for reason in reasons}
+    narrowings = [
+        *(({kind}, set()) for kind in classes),
+        *((set(), {code}) for code in codes),
+        (classes, set()),
+        (set(), codes),
+        ({min(classes)}, {max(codes)}),
+        (set(), {"never-heard-of"}),
+    ]
+    for wanted_classes, wanted_codes in narrowings:
+        expected = {
+            name
+            for name in matched
+            if any(
+                kind in wanted_classes or code in wanted_codes
+                for kind, code in (reason.split("/") for reason in oracle.recipients[name].reasons)
+            )
+        }
+        selection = select(source, action, reason_classes=wanted_classes, reason_codes=wanted_codes)
+        assert (await preview(shared_world, selection, "push")).matched_count == len(expected), (wanted_classes, wanted_codes)
+
+
+async def test_reasons_are_refused_where_nothing_failed_or_no_class_is_meant(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-sms"
+    for selection, field in [
+        (select(source, "delivered", reason_codes=["30003"]), "selection.reason_codes"),
+        (select(source, "delivered", reason_classes=["transient"]), "selection.reason_codes"),
+        (select(source, "not_delivered", reason_classes=["transient", "bad luck"]), "selection.reason_classes[1]"),
+        (select(source, "not_delivered", reason_codes=["x"] * 101), "selection.reason_codes"),
+    ]:
+        assert list((await refuse(preview(shared_world, selection, "sms"))).fields) == [field]
+        assert list((await refuse(retarget(shared_world, selection, "sms"))).fields) == [field]
+
+
+async def test_unknown_action_and_channel_are_field_errors(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-sms"
+    for action in ("not_read", "Delivered", "delivered | sent"):
+        refusal = await refuse(preview(shared_world, select(source, action), "sms"))
+        assert list(refusal.fields) == ["selection.action"]
+        assert "delivered, not_delivered, sent" in refusal.fields["selection.action"]
+    assert list((await refuse(preview(shared_world, select(source, "delivered"), "fax"))).fields) == ["channel"]
+    audience = campaigns_pb2.Audience(retarget=select(source, "not_read"))
+    assert list((await refuse(shared_world.create_campaign("sms", audience))).fields) == ["campaign.audience.retarget.action"]
+
+
+# The rules
+
+
+async def refuse_everywhere(world: World, source: str) -> set[tuple[str, str]]:
+    selection = select(source, "delivered")
+    audience = campaigns_pb2.Audience(retarget=selection)
+    refusals = [
+        await refuse(list_actions(world, source)),
+        await refuse(preview(world, selection, "sms")),
+        await refuse(retarget(world, selection, "sms")),
+        await refuse(world.create_campaign("sms", audience)),
+    ]
+    return {(refusal.code, refusal.reason) for refusal in refusals}
+
+
+async def test_source_that_was_not_sent_is_refused(shared_world: World) -> None:
+    draft = await shared_world.create_campaign("sms")
+    assert await refuse_everywhere(shared_world, draft.name) == {("FAILED_PRECONDITION", "SOURCE_NOT_SENT")}
+    refusal = await refuse(list_actions(shared_world, draft.name))
+    assert refusal.metadata == {"campaign": draft.name, "state": "DRAFT"}
+
+
+async def test_source_that_does_not_exist_is_refused(shared_world: World) -> None:
+    assert await refuse_everywhere(shared_world, "apps/acme/campaigns/nothing") == {("NOT_FOUND", "RESOURCE_NOT_FOUND")}
+
+
+async def test_source_that_grew_too_old_is_refused_at_launch_too(shared_world: World) -> None:
+    source = await create_named(shared_world, "ageing", "sms")
+    await shared_world.launch(source.name)
+    wave = await give_content(shared_world, await retarget(shared_world, select(source.name, "delivered"), "sms"))
+    await change(shared_world, apps, app="acme", retargetable_since="2020-01-01")
+    await change(shared_world, campaigns, campaign="ageing", launch_time="2026-01-31 12:00")
+    assert await refuse_everywhere(shared_world, source.name) == {("FAILED_PRECONDITION", "SOURCE_TOO_OLD")}
+    launch = shared_world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=wave.name))
+    refusal = await refuse(launch)
+    assert refusal.reason == "SOURCE_TOO_OLD"
+    assert refusal.metadata == {"campaign": source.name, "retention_days": "30", "last_time": "2026-03-02T12:00:00+00:00"}
+
+
+async def test_source_from_before_the_plan_and_app_without_it_are_refused(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-push"
+    selection = select(source, "clicked")
+    wave = await give_content(shared_world, await retarget(shared_world, selection, "push"))
+    launch = campaigns_pb2.LaunchCampaignRequest(name=wave.name)
+    try:
+        await change(shared_world, apps, app="acme", retargeting_enabled=False)
+        refusal = await refuse(preview(shared_world, selection, "sms"))
+        assert (refusal.reason, refusal.metadata) == ("RETARGETING_NOT_ENABLED", {"app": "apps/acme"})
+        assert (await refuse(list_actions(shared_world, source))).reason == "RETARGETING_NOT_ENABLED"
+        assert (await refuse(shared_world.client.campaigns.LaunchCampaign(launch))).reason == "RETARGETING_NOT_ENABLED"
+        await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2100-01-01")
+        refusal = await refuse(retarget(shared_world, selection, "sms"))
+        assert refusal.reason == "SOURCE_BEFORE_PLAN"
+        assert refusal.metadata == {"campaign": source, "retargetable_since": "2100-01-01T00:00:00+00:00"}
+        assert (await refuse(shared_world.client.campaigns.LaunchCampaign(launch))).reason == "SOURCE_BEFORE_PLAN"
+    finally:
+        await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2020-01-01")
+
+
+async def change(world: World, table: Any, **values: Any) -> None:
+    """Set columns of the row whose first given column has the first given value."""
+    (key, chosen), *rest = values.items()
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(update(table).where(table.c[key] == chosen).values(dict(rest)))
+
+
+async def test_apps_never_mix(shared_world: World) -> None:
+    """The same people, ids and numbers in another app: nothing of it shows up in the other one."""
+    before = await list_actions(shared_world, "apps/acme/campaigns/source-sms")
+    async with shared_world.connect("twin", await shared_world.create_key("twin", "manage")) as client:
+        twin = World(shared_world.sandbox, shared_world.core, shared_world.addresses, client, "")
+        await twin.import_people()
+        content = (await shared_world.create_campaign("sms")).content
+        audience = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+        campaign = campaigns_pb2.Campaign(display_name="Twin", channel="sms", content=content, audience=audience)
+        made = await client.campaigns.CreateCampaign(
+            campaigns_pb2.CreateCampaignRequest(parent=client.parent, campaign=campaign, campaign_id="source-sms")
+        )
+        await twin.launch(made.name)
+        theirs = await list_actions(twin, made.name)
+        stopped = next(iter(await twin.read_recipients(made.name)))
+        people = {person.external_id for person in shared_world.sandbox.population if "sms" in person.channels}
+        assert theirs.recipients == len(people)
+        contact = await client.contacts.GetContact(contacts_pb2.GetContactRequest(name=client.name("contacts", stopped)))
+        for subscription in contact.subscriptions:
+            subscription.state = STATES.OPTED_OUT
+        await client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=client.parent, contacts=[contact]))
+    after = await list_actions(shared_world, "apps/acme/campaigns/source-sms")
+    assert (after.actions, after.recipients) == (before.actions, before.recipients)
+    ours = await shared_world.client.contacts.GetContact(contacts_pb2.GetContactRequest(name=f"apps/acme/contacts/{stopped}"))
+    assert not any(s.state == STATES.OPTED_OUT and not s.reason for s in ours.subscriptions)

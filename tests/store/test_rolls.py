@@ -1,0 +1,195 @@
+"""Questions over receipts and contact sets: PostgreSQL's answers against Python's sets, for any history and expression."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, group_bits, members_of, slot_of
+from aftertouch.rolls.sql import (
+    count_by_kind,
+    count_expressions,
+    filter_by_set,
+    read_receipts,
+    read_roll,
+    read_roll_chunk,
+    read_set,
+    select_positions,
+    upsert_receipts,
+    write_roll,
+)
+from aftertouch.signals import CORE_IMPLICATIONS, Expression, close_implications
+from aftertouch.store.contacts import Contact, Subscription, find_numbers, standing_set, upsert_contacts
+from aftertouch.store.engine import create_engine, transaction
+from tests.fix_database import clone_database
+
+EVIDENCE = close_implications({**CORE_IMPLICATIONS, "delivered": ("sent",), "read": ("delivered",)})
+KIND_SIGNALS = {1: "attempted", 2: "sent", 3: "failed", 4: "failed", 5: "delivered", 6: "read", 7: "skipped"}
+"""Two kinds of failure, as two reasons make."""
+KINDS = {signal: [kind for kind, of in KIND_SIGNALS.items() if of in proving] for signal, proving in EVIDENCE.items()}
+SIZES = (1, 7, 8, 9, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 13)
+
+_campaigns = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+async def rolls_engine(postgres_url: str, template: str) -> AsyncIterator[AsyncEngine]:
+    """Connections to a database for all tests here; each example uses a campaign of its own."""
+    async with clone_database(postgres_url, template) as url:
+        engine = create_engine(url)
+        yield engine
+        await engine.dispose()
+
+
+expressions: st.SearchStrategy[Expression] = st.recursive(
+    st.sampled_from(sorted(EVIDENCE)).map(lambda name: Expression("name", name=name)),
+    lambda inner: st.one_of(
+        inner.map(lambda operand: Expression("~", (operand,))),
+        st.tuples(st.sampled_from("&|"), st.lists(inner, min_size=2, max_size=3)).map(lambda p: Expression(p[0], tuple(p[1]))),
+    ),
+    max_leaves=8,
+).filter(lambda expression: not expression.evaluate(lambda _: 0) & 1)
+
+
+@dataclass(frozen=True)
+class History:
+    """What became true in a campaign: the positions of each kind."""
+
+    size: int
+    positions: dict[int, set[int]]
+
+    def match(self, expression: Expression) -> set[int]:
+        """The positions of whom the expression is true, person by person."""
+        true = {signal: set().union(*(self.positions[kind] for kind in kinds)) for signal, kinds in KINDS.items()}
+        touched = set().union(*self.positions.values())
+        return {at for at in touched if expression.evaluate(lambda name, at=at: -1 if at in true[name] else 0) & 1}
+
+
+@st.composite
+def draw_history(draw: st.DrawFn) -> History:
+    size = draw(st.sampled_from(SIZES))
+    # The edges of bytes and chunks come up by themselves only rarely.
+    edges = [at for at in (0, 7, 8, CHUNK - 1, CHUNK, 2 * CHUNK - 1, size - 1) if at < size]
+    position = st.integers(0, size - 1) | st.sampled_from(edges)
+    return History(size, {kind: draw(st.sets(position, max_size=30)) for kind in KIND_SIGNALS})
+
+
+async def store(engine: AsyncEngine, history: History) -> int:
+    campaign_id = next(_campaigns)
+    facts = np.array([(kind, at) for kind, found in history.positions.items() for at in found], np.int64).reshape(-1, 2)
+    chunks = facts[:, 1] >> CHUNK_BITS
+    members = np.array([members_of(history.size, chunk) for chunk in chunks.tolist()], np.int64)
+    slots = np.array([slot_of(campaign_id, chunk) for chunk in chunks.tolist()], np.int64)
+    rows = group_bits(slots, facts[:, 0], facts[:, 1] & (CHUNK - 1), members)
+    async with transaction(engine) as conn:
+        await upsert_receipts(conn, rows)
+        await upsert_receipts(conn, rows)
+    return campaign_id
+
+
+@settings(max_examples=60, deadline=None)
+@given(history=draw_history(), asked=st.lists(expressions, min_size=1, max_size=4))
+async def test_expressions_are_counted_and_selected_as_sets_say(
+    rolls_engine: AsyncEngine, history: History, asked: list[Expression]
+) -> None:
+    campaign_id = await store(rolls_engine, history)
+    await store(rolls_engine, History(history.size, {kind: set(range(history.size)) for kind in KIND_SIGNALS}))
+    async with transaction(rolls_engine) as conn:
+        counts = await count_expressions(conn, campaign_id, KINDS, dict(enumerate(asked)))
+        for index, expression in enumerate(asked):
+            expected = history.match(expression)
+            assert counts[index] == len(expected)
+            assert (await select_positions(conn, campaign_id, KINDS, expression)).tolist() == sorted(expected)
+        by_kind = await count_by_kind(conn, campaign_id)
+    assert by_kind == {kind: len(positions) for kind, positions in history.positions.items() if positions}
+
+
+async def test_campaign_without_receipts_counts_nobody(rolls_engine: AsyncEngine) -> None:
+    sent = Expression("name", name="sent")
+    async with transaction(rolls_engine) as conn:
+        assert await count_expressions(conn, 1 << 40, KINDS, {"sent": sent}) == {"sent": 0}
+        assert len(await select_positions(conn, 1 << 40, KINDS, sent)) == 0
+        assert await count_by_kind(conn, 1 << 40) == {}
+        assert len(await read_roll(conn, 1 << 40)) == 0
+
+
+async def test_signal_without_kinds_is_true_of_nobody(rolls_engine: AsyncEngine) -> None:
+    campaign_id = await store(rolls_engine, History(20, {2: {3, 19}}))
+    unread = Expression("&", (Expression("name", name="sent"), Expression("~", (Expression("name", name="read"),))))
+    async with transaction(rolls_engine) as conn:
+        assert await count_expressions(conn, campaign_id, {"sent": [2], "read": []}, {"": unread}) == {"": 2}
+        assert (await select_positions(conn, campaign_id, {"sent": [2]}, unread)).tolist() == [3, 19]
+
+
+@settings(max_examples=20, deadline=None)
+@given(first=draw_history(), second=draw_history())
+async def test_receipts_are_only_ever_added_to(rolls_engine: AsyncEngine, first: History, second: History) -> None:
+    size = max(first.size, second.size)
+    merged = History(size, {kind: first.positions[kind] | second.positions[kind] for kind in KIND_SIGNALS})
+    campaign_id = await store(rolls_engine, History(size, first.positions))
+    async with transaction(rolls_engine) as conn:
+        for kind, positions in second.positions.items():
+            for at in positions:
+                chunk = at >> CHUNK_BITS
+                one = (slot_of(campaign_id, chunk), kind, at & (CHUNK - 1), members_of(size, chunk))
+                await upsert_receipts(conn, group_bits(*(np.array([value], np.int64) for value in one)))
+        by_kind = await count_by_kind(conn, campaign_id)
+        lengths = {len(bits) for bits in (await read_receipts(conn, slot_of(campaign_id, 0))).values()}
+    assert by_kind == {kind: len(positions) for kind, positions in merged.positions.items() if positions}
+    assert lengths <= {(members_of(size, 0) + 7) // 8}
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_roll_is_read_as_it_was_written(rolls_engine: AsyncEngine, size: int) -> None:
+    dice = np.random.default_rng(size)
+    numbers = np.sort(dice.choice(20 * size, size, replace=False)).astype(np.int64)
+    campaign_id = (1 << 30) + size
+    async with transaction(rolls_engine) as conn:
+        chunks = await write_roll(conn, campaign_id, numbers)
+        assert chunks == -(-size // CHUNK)
+        assert (await read_roll(conn, campaign_id)).tolist() == numbers.tolist()
+        last = await read_roll_chunk(conn, slot_of(campaign_id, chunks - 1))
+        assert last.tolist() == numbers[(chunks - 1) * CHUNK :].tolist()
+
+
+STANDINGS = ("active", "opted_out", "invalid")
+
+
+async def test_contact_sets_follow_the_subscriptions(rolls_engine: AsyncEngine) -> None:
+    """People on both sides of a block's edge, whose addresses come and change state; the sets say what the rows do."""
+    app_id, dice = 77, np.random.default_rng(7)
+    crowd = CHUNK + 40
+    states: dict[str, dict[str, str]] = {}
+    async with transaction(rolls_engine) as conn:
+        await upsert_contacts(conn, app_id, [Contact(f"n{i}", {}) for i in range(crowd)])
+        numbers = await find_numbers(conn, app_id, [f"n{i}" for i in range(crowd)])
+        assert sorted(numbers.values()) == list(range(crowd))
+    people = [*range(12), *range(CHUNK - 6, CHUNK + 6), crowd - 1]
+    for _ in range(25):
+        given = []
+        for i in dice.choice(people, 8, replace=False).tolist():
+            key, state = f"a{dice.integers(3)}", [None, *STANDINGS][dice.integers(4)]
+            held = states.setdefault(f"n{i}", {})
+            held[key] = state or held.get(key, "active")
+            given.append(Contact(f"n{i}", {}, subscriptions=(Subscription("sms", {"at": key}, key, state),)))
+        async with transaction(rolls_engine) as conn:
+            await upsert_contacts(conn, app_id, given)
+            for standing in STANDINGS:
+                expected = {
+                    numbers[name]
+                    for name, held in states.items()
+                    if standing == next(possible for possible in STANDINGS if possible in held.values())
+                }
+                name = standing_set(standing, "sms")
+                assert set((await read_set(conn, app_id, name)).tolist()) == expected
+                asked = np.array([*people, 5000, crowd - 2, 10 * CHUNK], np.int64)
+                assert (await filter_by_set(conn, app_id, name, asked)).tolist() == [n in expected for n in asked.tolist()]
+                assert len(await read_set(conn, app_id + 1, name)) == 0
+                assert len(await read_set(conn, app_id, standing_set(standing, "push"))) == 0
