@@ -284,6 +284,7 @@ def compare(what: str, expected: dict[str, set[int]], found: dict[str, set[int]]
 
 
 async def main(directory: Path, seconds: float, seed: int) -> int:
+    print(f"seed {seed}", flush=True)
     chance = random.Random(seed)
     async with AsyncExitStack() as stack:
         database = Database(directory / "db")

@@ -29,6 +29,8 @@ METHOD = "/aftertouch.v1.Events/StreamEvents"
 SIGNALS = ("sent", "delivered")
 MOST_PRODUCERS = 16
 """The microsecond of an event modulo this says whose it is."""
+BROKEN_WHILE_SENDING = "Internal error from Core"
+"""What the client's own half of gRPC says, as INTERNAL, when the connection breaks under a message; no server says it."""
 MOST_AHEAD = 20
 """Batches that a producer sends before the first of them is acknowledged."""
 _HEADER = 19
@@ -105,7 +107,7 @@ class Producer:
                 try:
                     await self._stream(channel, done)
                 except grpc.aio.AioRpcError as error:
-                    if error.code() != grpc.StatusCode.UNAVAILABLE:
+                    if error.code() != grpc.StatusCode.UNAVAILABLE and error.details() != BROKEN_WHILE_SENDING:
                         raise
             await asyncio.sleep(random.uniform(0.01, 0.2))
 
