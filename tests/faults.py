@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from twilio.request_validator import RequestValidator
 
 from aftertouch.demo import SERVER_READY
-from aftertouch.processes import Child
+from aftertouch.processes import Child, ProcessFailed
 from aftertouch.server import migrate_new
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.engine import create_engine
@@ -232,7 +232,16 @@ class Trouble:
 
     async def _kill_server(self) -> None:
         await self._server.kill()
-        await self._server.start()
+        await self._start_server()
+
+    async def _start_server(self) -> None:
+        """As a process manager does: a server that finds the database in recovery says so and ends."""
+        while True:
+            try:
+                return await self._server.start()
+            except ProcessFailed as error:
+                if "the database does not answer" not in str(error):
+                    raise
 
     async def _crash_postgres(self) -> None:
         self._database.crash(self._chance)
@@ -250,7 +259,7 @@ class Trouble:
     async def _kill_both(self) -> None:
         await asyncio.gather(self._server.kill(), self._database.strike(signal.SIGKILL))
         await self._database.start()
-        await self._server.start()
+        await self._start_server()
 
 
 async def find_differences(engine: AsyncEngine, producers: list[Producer], streamed: Target) -> list[str]:
