@@ -14,7 +14,7 @@ RUN /opt/aftertouch/bin/pip install --no-cache-dir --no-deps --no-build-isolatio
 
 FROM python:3.11-slim
 COPY --from=build /opt/aftertouch /opt/aftertouch
-# A home that can be written, because without AFTERTOUCH_DATABASE_URL an embedded PostgreSQL lives in it.
+# A home that can be written: the spool lives in it, and without AFTERTOUCH_DATABASE_URL an embedded PostgreSQL.
 RUN useradd --create-home --uid 10001 aftertouch
 USER aftertouch
 WORKDIR /home/aftertouch

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -125,16 +126,18 @@ async def run_world(
     listener = bind("127.0.0.1:0")
     hook = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/webhooks/whatsapp"
     chosen = settings or SandboxSettings(size=60, time_scale=0.05)
-    async with Sandbox(SandboxSettings(**{**vars(chosen), "whatsapp_webhook_url": hook})) as sandbox:
-        values = {"grpc_address": "127.0.0.1:0", **config}
-        loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
-        given = sandbox.environment | dict(environment or {})
-        async with serve(loaded, discover_channels(extra=extra), given, asyncio.Event(), listener) as (core, addresses):
-            async with transaction(core.engine) as conn:
-                app = await store.create_app(conn, "acme", "Acme")
-                _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
-            async with Client(addresses.grpc, api_key=secret, app="acme") as client:
-                yield World(sandbox, core, addresses, client, secret)
+    sandboxed = SandboxSettings(**{**vars(chosen), "whatsapp_webhook_url": hook})
+    with TemporaryDirectory(prefix="aftertouch-") as directory:
+        async with Sandbox(sandboxed) as sandbox:
+            values = {"grpc_address": "127.0.0.1:0", "data_dir": directory, **config}
+            loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
+            given = sandbox.environment | dict(environment or {})
+            async with serve(loaded, discover_channels(extra=extra), given, asyncio.Event(), listener) as (core, addresses):
+                async with transaction(core.engine) as conn:
+                    app = await store.create_app(conn, "acme", "Acme")
+                    _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
+                async with Client(addresses.grpc, api_key=secret, app="acme") as client:
+                    yield World(sandbox, core, addresses, client, secret)
 
 
 OpenWorld = Callable[..., AbstractAsyncContextManager[World]]

@@ -148,9 +148,11 @@ class PushSettings(Settings):
     """The key that browsers subscribed with, and which push services are spoken to."""
 
     vapid_private_key: SecretStr
+    """The key pair's private half, as PEM or as 32 bytes in base64url. Browsers subscribe with the public half."""
     vapid_subject: str
     """Whom a push service writes to: ``mailto:user@host`` or an https origin. Apple answers 403 to any other form."""
     ttl_seconds: int = Field(default=2 * 24 * 3600, ge=0, le=28 * 24 * 3600)
+    """How long a push service keeps a message for a browser that is away."""
     extra_hosts: Annotated[tuple[Annotated[str, AfterValidator(_check_host_rule)], ...], BeforeValidator(_split_hosts)] = ()
     """More push services, comma separated."""
     allow_insecure_loopback: bool = False

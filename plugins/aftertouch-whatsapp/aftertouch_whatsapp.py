@@ -88,13 +88,17 @@ class WhatsAppSettings(Settings):
     """The business's phone number and app at Meta."""
 
     phone_number_id: str = Field(pattern=r"^[0-9]+$")
+    """Meta's id of the number that messages come from, which is not the number."""
     access_token: SecretStr = Field(min_length=1)
+    """Of a system user that may use whatsapp_business_messaging."""
     app_secret: SecretStr = Field(min_length=1)
     """The key of the webhooks' signatures."""
     verify_token: SecretStr = Field(min_length=1)
     """A word of ours that Meta repeats when the webhook's address is registered."""
     api_url: str = Field(default="https://graph.facebook.com", pattern=r"^https?://[^/?#]+/?$")
+    """Meta's Graph API, or a sandbox."""
     api_version: str = Field(default="v23.0", pattern=r"^v[0-9]+\.[0-9]+$")
+    """Of the Graph API; Meta retires each about two years after it came out."""
     timeout_seconds: float = Field(default=15, gt=0)
     """For a whole request; the connection may take half of it."""
 

@@ -57,13 +57,14 @@ def main() -> None:
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     from aftertouch.errors import AftertouchError
+    from aftertouch.ingest.spool import SpoolUnusable
     from aftertouch.store.embedded import EmbeddedPostgresError
     from aftertouch.store.engine import SchemaMismatch
     from aftertouch.supervisor import ServersFailed
 
     try:
         asyncio.run(work)
-    except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, ServersFailed, OSError) as error:
+    except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, ServersFailed, SpoolUnusable, OSError) as error:
         raise CommandFailed(str(error)) from error
     except KeyboardInterrupt:
         raise CommandFailed("stopped", 130) from None

@@ -62,7 +62,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     database_url: DatabaseUrl | None = Field(None, description="PostgreSQL 15 to 18; without it an embedded one is started")
-    data_dir: Path = Field(Path(".aftertouch"), description="Where the embedded PostgreSQL and the secret key live")
+    data_dir: Path = Field(Path(".aftertouch"), description="Where the embedded PostgreSQL, the secret key and the spool live")
     pg_bindir: Path | None = Field(None, description="Programs for the embedded PostgreSQL, instead of the wheel's")
     secret_key: Annotated[SecretStr, AfterValidator(_check_secret_key)] | None = Field(
         None, description="Signs tokens; 32 characters or more. Needed with AFTERTOUCH_DATABASE_URL; made and kept otherwise"
@@ -71,6 +71,9 @@ class Config(BaseModel):
     http_address: ListenAddress = Field("127.0.0.1:7071", description="Where webhooks arrive")
     public_url: Annotated[str, AfterValidator(_check_public_url)] | None = Field(
         None, description="How providers reach the HTTP address from outside; http://<http_address> by default"
+    )
+    spool_megabytes: int = Field(
+        256, ge=0, description="For webhooks that arrive while the database is away; 0 has their providers send them again"
     )
     channels: str | None = Field(None, description="Comma-separated names: only these channels are used")
     send_units: int = Field(4, ge=0, le=64, description="Work units that a process sends at once; 0 leaves sending to workers")

@@ -23,7 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from aftertouch.config import Config
 from aftertouch.delivery.worker import Worker
 from aftertouch.errors import AftertouchError
+from aftertouch.ingest.intake import Intake
 from aftertouch.ingest.ledger import Ledger
+from aftertouch.ingest.spool import Spool
 from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.plugins import Discovery, Registry, build_registry
 from aftertouch.rpc.server import serve_grpc
@@ -201,7 +203,8 @@ async def serve(
         database_url = await stack.enter_async_context(open_database(config, stopping=stopping))
         core = await stack.enter_async_context(open_core(config, database_url, discovery, environment, public_url + WEBHOOKS))
         await keep_house(core.engine)
-        ingress = create_ingress(core.registry, core.ledger, public_url)
+        intake = await stack.enter_async_context(_open_intake(config, core, stopping))
+        ingress = create_ingress(core.registry, intake, public_url)
         await stack.enter_async_context(serve_http(ingress, listener))
         port = await stack.enter_async_context(
             serve_grpc(
@@ -229,6 +232,22 @@ async def send_beside(config: Config, core: Core, stopping: asyncio.Event) -> As
         done.set()
         core.ledger.lose_patience()
         await sending
+
+
+@asynccontextmanager
+async def _open_intake(config: Config, core: Core, stopping: asyncio.Event) -> AsyncIterator[Intake]:
+    """Take webhooks meanwhile, and replay those that an earlier server or an absent database left in the spool.
+
+    Raises:
+        SpoolUnusable: the text says what to do about it.
+    """
+    async with AsyncExitStack() as stack:
+        most_bytes = config.spool_megabytes * 1_000_000
+        spool = await stack.enter_async_context(Spool(config.data_dir, most_bytes)) if most_bytes else None
+        intake = await stack.enter_async_context(Intake(core.ledger, core.registry.types, spool))
+        if spool:
+            await stack.enter_async_context(_run_beside(intake.replay(spool), "replay the spool", stopping))
+        yield intake
 
 
 @asynccontextmanager

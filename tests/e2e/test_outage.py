@@ -16,6 +16,7 @@ from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.migrate import migrate
 from aftertouch.v1 import campaigns_pb2
+from tests.e2e.spools import wait_until_drained
 from tests.fix_database import name_database
 from tests.fix_world import OpenWorld, World, run_world
 
@@ -34,11 +35,12 @@ async def launch_everywhere(world: World) -> dict[str, str]:
     return names
 
 
-async def check_world(world: World, names: dict[str, str]) -> None:
+async def check_world(world: World, names: dict[str, str], data_dir: Path) -> None:
     """Everybody was messaged once, and everything that the sandbox told is known."""
     for channel, name in names.items():
         assert (await world.wait_until_sent(name, seconds=90)).state == SENT
         await world.sandbox.outbox.drain()
+        await wait_until_drained(data_dir)
         entries = [entry for entry in world.sandbox.truth.entries if entry.channel == channel and entry.person]
         copies = Counter(entry.person.external_id for entry in entries if entry.person)
         recipients = await world.read_recipients(name)
@@ -54,8 +56,10 @@ async def check_world(world: World, names: dict[str, str]) -> None:
     assert world.sandbox.outbox.counts["lost"] == 0
 
 
-async def test_connections_that_are_cut_again_and_again_lose_nothing(open_world: OpenWorld, database_url: str) -> None:
-    async with open_world(SandboxSettings(size=400, time_scale=0.2)) as world:
+async def test_connections_that_are_cut_again_and_again_lose_nothing(
+    open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(SandboxSettings(size=400, time_scale=0.2), data_dir=tmp_path) as world:
         await world.import_people()
         names = await launch_everywhere(world)
         name = urlsplit(database_url).path[1:]
@@ -64,16 +68,19 @@ async def test_connections_that_are_cut_again_and_again_lose_nothing(open_world:
             for _ in range(12):
                 await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
                 await asyncio.sleep(0.15)
-        await check_world(world, names)
+        await check_world(world, names, tmp_path)
 
 
 @pytest.mark.slow
-async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spool_megabytes", [0, 1])
+async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path, spool_megabytes: int) -> None:
+    """Without a spool that takes patient providers; with one, not even those that try once."""
+    settings = SandboxSettings(size=400, time_scale=0.5, strict_retries=spool_megabytes > 0)
     async with AsyncExitStack() as stack:
         postgres = EmbeddedPostgres(tmp_path)
         await stack.enter_async_context(postgres)
         await migrate(postgres.url)
-        async with run_world(postgres.url, SandboxSettings(size=400, time_scale=0.5)) as world:
+        async with run_world(postgres.url, settings, spool_megabytes=spool_megabytes, data_dir=tmp_path) as world:
             await world.import_people()
             names = await launch_everywhere(world)
             while len(world.sandbox.truth.entries) < 150:  # noqa: ASYNC110 - the sandbox wakes nobody
@@ -81,16 +88,16 @@ async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path) -
             await stack.aclose()
             await asyncio.sleep(2)
             await stack.enter_async_context(EmbeddedPostgres(tmp_path))
-            await check_world(world, names)
-            assert world.sandbox.outbox.counts["retries"] > 0, "no receipt arrived meanwhile"
+            await check_world(world, names, tmp_path)
+            assert (world.sandbox.outbox.counts["retries"] == 0) == (spool_megabytes > 0)
 
 
-async def test_webhook_is_refused_while_the_database_is_away_and_taken_once_it_is_back(tmp_path: Path) -> None:
+async def test_webhook_without_a_spool_is_refused_while_the_database_is_away_and_taken_once_it_is_back(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         postgres = EmbeddedPostgres(tmp_path)
         await stack.enter_async_context(postgres)
         await migrate(postgres.url)
-        async with run_world(postgres.url) as world, aiohttp.ClientSession() as session:
+        async with run_world(postgres.url, spool_megabytes=0) as world, aiohttp.ClientSession() as session:
             await world.import_people()
             draft = await world.create_campaign("push")
             await world.launch(draft.name)

@@ -1,10 +1,12 @@
 """Webhooks: every channel's provider reports below ``/v1/webhooks/<channel>``.
 
 A request is verified and parsed by the channel, its receipts are made durable, and only then is it answered: 2xx means
-stored. A provider whose request was not stored gets 503 and sends it again.
+stored. A provider whose request could not be stored, not even in the spool, gets 503 and sends it again.
 """
 
 from __future__ import annotations
+
+import sqlite3
 
 import structlog
 from starlette.applications import Starlette
@@ -14,7 +16,9 @@ from starlette.routing import Route
 
 from aftertouch.channels import InvalidSignature, InvalidWebhook, WebhookRequest
 from aftertouch.errors import AftertouchError
-from aftertouch.ingest.ledger import Ledger, TokenInvalid
+from aftertouch.ingest.intake import Intake
+from aftertouch.ingest.ledger import TokenInvalid
+from aftertouch.ingest.spool import SpoolFull
 from aftertouch.plugins import Registry
 
 log = structlog.get_logger()
@@ -25,7 +29,7 @@ LARGEST_BODY = 3 * 1024 * 1024 + 65_536
 WEBHOOKS = "/v1/webhooks"
 
 
-def create_ingress(registry: Registry, ledger: Ledger, public_url: str) -> Starlette:
+def create_ingress(registry: Registry, intake: Intake, public_url: str) -> Starlette:
     """The HTTP application."""
 
     async def receive(request: Request) -> Response:
@@ -61,11 +65,14 @@ def create_ingress(registry: Registry, ledger: Ledger, public_url: str) -> Starl
             log.exception("a channel failed", action="receive_webhook", channel=name)
             return PlainTextResponse("the channel failed on this request", 500)
         try:
-            await ledger.ingest_receipts(name, webhook.receipts, webhook.unrecognized)
+            await intake.take(name, webhook.receipts, webhook.unrecognized)
         except TokenInvalid as error:
             return PlainTextResponse(str(error), 403)
-        except AftertouchError as error:
+        except (AftertouchError, SpoolFull) as error:
             return PlainTextResponse(str(error), 503, headers={"retry-after": "1"})
+        except sqlite3.Error:
+            log.exception("the spool cannot be written", action="receive_webhook", channel=name)
+            return PlainTextResponse("the receipts cannot be stored now", 503, headers={"retry-after": "1"})
         answer = webhook.answer
         return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
 

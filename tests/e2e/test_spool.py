@@ -1,0 +1,228 @@
+"""Webhooks while the database is away or hangs: a provider that was answered 2xx never has to send again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import psycopg
+import pytest
+from sqlalchemy import text
+
+from aftertouch.channels import Receipt
+from aftertouch.ingest.intake import Intake
+from aftertouch.ingest.spool import Spool
+from aftertouch.store.engine import transaction
+from tests.e2e.site import launch_campaigns, open_site, wait_until_sent
+from tests.e2e.spools import count_rows, wait_until_drained
+from tests.e2e.test_webhooks import post_statuses, read_unrecognized
+from tests.fix_database import name_database
+from tests.fix_world import OpenWorld, World
+
+PATIENCE = aiohttp.ClientTimeout(total=15)
+"""Twilio's."""
+
+
+@asynccontextmanager
+async def connect(url: str) -> AsyncIterator[psycopg.AsyncConnection]:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
+        yield conn
+
+
+@asynccontextmanager
+async def take_away(database_url: str) -> AsyncIterator[None]:
+    """Meanwhile nobody is connected to the database, and nobody can."""
+    name = urlsplit(database_url).path[1:]
+    async with connect(name_database(database_url, "postgres")) as conn:
+        await conn.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await conn.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name])
+        try:
+            yield
+        finally:
+            await conn.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+@asynccontextmanager
+async def lock_receipts(database_url: str) -> AsyncIterator[None]:
+    """Meanwhile whoever writes a receipt waits."""
+    async with connect(database_url) as conn, conn.transaction():
+        await conn.execute("LOCK TABLE receipts")
+        yield
+
+
+@asynccontextmanager
+async def stop_backends(database_url: str) -> AsyncIterator[None]:
+    """Meanwhile no connection of the server gets an answer, not even to being cancelled."""
+    async with connect(database_url) as conn:
+        if conn.info.host and not conn.info.host.startswith("/"):
+            pytest.skip("the PostgreSQL of --dsn is on another machine")
+        cursor = await conn.execute(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'aftertouch'"
+        )
+        pids = [pid for (pid,) in await cursor.fetchall()]
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+
+async def click(http: str, tokens: Iterable[str]) -> list[int]:
+    """Report that people clicked, all at once, and return the answers' statuses."""
+
+    async def post(session: aiohttp.ClientSession, token: str) -> int:
+        async with session.post(f"http://{http}/v1/webhooks/push/clicked?t={token}") as answer:
+            return answer.status
+
+    async with aiohttp.ClientSession(timeout=PATIENCE) as session:
+        return await asyncio.gather(*(post(session, token) for token in tokens))
+
+
+async def launch_push(world: World) -> tuple[str, list[str]]:
+    """A campaign by push that is sent, and the tokens of those who did not click."""
+    await world.import_people()
+    name = (await world.create_campaign("push")).name
+    await world.launch(name)
+    return name, [entry.token for entry in world.sandbox.truth.entries if entry.token and "clicked" not in entry.signals]
+
+
+async def count_clicks(world: World, name: str) -> int:
+    return (await world.get_campaign(name)).counts.signals["clicked"]
+
+
+async def test_receipts_of_an_outage_are_stored_once_the_database_is_back(
+    open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(data_dir=tmp_path) as world:
+        name, tokens = await launch_push(world)
+        before = await count_clicks(world, name)
+        async with take_away(database_url):
+            assert set(await click(world.addresses.http, tokens * 3)) == {204}
+            assert count_rows(tmp_path) == len(tokens) * 3
+            back_at = datetime.now(UTC)
+        await wait_until_drained(tmp_path)
+        assert await count_clicks(world, name) == before + len(tokens)
+        async with transaction(world.core.engine) as conn:
+            statement = "SELECT count(*) FROM events JOIN kinds USING (kind) WHERE signal = 'clicked' AND time > :time"
+            assert (await conn.execute(text(statement), {"time": back_at})).scalar() == 0
+
+
+async def test_receipt_that_comes_after_an_outage_is_stored_before_it_is_answered(
+    open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(data_dir=tmp_path) as world:
+        name, (last, *tokens) = await launch_push(world)
+        async with take_away(database_url):
+            await click(world.addresses.http, tokens)
+        await wait_until_drained(tmp_path)
+        before = await count_clicks(world, name)
+        assert await click(world.addresses.http, [last]) == [204]
+        assert await count_clicks(world, name) == before + 1
+
+
+async def test_signed_news_of_no_message_of_ours_is_kept_through_an_outage(
+    open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(data_dir=tmp_path) as world:
+        foreign = {"id": "wamid.other", "status": "read", "timestamp": "1", "biz_opaque_callback_data": "A" * 24}
+        async with take_away(database_url):
+            assert await post_statuses(world, foreign, {**foreign, "status": "teleported \u0000 \ud83d"}) == 200
+        await wait_until_drained(tmp_path)
+        assert len(await read_unrecognized(world)) == 2
+        assert count_rows(tmp_path, "true") == 0
+
+
+async def test_beacon_with_a_wrong_token_writes_nothing_to_disk(open_world: OpenWorld, database_url: str, tmp_path: Path) -> None:
+    async with open_world(data_dir=tmp_path) as world, take_away(database_url):
+        assert await click(world.addresses.http, ["A" * 24, "AQ" + "A" * 22, "x"]) == [403] * 3
+        assert count_rows(tmp_path) == 0
+
+
+async def test_full_spool_refuses_and_what_it_took_before_is_stored(
+    open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(data_dir=tmp_path, spool_megabytes=1) as world:
+        async with take_away(database_url):
+            strange = {"status": "x" * 64, "id": "y" * 300}
+            answers = [await post_statuses(world, *[strange] * 400) for _ in range(10)]
+            taken = answers.count(200)
+            assert 0 < taken < 10
+            assert answers == [200] * taken + [503] * (10 - taken)
+        await wait_until_drained(tmp_path)
+        assert len(await read_unrecognized(world)) == taken * 400
+        assert await post_statuses(world, strange) == 200
+
+
+@pytest.mark.parametrize("hang", [lock_receipts, stop_backends])
+async def test_database_that_hangs_keeps_no_provider_waiting(
+    hang: type, open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(data_dir=tmp_path) as world:
+        name, tokens = await launch_push(world)
+        before = await count_clicks(world, name)
+        async with hang(database_url):
+            for _ in range(3):
+                assert set(await click(world.addresses.http, tokens)) == {204}
+            assert count_rows(tmp_path) == len(tokens) * 3
+        await wait_until_drained(tmp_path)
+        assert await count_clicks(world, name) == before + len(tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_killed", [True, False])
+async def test_spool_outlives_its_server(is_killed: bool, database_url: str, tmp_path: Path) -> None:
+    async with open_site(tmp_path, people=300, database_url=database_url) as site:
+        async with site.connect() as client:
+            name = (await launch_campaigns(client, "push"))["push"]
+            await wait_until_sent(client, name)
+            entries = (await site.read_entries())["push"]
+            before = (await wait_until_sent(client, name)).counts.signals["clicked"]
+        tokens = [entry["token"] for entry in entries if entry["token"] and "clicked" not in entry["signals"]]
+        assert tokens
+        http = site.server.found[1].removeprefix("http://")
+        async with take_away(database_url):
+            assert set(await click(http, tokens)) == {204}
+            if is_killed:
+                await site.server.kill()
+            else:
+                assert await site.server.stop() == 0
+        assert count_rows(tmp_path / "data") == len(tokens)
+        await site.server.start()
+        if is_killed:
+            # In the middle of the replay, or soon after it.
+            await site.server.kill()
+            await site.server.start()
+        await wait_until_drained(tmp_path / "data")
+        async with site.connect() as client:
+            assert (await wait_until_sent(client, name)).counts.signals["clicked"] == before + len(tokens)
+
+
+async def test_row_that_cannot_be_stored_is_set_aside_and_holds_up_no_other(open_world: OpenWorld, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    async with open_world() as world:
+        name, tokens = await launch_push(world)
+        before = await count_clicks(world, name)
+        async with Spool(tmp_path, 10**6) as spool:
+            await spool.add("push", [Receipt(signal="clicked", token=tokens[0])], [], now)
+            await spool.add("pigeon", [Receipt(signal="delivered", message_id="1")], [], now)
+            await spool.add("push", [Receipt(signal="clicked", token="none of ours")], [], now)
+            await spool.add("push", [Receipt(signal="clicked", token=tokens[1])], [], now)
+            async with Intake(world.core.ledger, world.core.registry.types, spool) as intake:
+                replaying = asyncio.create_task(intake.replay(spool))
+                await wait_until_drained(tmp_path)
+                replaying.cancel()
+                await asyncio.gather(replaying, return_exceptions=True)
+            assert (spool.waiting, spool.aside) == (0, 2)
+        assert count_rows(tmp_path, "error LIKE 'TokenInvalid: %'") == 1
+        assert count_rows(tmp_path, "error LIKE 'KeyError: %'") == 1
+        assert await count_clicks(world, name) == before + 2
