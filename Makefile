@@ -1,6 +1,6 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-ingest format protos docs constraints clean
+.PHONY: help demo test test-faults lint bench-ingest format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,6 +14,9 @@ demo: .venv/server ## Set up, then run the main job end to end on an embedded da
 
 test: .venv/dev ## Set up, then run all tests on an embedded database (ARGS='-k name' chooses, ARGS='--dsn URL' takes another).
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: .venv/dev ## Kill and cut everything at random while events come in, for 3 minutes (ARGS='--seconds 600'); nothing may be missing.
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: .venv/dev ## Check style, types, layers, and the protos with their stubs; changes nothing.
 	$(BIN)/ruff check .

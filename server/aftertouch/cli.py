@@ -60,10 +60,11 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     from aftertouch.ingest.spool import SpoolUnusable
     from aftertouch.store.embedded import EmbeddedPostgresError
     from aftertouch.store.engine import SchemaMismatch
+    from aftertouch.supervisor import ServersFailed
 
     try:
         asyncio.run(work)
-    except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, SpoolUnusable, OSError) as error:
+    except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, ServersFailed, SpoolUnusable, OSError) as error:
         raise CommandFailed(str(error)) from error
     except KeyboardInterrupt:
         raise CommandFailed("stopped", 130) from None
@@ -89,13 +90,20 @@ def _load(environment: dict[str, str] | None = None) -> tuple[Config, Discovery]
 @app.command()
 def serve(
     sandbox: Annotated[bool, typer.Option(help="Send to a sandbox on this machine, with 10,000 people to play with.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="How many processes serve, on the same ports; AFTERTOUCH_PROCESSES or 1 by default.")
+    ] = None,
+    lifeline: Annotated[int | None, typer.Option(hidden=True, help="The descriptor that ties a process to the others.")] = None,
 ) -> None:
     """Serve gRPC and webhooks, and send; with an embedded PostgreSQL unless AFTERTOUCH_DATABASE_URL names one."""
-    _run(_serve(sandbox))
+    if processes is not None:
+        os.environ[name_setting("processes")] = str(processes)
+    _run(_serve(sandbox) if lifeline is None else _serve_beside(lifeline))
 
 
 async def _serve(with_sandbox: bool) -> None:
     from aftertouch.server import serve as run_server
+    from aftertouch.supervisor import supervise
     from aftertouch.web.server import bind
 
     environment = dict(os.environ)
@@ -109,15 +117,37 @@ async def _serve(with_sandbox: bool) -> None:
             world = await stack.enter_async_context(Sandbox(settings))
             environment |= world.environment
         config, discovery = _load(environment)
-        listener = bind(config.http_address)
-        core, addresses = await stack.enter_async_context(run_server(config, discovery, environment, stopping, listener))
+        if config.processes > 1:
+            engine, addresses = await stack.enter_async_context(supervise(config, environment, stopping))
+            registry = build_registry(discovery, environment, webhook_base_url="")
+        else:
+            listener = bind(config.http_address)
+            core, addresses = await stack.enter_async_context(run_server(config, discovery, environment, stopping, listener))
+            engine, registry = core.engine, core.registry
         if with_sandbox:
-            await _settle_in(core.engine, world, addresses.grpc)
+            await _settle_in(engine, world, addresses.grpc)
         out.print(f"gRPC on {addresses.grpc}, webhooks on http://{addresses.http}", markup=False)
-        ready = ", ".join(sorted(core.registry.channels)) or "none"
+        ready = ", ".join(sorted(registry.channels)) or "none"
         out.print(f"channels that can send: {ready}; `aftertouch channels` tells about the others", markup=False)
         await stopping.wait()
         out.print("stopping …")
+
+
+async def _serve_beside(descriptor: int) -> None:
+    """Serve as one of several processes, of which another one is the supervisor."""
+    from aftertouch.server import serve as run_server
+    from aftertouch.supervisor import Lifeline
+    from aftertouch.web.server import bind
+
+    stopping = _stop_on_signals()
+    lifeline = Lifeline(descriptor)
+    watching = asyncio.create_task(lifeline.watch(stopping), name="watch the supervisor")
+    config, discovery = _load()
+    listener = bind(config.http_address, is_shared=True)
+    async with run_server(config, discovery, os.environ, stopping, listener, is_shared=True):
+        await lifeline.report_ready()
+        await stopping.wait()
+    watching.cancel()
 
 
 async def _settle_in(engine: Any, world: Any, address: str) -> None:

@@ -77,6 +77,7 @@ class Config(BaseModel):
     )
     channels: str | None = Field(None, description="Comma-separated names: only these channels are used")
     send_units: int = Field(4, ge=0, le=64, description="Work units that a process sends at once; 0 leaves sending to workers")
+    processes: int = Field(1, ge=1, le=16, description="Server processes of `aftertouch serve`, which share both ports")
     channelz: bool = Field(False, description="Serve gRPC's channelz; costs about a tenth of the throughput")
     log_format: Literal["console", "json"] = Field("console", description="How log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least important lines to log")

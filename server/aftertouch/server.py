@@ -32,7 +32,7 @@ from aftertouch.rpc.server import serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
-from aftertouch.store.partitions import create_partitions, drop_partitions
+from aftertouch.store.partitions import create_partitions, drop_partitions, lock_partitions
 from aftertouch.store.requests import forget_requests
 from aftertouch.web.ingress import WEBHOOKS, create_ingress
 from aftertouch.web.server import serve_http
@@ -155,6 +155,7 @@ async def keep_house(engine: AsyncEngine) -> None:
     """Make partitions ahead, drop those that no app keeps any longer, and forget old requests."""
     today = datetime.now(UTC).date()
     async with transaction(engine) as conn:
+        await lock_partitions(conn)
         await create_partitions(conn, today)
         kept = max((app.retention_days for app in await list_apps(conn)), default=DEFAULT_RETENTION_DAYS)
         for day in await drop_partitions(conn, today - timedelta(days=kept)):
@@ -183,12 +184,19 @@ class Addresses:
 
 @asynccontextmanager
 async def serve(
-    config: Config, discovery: Discovery, environment: Mapping[str, str], stopping: asyncio.Event, listener: socket.socket
+    config: Config,
+    discovery: Discovery,
+    environment: Mapping[str, str],
+    stopping: asyncio.Event,
+    listener: socket.socket,
+    *,
+    is_shared: bool = False,
 ) -> AsyncIterator[tuple[Core, Addresses]]:
     """Run a whole server; the body of the context runs while it serves, and ``stopping`` is set when a part of it dies.
 
     Args:
         listener: the bound socket for HTTP; its address is known before the channels are built with it.
+        is_shared: other processes listen on the same ports.
     """
     public_url = config.public_url or f"http://{_name_address(listener)}"
     async with AsyncExitStack() as stack:
@@ -199,7 +207,11 @@ async def serve(
         ingress = create_ingress(core.registry, intake, public_url)
         await stack.enter_async_context(serve_http(ingress, listener))
         port = await stack.enter_async_context(
-            serve_grpc(core.engine, core.registry, core.ledger, config.grpc_address, with_channelz=config.channelz)
+            serve_grpc(
+                *(core.engine, core.registry, core.ledger, config.grpc_address),
+                with_channelz=config.channelz,
+                is_shared=is_shared,
+            )
         )
         await stack.enter_async_context(_run_beside(_keep_house_hourly(core.engine), "keep house", stopping))
         await stack.enter_async_context(send_beside(config, core, stopping))

@@ -55,9 +55,12 @@ SERVICES = tuple(
 
 @asynccontextmanager
 async def serve_grpc(
-    engine: AsyncEngine, registry: Registry, ledger: Ledger, address: str, *, with_channelz: bool
+    engine: AsyncEngine, registry: Registry, ledger: Ledger, address: str, *, with_channelz: bool, is_shared: bool
 ) -> AsyncIterator[int]:
     """Serve on ``address`` (``host:port``, port 0 takes a free one) and hand out the port; calls under way end first.
+
+    Args:
+        is_shared: with other processes that listen there.
 
     Raises:
         OSError: the address cannot be bound.
@@ -69,8 +72,8 @@ async def serve_grpc(
         interceptors=[Interceptor(engine)],
         options=[
             ("grpc.max_receive_message_length", 4 * LARGEST_REQUEST),
-            # A second server on the port is a mistake until processes share one on purpose.
-            ("grpc.so_reuseport", 0),
+            # A second server on the port is a mistake, unless processes share it on purpose.
+            ("grpc.so_reuseport", int(is_shared)),
         ],
     )
     apps_pb2_grpc.add_AppsServicer_to_server(Apps(), server)

@@ -17,6 +17,11 @@ def name_partition(log: str, day: date) -> str:
     return f"{log}_{day:%Y%m%d}"
 
 
+async def lock_partitions(conn: AsyncConnection) -> None:
+    """Be the only one who makes and drops partitions until the transaction ends: IF NOT EXISTS does not hold between two."""
+    await conn.execute(text("SELECT pg_advisory_xact_lock(hashtext('aftertouch partitions'))"))
+
+
 async def create_partitions(conn: AsyncConnection, today: date) -> None:
     """Make the partitions of yesterday (clocks differ) and of the days ahead, where they are missing."""
     for log in LOGS:

@@ -20,8 +20,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bind(address: str) -> socket.socket:
+def bind(address: str, *, is_shared: bool = False) -> socket.socket:
     """A listening socket for ``host:port``; port 0 takes a free one.
+
+    Args:
+        is_shared: with others that are bound so. It does not listen yet: the kernel would deal it connections already.
 
     Raises:
         OSError: it cannot be bound.
@@ -31,8 +34,10 @@ def bind(address: str) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, is_shared)
         listener.bind((host.strip("[]"), int(port)))
-        listener.listen(2048)
+        if not is_shared:
+            listener.listen(2048)
     except OSError as error:
         listener.close()
         raise OSError(f"cannot listen on {address}: is another server running there? ({error.strerror})") from error
