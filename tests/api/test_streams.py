@@ -14,9 +14,11 @@ import grpc
 import numpy as np
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.client import Client, read_reason
 from aftertouch.ingest import batcher
+from aftertouch.rolls.sql import write_roll
 from aftertouch.rpc import events as events_service
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
@@ -27,17 +29,20 @@ PEOPLE = 1_000
 Reason = events_pb2.RejectedEvent.Reason
 
 
-async def launch_quietly(world: World, name: str, people: int = PEOPLE, **fields: Any) -> str:
-    """A campaign that was sent to the first contacts, without sending anything; returns its name."""
-    from aftertouch.rolls.sql import write_roll
-
-    async with transaction(world.core.engine) as conn:
+async def launch_on(engine: AsyncEngine, people: int, name: str = "sale", **fields: Any) -> None:
+    """A campaign of ``acme`` that was sent to the first contacts, without sending anything."""
+    async with transaction(engine) as conn:
         app_id = (await conn.execute(text("SELECT app_id FROM apps WHERE app = 'acme'"))).scalar_one()
         campaign = await create_campaign(conn, app_id, name, {"display_name": name, "channel": "sms"})
         await write_roll(conn, campaign.campaign_id, np.arange(people))
-        now = datetime.now(UTC)
+        now = datetime.now(UTC) - timedelta(minutes=4)
         values = {"state": "SENT", "recipients": people, "launch_time": now, "finish_time": now, **fields}
         await update_campaign(conn, campaign.campaign_id, **values)
+
+
+async def launch_quietly(world: World, name: str, people: int = PEOPLE, **fields: Any) -> str:
+    """The same in a world; returns the campaign's name."""
+    await launch_on(world.core.engine, people, name, **fields)
     return f"apps/acme/campaigns/{name}"
 
 

@@ -17,7 +17,7 @@ import aiohttp
 from twilio.request_validator import RequestValidator
 from yarl import URL
 
-CONNECTIONS = 64
+CONNECTIONS = 128
 
 
 def sign_callbacks(url: str, account_sid: str, auth_token: str, tokens: list[str]) -> list[list[str]]:
@@ -41,7 +41,7 @@ def sign_callbacks(url: str, account_sid: str, auth_token: str, tokens: list[str
 
 
 async def send_callbacks(requests: list[list[str]]) -> float:
-    """Send all, 64 at a time, and return the seconds until the last is answered; each has to be answered 204."""
+    """Send all, 128 at a time, and return the seconds until the last is answered; each has to be answered 204."""
     left = iter(requests)
 
     async def send(session: aiohttp.ClientSession) -> None:
