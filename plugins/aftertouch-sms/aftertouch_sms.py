@@ -11,12 +11,14 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from hmac import compare_digest
 from types import TracebackType
 from typing import Annotated, ClassVar, Self, cast
 from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
-from multidict import MultiDict
+from multidict import MultiDict, MultiDictProxy
 from pydantic import Field, SecretStr, model_validator
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
 from twilio.http import AsyncHttpClient
@@ -224,13 +226,14 @@ def _judge_answer(response: aiohttp.ClientResponse, answer: Mapping[str, object]
     return Refused(code=str(code), retry_after=parse_retry_after(response.headers.get("Retry-After")))
 
 
-def parse_form(body: bytes) -> MultiDict[str]:
-    """Read a form as Twilio signs it: in UTF-8, blank values kept.
+@lru_cache(maxsize=1)
+def parse_form(body: bytes) -> MultiDictProxy[str]:
+    """Read a form as Twilio signs it: in UTF-8, blank values kept. The last is remembered: a request is verified, then parsed.
 
     Raises:
         ValueError: it is not UTF-8, or has more fields than any of Twilio's requests.
     """
-    return MultiDict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=200))
+    return MultiDictProxy(MultiDict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=200)))
 
 
 class SmsChannel(Channel):
@@ -320,7 +323,13 @@ class SmsChannel(Channel):
         except ValueError as error:
             raise InvalidSignature from error
         signature = request.headers.get("x-twilio-signature", "")
-        if request.method != "POST" or not self._validator.validate(request.url, form, signature):
+        if request.method != "POST":
+            raise InvalidSignature
+        # The validator computes two signatures, with the port and without; nearly always the address as it is will do.
+        expected = self._validator.compute_signature(request.url, form)
+        if not compare_digest(expected.encode(), signature.encode()) and not self._validator.validate(
+            request.url, form, signature
+        ):
             raise InvalidSignature
 
     def parse(self, request: WebhookRequest) -> Webhook:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from functools import cached_property
 from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -183,7 +184,7 @@ class WebhookRequest:
     """Names in lower case."""
     body: bytes = field(repr=False)
 
-    @property
+    @cached_property
     def query(self) -> Mapping[str, str]:
         """The first value of every query parameter."""
         return {name: values[0] for name, values in parse_qs(urlsplit(self.url).query, keep_blank_values=True).items()}

@@ -1,4 +1,5 @@
-"""`make bench-ingest`: durable events per second over one gRPC stream, against a binary COPY of the same rows.
+"""`make bench-ingest`: durable events per second over one gRPC stream, against a binary COPY of the same rows; webhooks; and
+events scattered over many campaigns, against a table with a row for each delivery.
 
 Client, server and database are processes of this machine. The messages are made before the clock starts, and read as rows by
 the server like anybody's. Every acknowledged event is looked for in the log and in the receipts at the end.
@@ -6,12 +7,14 @@ the server like anybody's. Every acknowledged event is looked for in the log and
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,14 +31,21 @@ from aftertouch.store import apps as apps_store
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import create_engine, driver, transaction
 from aftertouch.store.logs import EventBatch, encode_events
+from aftertouch.store.migrate import migrate
 from aftertouch.store.tables import contact_counters
 from aftertouch.v1 import events_pb2
+from tests.bench.callbacks import run_apart, sign_callbacks
+from tests.bench.scattered import measure_chunks, measure_scattered
 
 SECRET_KEY = "a secret key of the benchmark, long enough"
 PEOPLE = 10_000_000
 IDENTIFIED = 1_000_000
 BATCH = 1_000
-EVENTS = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+SMALL = 10_000
+CALLBACKS = 20_000
+AUTH_TOKEN = "a token of the benchmark"
+ACCOUNT_SID = f"AC{0:032x}"
+SIGNALS = ("sent", "delivered")
 
 
 async def make_campaign(engine: AsyncEngine, app_id: int, name: str, people: int) -> int:
@@ -139,7 +149,64 @@ async def verify(engine: AsyncEngine, campaign_id: int, people: np.ndarray[Any, 
     assert bits == expected, (bits, expected)
 
 
-async def main() -> None:
+@dataclass
+class Bench:
+    """A running server, with an app to measure on."""
+
+    engine: AsyncEngine
+    app_id: int
+    address: str
+    url: str
+    key: str
+    directory: Path
+    codec: TokenCodec
+
+    async def pour_tokens(self, campaign_id: int, producer: str, count: int, people: int) -> float:
+        """Events per second of a stream by token, to random people of a campaign."""
+        chosen = np.random.default_rng(2).integers(0, people, count)
+        tokens = self.codec.make(campaign_id, chosen)
+        stamp = int(time.time())
+
+        def make_event(index: int, _: int) -> events_pb2.Event:
+            event = events_pb2.Event(token=tokens[index], signal=SIGNALS[index % 2])
+            event.time.seconds = stamp
+            return event
+
+        seconds = await pour(self.address, self.key, make_messages("apps/bench", producer, count, make_event, chosen))
+        await verify(self.engine, campaign_id, chosen, 2)
+        return count / seconds
+
+    async def pour_names(self, campaign_id: int, campaign: str, count: int, people: int) -> float:
+        """The same by external_id."""
+        chosen = np.random.default_rng(3).integers(0, people, count)
+        stamp = int(time.time())
+
+        def make_event(index: int, person: int) -> events_pb2.Event:
+            event = events_pb2.Event(signal=SIGNALS[index % 2])
+            event.recipient.campaign = f"apps/bench/campaigns/{campaign}"
+            event.recipient.external_id = f"person-{person}"
+            event.time.seconds = stamp
+            return event
+
+        seconds = await pour(self.address, self.key, make_messages("apps/bench", "names", count, make_event, chosen))
+        await verify(self.engine, campaign_id, chosen, 2)
+        return count / seconds
+
+    async def call_back(self, campaign_id: int) -> float:
+        """Webhooks per second: signed status callbacks, each answered when it is durable."""
+        people = np.arange(CALLBACKS)
+        tokens = self.codec.make(campaign_id, people)
+        requests = sign_callbacks(f"{self.url}/v1/webhooks/sms", ACCOUNT_SID, AUTH_TOKEN, tokens)
+        file = self.directory / "callbacks.json"
+        await asyncio.to_thread(file.write_text, json.dumps(requests))
+        seconds = await run_apart(file)
+        await verify(self.engine, campaign_id, people, 2)
+        return CALLBACKS / seconds
+
+
+@asynccontextmanager
+async def open_bench() -> AsyncIterator[Bench]:
+    """Start a server on an embedded database, with an app."""
     with tempfile.TemporaryDirectory(prefix="aftertouch-bench-") as directory:
         data = Path(directory) / "data"
         environment = {
@@ -148,50 +215,80 @@ async def main() -> None:
             "AFTERTOUCH_GRPC_ADDRESS": "127.0.0.1:0",
             "AFTERTOUCH_HTTP_ADDRESS": "127.0.0.1:0",
             "AFTERTOUCH_LOG_LEVEL": "warning",
+            "AFTERTOUCH_SMS_ACCOUNT_SID": ACCOUNT_SID,
+            "AFTERTOUCH_SMS_AUTH_TOKEN": AUTH_TOKEN,
+            "AFTERTOUCH_SMS_SENDER": "+15005550006",
         }
         ready = r"gRPC on (\S+), webhooks on (\S+)"
         async with Child("serve", environment=environment, ready=ready, log=Path(directory) / "log") as server:
-            address, _ = server.found
+            address, http = server.found
             await run_command("apps", "create", "bench", environment=environment)
             key = (await run_command("keys", "create", "bench", environment=environment)).strip()
             engine = create_engine((data / "url").read_text())
             async with transaction(engine) as conn:
                 app = await apps_store.find_app(conn, "bench")
             assert app is not None
-            large = await make_campaign(engine, app.app_id, "large", PEOPLE)
-            named = await make_campaign(engine, app.app_id, "named", IDENTIFIED)
-            await make_contacts(engine, app.app_id, IDENTIFIED)
-            copy = max([await measure_copy(engine, large, EVENTS) for _ in range(3)])
-            codec = TokenCodec(SECRET_KEY.encode())
-            signals = ("sent", "delivered")
-            stamp = int(time.time())
-
-            people = np.random.default_rng(2).integers(0, PEOPLE, EVENTS)
-            tokens = codec.make(large, people)
-
-            def by_token(index: int, _: int) -> events_pb2.Event:
-                event = events_pb2.Event(token=tokens[index], signal=signals[index % 2])
-                event.time.seconds = stamp
-                return event
-
-            seconds = await pour(address, key, make_messages("apps/bench", "tokens", EVENTS, by_token, people))
-            await verify(engine, large, people, 2)
-            token = {"events_per_s": round(EVENTS / seconds), "ratio": round(EVENTS / seconds / copy, 3)}
-
-            people = np.random.default_rng(3).integers(0, IDENTIFIED, EVENTS)
-
-            def by_external_id(index: int, person: int) -> events_pb2.Event:
-                event = events_pb2.Event(signal=signals[index % 2])
-                event.recipient.campaign = "apps/bench/campaigns/named"
-                event.recipient.external_id = f"person-{person}"
-                event.time.seconds = stamp
-                return event
-
-            seconds = await pour(address, key, make_messages("apps/bench", "names", EVENTS, by_external_id, people))
-            await verify(engine, named, people, 2)
-            external = {"events_per_s": round(EVENTS / seconds), "ratio": round(EVENTS / seconds / copy, 3)}
+            url = http if http.startswith("http") else f"http://{http}"
+            yield Bench(engine, app.app_id, address, url, key, Path(directory), TokenCodec(SECRET_KEY.encode()))
             await engine.dispose()
-            print(json.dumps({"bench": "ingest", "copy_rows_per_s": round(copy), "token": token, "external_id": external}))
+
+
+@asynccontextmanager
+async def open_scratch(bench: Bench) -> AsyncIterator[AsyncEngine]:
+    """Another database of the same server, with the schema and nothing in it."""
+    async with bench.engine.connect() as conn:
+        await (await conn.execution_options(isolation_level="AUTOCOMMIT")).execute(text("CREATE DATABASE scratch"))
+    url = bench.engine.url.set(drivername="postgresql", database="scratch").render_as_string(hide_password=False)
+    await migrate(url)
+    engine = create_engine(url)
+    yield engine
+    await engine.dispose()
+
+
+async def measure(events: int) -> dict[str, Any]:
+    async with open_bench() as bench:
+        engine, app_id = bench.engine, bench.app_id
+        large = await make_campaign(engine, app_id, "large", PEOPLE)
+        named = await make_campaign(engine, app_id, "named", IDENTIFIED)
+        smalls = [await make_campaign(engine, app_id, f"small-{number}", SMALL) for number in range(2)]
+        called = await make_campaign(engine, app_id, "called", CALLBACKS)
+        await make_contacts(engine, app_id, IDENTIFIED)
+        copy = max([await measure_copy(engine, large, events) for _ in range(3)])
+        # The small campaign once before and once after the large one, so that warming up favours neither.
+        small_rates = [await bench.pour_tokens(smalls[0], "small-0", events // 2, SMALL)]
+        token = await bench.pour_tokens(large, "tokens", events, PEOPLE)
+        small_rates.append(await bench.pour_tokens(smalls[1], "small-1", events // 2, SMALL))
+        external = await bench.pour_names(named, "named", events, IDENTIFIED)
+        webhooks = await bench.call_back(called)
+        small_us = sum(1e6 / rate for rate in small_rates) / len(small_rates)
+        async with open_scratch(bench) as scratch:
+            scattered = await measure_scattered(scratch)
+    return {
+        "bench": "ingest",
+        "copy_rows_per_s": round(copy),
+        "token": {"events_per_s": round(token), "ratio": round(token / copy, 3)},
+        "external_id": {"events_per_s": round(external), "ratio": round(external / copy, 3)},
+        "webhook_per_s": round(webhooks),
+        "growth": {
+            "per_event_us_10k": round(small_us, 2),
+            "per_event_us_10m": round(1e6 / token, 2),
+            "ratio": round(1e6 / token / small_us, 2),
+        },
+        **scattered,
+    }
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.ingest", description=__doc__)
+    parser.add_argument("--events", type=int, default=1_000_000, help="events in a stream")
+    parser.add_argument("--chunks", action="store_true", help="only the cost of events by the size of chunks")
+    given = parser.parse_args()
+    if given.chunks:
+        async with open_bench() as bench, open_scratch(bench) as scratch:
+            for row in await measure_chunks(scratch):
+                print(json.dumps(row))
+        return
+    print(json.dumps(await measure(given.events)))
 
 
 if __name__ == "__main__":

@@ -113,17 +113,15 @@ class Batcher:
         else:
             for submission in superseded:
                 assert submission.stream is not None
-                submission.done.set_exception(StreamSuperseded(submission.stream.producer))
+                _fail(submission, StreamSuperseded(submission.stream.producer))
             await self._answer(group, None)
 
     async def _answer(self, group: list[Submission], error: Exception | None) -> None:
         for submission in group:
-            if submission.done.done():
-                continue
-            if error is None:
+            if error is not None:
+                _fail(submission, error)
+            elif not submission.done.done():
                 submission.done.set_result(None)
-            else:
-                submission.done.set_exception(error)
         async with self._changed:
             self._backlog -= sum(len(submission.batch) for submission in group)
             self._changed.notify_all()
@@ -143,3 +141,11 @@ class Batcher:
             if reached:
                 await set_positions(conn, reached)
         return superseded
+
+
+def _fail(submission: Submission, error: Exception) -> None:
+    """Tell the submitter, if it is still there: cancelling a call cancels the future that it awaits."""
+    if not submission.done.done():
+        submission.done.set_exception(error)
+        # Taken note of here: of a stream's batches only the first that fails is awaited.
+        submission.done.exception()

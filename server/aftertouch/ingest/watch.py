@@ -8,7 +8,7 @@ token is the last event's transaction and its place within it.
 from __future__ import annotations
 
 import asyncio
-import json
+import struct
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ CHECKPOINT_SECONDS = 15.0
 """An answer at least this often, so that idle proxies do not cut the stream."""
 PAGE = 1_000
 """Events in one answer at the most."""
+_TOKEN = struct.Struct(">qq")
 _ALL_SLOTS = (0, (1 << 63) - 1)
 
 
@@ -58,7 +59,7 @@ class Page:
 
 def encode_resume_token(commit_id: int, place: int) -> str:
     """A position as text."""
-    return urlsafe_b64encode(json.dumps([commit_id, place]).encode()).decode()
+    return urlsafe_b64encode(_TOKEN.pack(commit_id, place)).decode()
 
 
 def decode_resume_token(token: str) -> tuple[int, int]:
@@ -68,16 +69,16 @@ def decode_resume_token(token: str) -> tuple[int, int]:
         FieldsInvalid: it is none.
     """
     try:
-        commit_id, place = json.loads(urlsafe_b64decode(token))
-        return int(commit_id), int(place)
-    except (ValueError, TypeError) as error:
+        commit_id, place = _TOKEN.unpack(urlsafe_b64decode(token))
+    except (ValueError, struct.error) as error:
         raise FieldsInvalid([Violation("resume_token", "is not a resume token")]) from error
+    return commit_id, place
 
 
 async def watch_events(
     engine: AsyncEngine, lookups: Lookups, app: App, campaign: Campaign | None, signals: Collection[str], resume_token: str
 ) -> AsyncIterator[Page]:
-    """Pages of an app's events, for ever; an empty one every 15 seconds while nothing happens.
+    """Pages of an app's events, for ever; an empty one at the beginning, and every 15 seconds while nothing happens.
 
     Raises:
         FieldsInvalid: the token is none.
@@ -92,7 +93,8 @@ async def watch_events(
                 raise ResumeTokenTooOld(dropped[1].isoformat())
         else:
             after = (await read_horizon(conn), 0)
-    silent_since = asyncio.get_running_loop().time()
+    # Without a token the first answer comes at once: whoever is cut off before the first event can still go on from here.
+    silent_until = asyncio.get_running_loop().time() + (CHECKPOINT_SECONDS if resume_token else 0)
     while True:
         try:
             async with transaction(engine) as conn:
@@ -107,16 +109,15 @@ async def watch_events(
         if rows:
             events = await _name_people(engine, lookups, app, [event for _, event in rows], numbered)
             after = (rows[-1][1].commit_id, rows[-1][0])
-            silent_since = asyncio.get_running_loop().time()
-            yield Page(events, encode_resume_token(*after))
-            if len(rows) == PAGE:
-                continue
         else:
+            events = []
             after = max(after, (horizon, 0))
-            if asyncio.get_running_loop().time() - silent_since >= CHECKPOINT_SECONDS:
-                silent_since = asyncio.get_running_loop().time()
-                yield Page([], encode_resume_token(*after))
-        await asyncio.sleep(POLL_SECONDS)
+        # The events of other apps move the token on, and are no reason to answer.
+        if events or asyncio.get_running_loop().time() >= silent_until:
+            yield Page(events, encode_resume_token(*after))
+            silent_until = asyncio.get_running_loop().time() + CHECKPOINT_SECONDS
+        if len(rows) < PAGE:
+            await asyncio.sleep(POLL_SECONDS)
 
 
 async def _name_people(

@@ -147,11 +147,11 @@ def group_bits(slots: Numbers, kinds: NDArray[np.integer], offsets: NDArray[np.i
     lengths = np.zeros(len(pairs), np.int64)
     lengths[group] = (members + 7) // 8
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    flags = np.zeros(int(bounds[-1]) * 8, np.bool_)
-    flags[bounds[group] * 8 + offsets] = True
-    packed = np.packbits(flags).tobytes()
+    packed = np.zeros(int(bounds[-1]), np.uint8)
+    np.bitwise_or.at(packed, bounds[group] + (offsets >> 3), (0x80 >> (offsets & 7)).astype(np.uint8))
+    whole = packed.tobytes()
     return BitRows(
         (campaigns[near_of_group // width] << SLOT_SHIFT | near_of_group % width).tolist(),
         kind_values[pairs % len(kind_values)].tolist(),
-        [packed[start:end] for start, end in pairwise(bounds.tolist())],
+        [whole[start:end] for start, end in pairwise(bounds.tolist())],
     )

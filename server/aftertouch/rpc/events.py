@@ -59,17 +59,9 @@ class Events(events_pb2_grpc.EventsServicer):
         window: asyncio.Queue[_Pending | None] = asyncio.Queue(WINDOW)
         reading = asyncio.create_task(self._read_batches(requests, call, stream, position, window))
         try:
-            is_ended = False
-            while not is_ended and (pending := await window.get()) is not None:
-                ready = [pending]
-                await pending.durable
-                # What has become durable meanwhile is acknowledged together.
-                while not window.empty():
-                    if (following := window.get_nowait()) is None:
-                        is_ended = True
-                    else:
-                        ready.append(following)
-                        await following.durable
+            while ready := await _take_waiting(window):
+                for pending in ready:
+                    await pending.durable
                 yield events_pb2.StreamEventsResponse(
                     committed_position=ready[-1].position,
                     rejections=[
@@ -81,6 +73,10 @@ class Events(events_pb2_grpc.EventsServicer):
             await reading
         finally:
             reading.cancel()
+            # The reader's last word needs room in the window, and nobody else takes from it any more.
+            while not window.empty():
+                if (left := window.get_nowait()) is not None:
+                    left.durable.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
     async def _read_batches(
@@ -143,6 +139,19 @@ def _parse_batch(call: Call, data: bytes) -> tuple[int, Reports]:
     if len(request.batch.events) > MOST_EVENTS:
         raise FieldsInvalid([Violation("batch.events", f"has more than {MOST_EVENTS} events")])
     return request.batch.position, read_reports(call.app.name, request.batch.events)
+
+
+async def _take_waiting(window: asyncio.Queue[_Pending | None]) -> list[_Pending]:
+    """The batches that wait now, one at least: they are acknowledged together. Empty when there will be no more."""
+    taken = []
+    while (pending := await window.get()) is not None:
+        taken.append(pending)
+        if window.empty():
+            return taken
+    if taken:
+        # For the next call to find; there is room, since it was taken from here.
+        window.put_nowait(None)
+    return taken
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     if isinstance(received, bytes):
                         request = method.parse(received)
                         check_message(request)
-                    async for response in serve(request, call):
-                        yield response.SerializeToString()
+                    async with aclosing(serve(request, call)) as responses:
+                        async for response in responses:
+                            yield response.SerializeToString()
 
             async with aclosing(work()) as answers:
                 while (data := await _guard(method.path, partial(anext, answers, None), context)) is not None:

@@ -119,15 +119,19 @@ def _find_events(data: bytes) -> tuple[int, NDArray[np.int64], NDArray[np.int64]
     if at + size != len(data) or data[at : at + 1] != b"\x08":
         return None
     position, at = _read_varint(data, at + 1)
+    if not 0 <= position < 1 << 63:
+        return None
     wire = np.frombuffer(data, np.uint8)
     # Every event begins with the tag 0x12 and its length, and goes on with a token's or a recipient's tag. In text there is no
     # such byte, so the few places that look like it are nearly all, and whether they follow each other then proves it: walking
     # from one to the next in Python took twice as long as all the rest.
     places = np.flatnonzero(wire[: len(wire) - 4] == 0x12)
     places = places[places >= at]
-    inner = wire[places + 2]
-    is_event = (inner == 0x0A) & (wire[places + 3] == TOKEN_LENGTH) | (inner == 0x12) & (wire[places + 4] == 0x0A)
-    starts = places[is_event]
+    # Only what begins as the first one does: a recipient whose campaign's name has 24 characters looks like a token.
+    if data[at + 2 : at + 3] == b"\x0a":
+        starts = places[(wire[places + 2] == 0x0A) & (wire[places + 3] == TOKEN_LENGTH)]
+    else:
+        starts = places[(wire[places + 2] == 0x12) & (wire[places + 4] == 0x0A)]
     if not len(starts) or len(starts) > MOST_EVENTS or starts[0] != at:
         return None
     sizes = wire[starts + 1].astype(np.int64)
@@ -157,7 +161,10 @@ def _read_columns(app: str, data: bytes, wire: NDArray[np.uint8], starts: NDArra
         _require((wire[starts] == 0x0A) & (wire[starts + 1] == TOKEN_LENGTH))
         at = starts + 2 + TOKEN_LENGTH
         _require(at <= ends)
-        by_token = TokenTargets(everybody, wire[starts[:, None] + np.arange(2, 2 + TOKEN_LENGTH)].tobytes())
+        tokens = wire[starts[:, None] + np.arange(2, 2 + TOKEN_LENGTH)].tobytes()
+        # Protobuf refuses a message with text that is not UTF-8; a token that is not even ASCII is left to it.
+        _require(tokens.isascii())
+        by_token = TokenTargets(everybody, tokens)
     else:
         by_name, at = _read_names(app, data, wire, starts, ends)
     labels, label_of, at = _read_labels(wire, at, ends)
@@ -172,7 +179,7 @@ def _read_names(
     after = starts + 4 + length
     _require(after + 1 < ends)
     sizes = wire[after + 1].astype(np.int64)
-    _require((wire[starts] == 0x12) & (wire[starts + 2] == 0x0A) & (wire[starts + 3] == length) & (length <= 0x7F))
+    _require((wire[starts] == 0x12) & (wire[starts + 2] == 0x0A) & (wire[starts + 3] == length) & (0 < length <= 0x7F))
     _require((wire[after] == 0x12) & (sizes > 0) & (sizes <= 0x7F) & (wire[starts + 1] == 4 + length + sizes))
     names = wire[starts[:, None] + np.arange(4, 4 + length)]
     _require(names == names[0])
@@ -180,6 +187,8 @@ def _read_names(
     _require(last <= ends)
     campaign = _read_campaign_id(app, names[0].tobytes().decode())
     external_ids = [data[begin:end] for begin, end in zip(first.tolist(), last.tolist(), strict=True)]
+    # Raises where one is not UTF-8, as protobuf would; the separator keeps halves of two from making a whole.
+    b"\0".join(external_ids).decode()
     return NamedTargets(np.arange(len(starts)), [campaign], np.zeros(len(starts), np.int64), external_ids), last
 
 
@@ -218,5 +227,7 @@ def _read_times(wire: NDArray[np.uint8], at: NDArray[np.int64], ends: NDArray[np
             digit = wire[np.minimum(at + 1 + place, len(wire) - 1)].astype(np.int64)
             _require((place >= size) | ((digit >= 0x80) == (place < size - 1)))
             nanos += np.where(place < size, (digit & 0x7F) << 7 * place, 0)
+        # A larger number of 32 bits is a negative one to protobuf.
+        _require(nanos < 1 << 31)
         times[has_nanos] += nanos // 1_000
     return times

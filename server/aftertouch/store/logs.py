@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,28 +191,6 @@ async def read_horizon(conn: AsyncConnection) -> int:
     rows = await pg.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
     ((horizon,),) = await rows.fetchall()
     return int(horizon)
-
-
-@dataclass(frozen=True)
-class FirstCommit:
-    """Where the event log begins."""
-
-    commit_id: int
-    kept_since: datetime
-    has_dropped: bool
-    """True when earlier events are no longer kept."""
-
-
-async def read_first_commit(conn: AsyncConnection) -> FirstCommit | None:
-    """The oldest event that is kept; None when there is none."""
-    pg = await driver(conn)
-    rows = await pg.execute("SELECT commit_id, arrive_time FROM events ORDER BY arrive_time LIMIT 1")
-    first = await rows.fetchone()
-    if first is None:
-        return None
-    counted = await pg.execute("SELECT min(minute) FROM activity")
-    ((oldest,),) = await counted.fetchall()
-    return FirstCommit(first[0], first[1], oldest is not None and oldest < first[1] - timedelta(days=1))
 
 
 async def read_events(

@@ -455,7 +455,9 @@ class WatchEventsResponse(_message.Message):
     """To go on after this answer."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedEvent]:
-        """Events in the order in which they became durable. Empty every 15 seconds while nothing happens."""
+        """Events in the order in which they became durable. Empty every 15 seconds while nothing happens, and in the first
+        answer to a call without a resume token, so that there is one to go on with.
+        """
 
     def __init__(
         self,

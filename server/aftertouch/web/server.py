@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 GRACE_SECONDS = 10
 
@@ -45,7 +45,7 @@ def bind(address: str, *, is_shared: bool = False) -> socket.socket:
 
 
 @asynccontextmanager
-async def serve_http(app: Starlette, listener: socket.socket) -> AsyncIterator[None]:
+async def serve_http(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
     """Serve ``app``; requests under way end before this does."""
     config = uvicorn.Config(
         app,
@@ -53,6 +53,8 @@ async def serve_http(app: Starlette, listener: socket.socket) -> AsyncIterator[N
         access_log=False,
         lifespan="off",
         server_header=False,
+        # Nothing here asks who the client is, and the address that signatures cover is configured.
+        proxy_headers=False,
         http="httptools",
         ws="none",
         timeout_graceful_shutdown=GRACE_SECONDS,
