@@ -12,6 +12,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from aftertouch.errors import FieldsInvalid, Violation
+from aftertouch.v1 import events_pb2
 
 _NUL = "contains the character U+0000, which PostgreSQL cannot store"
 TIMESTAMP_SECONDS = (-62_135_596_800, 253_402_300_799)
@@ -49,6 +50,9 @@ def _find_faults(message: Message, path: str, *, is_part: bool = False) -> Itera
 
 def _find_value_faults(value: Message, path: str, *, is_part: bool) -> Iterator[Violation]:
     match value:
+        case events_pb2.Event():
+            # Judged one by one by the service: a bad one is left out, and the others are stored.
+            return
         case Struct():
             yield from _find_struct_faults(value, path)
         case Timestamp():

@@ -28,7 +28,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61\x66tertouch/v1/events.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\x01\n\x05\x45vent\x12\x0f\n\x05token\x18\x01 \x01(\tH\x00\x12\x33\n\trecipient\x18\x02 \x01(\x0b\x32\x1e.aftertouch.v1.RecipientTargetH\x00\x12/\n\x07message\x18\x06 \x01(\x0b\x32\x1c.aftertouch.v1.MessageTargetH\x00\x12\x1b\n\x06signal\x18\x03 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18@\x12\x1c\n\x0breason_code\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0f\n\x06target\x12\x05\xbaH\x02\x08\x01\"D\n\x0fRecipientTarget\x12\x16\n\x08\x63\x61mpaign\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x19\n\x0b\x65xternal_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"H\n\rMessageTarget\x12\x15\n\x07\x63hannel\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12 \n\nmessage_id\x18\x02 \x01(\tB\x0c\xe2\x41\x01\x02\xbaH\x05r\x03\x18\x80\x02\"\xc3\x02\n\rRejectedEvent\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.aftertouch.v1.RejectedEvent.Reason\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xd8\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n\rTOKEN_INVALID\x10\x01\x12\x14\n\x10\x43\x41MPAIGN_UNKNOWN\x10\x02\x12\x13\n\x0f\x43ONTACT_UNKNOWN\x10\x03\x12\x13\n\x0fNOT_A_RECIPIENT\x10\x04\x12\x12\n\x0eSIGNAL_UNKNOWN\x10\x05\x12\x15\n\x11TIME_OUT_OF_RANGE\x10\x06\x12\r\n\tMALFORMED\x10\x07\x12\x13\n\x0fMESSAGE_UNKNOWN\x10\x08\x12\x14\n\x10\x43\x41MPAIGN_TOO_OLD\x10\t\"\x81\x01\n\x13IngestEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x33\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.EventB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\x90N\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"`\n\x14IngestEventsResponse\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"|\n\x13StreamEventsRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.aftertouch.v1.OpenStreamH\x00\x12+\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1a.aftertouch.v1.EventsBatchH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"b\n\nOpenStream\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12>\n\x08producer\x18\x02 \x01(\tB,\xbaH)r\'2%^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$\"E\n\x0b\x45ventsBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12$\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.Event\"d\n\x14StreamEventsResponse\x12\x1a\n\x12\x63ommitted_position\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedBatch\"O\n\rRejectedBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12,\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"m\n\x12WatchEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x10\n\x08\x63\x61mpaign\x18\x02 \x01(\t\x12\x19\n\x07signals\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10 \x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"X\n\x13WatchEventsResponse\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.aftertouch.v1.WatchedEvent\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\xac\x01\n\x0cWatchedEvent\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontact\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61rrive_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xa8\x02\n\x06\x45vents\x12]\n\x0cIngestEvents\x12\".aftertouch.v1.IngestEventsRequest\x1a#.aftertouch.v1.IngestEventsResponse\"\x04\x88\xca*\x02\x12\x61\n\x0cStreamEvents\x12\".aftertouch.v1.StreamEventsRequest\x1a#.aftertouch.v1.StreamEventsResponse\"\x04\x88\xca*\x02(\x01\x30\x01\x12\\\n\x0bWatchEvents\x12!.aftertouch.v1.WatchEventsRequest\x1a\".aftertouch.v1.WatchEventsResponse\"\x04\x88\xca*\x01\x30\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61\x66tertouch/v1/events.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd7\x01\n\x05\x45vent\x12\x0f\n\x05token\x18\x01 \x01(\tH\x00\x12\x33\n\trecipient\x18\x02 \x01(\x0b\x32\x1e.aftertouch.v1.RecipientTargetH\x00\x12/\n\x07message\x18\x06 \x01(\x0b\x32\x1c.aftertouch.v1.MessageTargetH\x00\x12\x0e\n\x06signal\x18\x03 \x01(\t\x12\x13\n\x0breason_code\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\n\x06target\"8\n\x0fRecipientTarget\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x13\n\x0b\x65xternal_id\x18\x02 \x01(\t\"4\n\rMessageTarget\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\"\xc3\x02\n\rRejectedEvent\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.aftertouch.v1.RejectedEvent.Reason\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xd8\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n\rTOKEN_INVALID\x10\x01\x12\x14\n\x10\x43\x41MPAIGN_UNKNOWN\x10\x02\x12\x13\n\x0f\x43ONTACT_UNKNOWN\x10\x03\x12\x13\n\x0fNOT_A_RECIPIENT\x10\x04\x12\x12\n\x0eSIGNAL_UNKNOWN\x10\x05\x12\x15\n\x11TIME_OUT_OF_RANGE\x10\x06\x12\r\n\tMALFORMED\x10\x07\x12\x13\n\x0fMESSAGE_UNKNOWN\x10\x08\x12\x14\n\x10\x43\x41MPAIGN_TOO_OLD\x10\t\"\x81\x01\n\x13IngestEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x33\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.EventB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\x90N\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"`\n\x14IngestEventsResponse\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"|\n\x13StreamEventsRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.aftertouch.v1.OpenStreamH\x00\x12+\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1a.aftertouch.v1.EventsBatchH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"b\n\nOpenStream\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12>\n\x08producer\x18\x02 \x01(\tB,\xbaH)r\'2%^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$\"E\n\x0b\x45ventsBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12$\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.Event\"d\n\x14StreamEventsResponse\x12\x1a\n\x12\x63ommitted_position\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedBatch\"O\n\rRejectedBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12,\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"m\n\x12WatchEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x10\n\x08\x63\x61mpaign\x18\x02 \x01(\t\x12\x19\n\x07signals\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10 \x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"X\n\x13WatchEventsResponse\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.aftertouch.v1.WatchedEvent\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\xac\x01\n\x0cWatchedEvent\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontact\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61rrive_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xa8\x02\n\x06\x45vents\x12]\n\x0cIngestEvents\x12\".aftertouch.v1.IngestEventsRequest\x1a#.aftertouch.v1.IngestEventsResponse\"\x04\x88\xca*\x02\x12\x61\n\x0cStreamEvents\x12\".aftertouch.v1.StreamEventsRequest\x1a#.aftertouch.v1.StreamEventsResponse\"\x04\x88\xca*\x02(\x01\x30\x01\x12\\\n\x0bWatchEvents\x12!.aftertouch.v1.WatchEventsRequest\x1a\".aftertouch.v1.WatchEventsResponse\"\x04\x88\xca*\x01\x30\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,20 +36,6 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'aftertouch.v1.events_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\020io.aftertouch.v1P\001ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1'
-  _globals['_EVENT'].oneofs_by_name['target']._loaded_options = None
-  _globals['_EVENT'].oneofs_by_name['target']._serialized_options = b'\272H\002\010\001'
-  _globals['_EVENT'].fields_by_name['signal']._loaded_options = None
-  _globals['_EVENT'].fields_by_name['signal']._serialized_options = b'\342A\001\002\272H\004r\002\030@'
-  _globals['_EVENT'].fields_by_name['reason_code']._loaded_options = None
-  _globals['_EVENT'].fields_by_name['reason_code']._serialized_options = b'\272H\004r\002\030@'
-  _globals['_RECIPIENTTARGET'].fields_by_name['campaign']._loaded_options = None
-  _globals['_RECIPIENTTARGET'].fields_by_name['campaign']._serialized_options = b'\342A\001\002'
-  _globals['_RECIPIENTTARGET'].fields_by_name['external_id']._loaded_options = None
-  _globals['_RECIPIENTTARGET'].fields_by_name['external_id']._serialized_options = b'\342A\001\002'
-  _globals['_MESSAGETARGET'].fields_by_name['channel']._loaded_options = None
-  _globals['_MESSAGETARGET'].fields_by_name['channel']._serialized_options = b'\342A\001\002'
-  _globals['_MESSAGETARGET'].fields_by_name['message_id']._loaded_options = None
-  _globals['_MESSAGETARGET'].fields_by_name['message_id']._serialized_options = b'\342A\001\002\272H\005r\003\030\200\002'
   _globals['_INGESTEVENTSREQUEST'].fields_by_name['parent']._loaded_options = None
   _globals['_INGESTEVENTSREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
   _globals['_INGESTEVENTSREQUEST'].fields_by_name['events']._loaded_options = None
@@ -73,35 +59,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENTS'].methods_by_name['WatchEvents']._loaded_options = None
   _globals['_EVENTS'].methods_by_name['WatchEvents']._serialized_options = b'\210\312*\001'
   _globals['_EVENT']._serialized_start=170
-  _globals['_EVENT']._serialized_end=414
-  _globals['_RECIPIENTTARGET']._serialized_start=416
-  _globals['_RECIPIENTTARGET']._serialized_end=484
-  _globals['_MESSAGETARGET']._serialized_start=486
-  _globals['_MESSAGETARGET']._serialized_end=558
-  _globals['_REJECTEDEVENT']._serialized_start=561
-  _globals['_REJECTEDEVENT']._serialized_end=884
-  _globals['_REJECTEDEVENT_REASON']._serialized_start=668
-  _globals['_REJECTEDEVENT_REASON']._serialized_end=884
-  _globals['_INGESTEVENTSREQUEST']._serialized_start=887
-  _globals['_INGESTEVENTSREQUEST']._serialized_end=1016
-  _globals['_INGESTEVENTSRESPONSE']._serialized_start=1018
-  _globals['_INGESTEVENTSRESPONSE']._serialized_end=1114
-  _globals['_STREAMEVENTSREQUEST']._serialized_start=1116
-  _globals['_STREAMEVENTSREQUEST']._serialized_end=1240
-  _globals['_OPENSTREAM']._serialized_start=1242
-  _globals['_OPENSTREAM']._serialized_end=1340
-  _globals['_EVENTSBATCH']._serialized_start=1342
-  _globals['_EVENTSBATCH']._serialized_end=1411
-  _globals['_STREAMEVENTSRESPONSE']._serialized_start=1413
-  _globals['_STREAMEVENTSRESPONSE']._serialized_end=1513
-  _globals['_REJECTEDBATCH']._serialized_start=1515
-  _globals['_REJECTEDBATCH']._serialized_end=1594
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1596
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1705
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1707
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1795
-  _globals['_WATCHEDEVENT']._serialized_start=1798
-  _globals['_WATCHEDEVENT']._serialized_end=1970
-  _globals['_EVENTS']._serialized_start=1973
-  _globals['_EVENTS']._serialized_end=2269
+  _globals['_EVENT']._serialized_end=385
+  _globals['_RECIPIENTTARGET']._serialized_start=387
+  _globals['_RECIPIENTTARGET']._serialized_end=443
+  _globals['_MESSAGETARGET']._serialized_start=445
+  _globals['_MESSAGETARGET']._serialized_end=497
+  _globals['_REJECTEDEVENT']._serialized_start=500
+  _globals['_REJECTEDEVENT']._serialized_end=823
+  _globals['_REJECTEDEVENT_REASON']._serialized_start=607
+  _globals['_REJECTEDEVENT_REASON']._serialized_end=823
+  _globals['_INGESTEVENTSREQUEST']._serialized_start=826
+  _globals['_INGESTEVENTSREQUEST']._serialized_end=955
+  _globals['_INGESTEVENTSRESPONSE']._serialized_start=957
+  _globals['_INGESTEVENTSRESPONSE']._serialized_end=1053
+  _globals['_STREAMEVENTSREQUEST']._serialized_start=1055
+  _globals['_STREAMEVENTSREQUEST']._serialized_end=1179
+  _globals['_OPENSTREAM']._serialized_start=1181
+  _globals['_OPENSTREAM']._serialized_end=1279
+  _globals['_EVENTSBATCH']._serialized_start=1281
+  _globals['_EVENTSBATCH']._serialized_end=1350
+  _globals['_STREAMEVENTSRESPONSE']._serialized_start=1352
+  _globals['_STREAMEVENTSRESPONSE']._serialized_end=1452
+  _globals['_REJECTEDBATCH']._serialized_start=1454
+  _globals['_REJECTEDBATCH']._serialized_end=1533
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1535
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1644
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1646
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1734
+  _globals['_WATCHEDEVENT']._serialized_start=1737
+  _globals['_WATCHEDEVENT']._serialized_end=1909
+  _globals['_EVENTS']._serialized_start=1912
+  _globals['_EVENTS']._serialized_end=2208
 # @@protoc_insertion_point(module_scope)

@@ -22,7 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Event(_message.Message):
-    """One occurrence that makes a signal true of a recipient."""
+    """One occurrence that makes a signal true of a recipient. An event that cannot be taken is rejected by itself, so nothing
+    in here makes a whole request invalid.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -35,9 +37,9 @@ class Event(_message.Message):
     token: _builtins.str
     """The token of the message."""
     signal: _builtins.str
-    """A signal that the campaign's channel declares, as in "read"."""
+    """A signal that the campaign's channel declares, as in "read". Needed; at most 64 characters."""
     reason_code: _builtins.str
-    """With "failed": the provider's code."""
+    """With "failed": the provider's code, at most 64 characters."""
     @_builtins.property
     def recipient(self) -> Global___RecipientTarget:
         """A recipient by campaign and external_id."""
@@ -107,7 +109,7 @@ class MessageTarget(_message.Message):
     channel: _builtins.str
     """The channel's id, as in "sms"."""
     message_id: _builtins.str
-    """As the provider named it when it took the message."""
+    """As the provider named it when it took the message, at most 256 characters."""
     def __init__(
         self,
         *,
