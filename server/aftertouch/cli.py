@@ -83,8 +83,13 @@ def _load(environment: dict[str, str] | None = None) -> tuple[Config, Discovery]
         config = load_config(environment or dict(os.environ), [name_channel_setting(name, "") for name in found.types])
     except ConfigError as error:
         raise CommandFailed("the settings are wrong:\n" + "\n".join(f"  {problem}" for problem in error.problems), 2) from error
+    if config.allowed_channels is not None:
+        if unknown := sorted(config.allowed_channels - found.types.keys()):
+            known = ", ".join(sorted(found.types)) or "none"
+            raise CommandFailed(f"AFTERTOUCH_CHANNELS names {', '.join(unknown)}; installed are {known}", 2)
+        found = _discover(config.allowed_channels)
     configure_logs(config.log_format, config.log_level)
-    return config, _discover(config.allowed_channels) if config.allowed_channels is not None else found
+    return config, found
 
 
 @app.command()
@@ -110,11 +115,9 @@ async def _serve(with_sandbox: bool) -> None:
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
         if with_sandbox:
-            from aftertouch.sandbox import Sandbox, SandboxSettings
+            from aftertouch.sandbox import Sandbox
 
-            http = environment.get("AFTERTOUCH_HTTP_ADDRESS") or Config.model_fields["http_address"].default
-            settings = SandboxSettings(whatsapp_webhook_url=f"http://{http}/v1/webhooks/whatsapp")
-            world = await stack.enter_async_context(Sandbox(settings))
+            world = await stack.enter_async_context(Sandbox())
             environment |= world.environment
         config, discovery = _load(environment)
         if config.processes > 1:
@@ -125,6 +128,8 @@ async def _serve(with_sandbox: bool) -> None:
             core, addresses = await stack.enter_async_context(run_server(config, discovery, environment, stopping, listener))
             engine, registry = core.engine, core.registry
         if with_sandbox:
+            # Only now is the port known that the ingress was given.
+            world.meta.webhooks.url = f"http://{addresses.http}/v1/webhooks/whatsapp"
             await _settle_in(engine, world, addresses.grpc)
         out.print(f"gRPC on {addresses.grpc}, webhooks on http://{addresses.http}", markup=False)
         ready = ", ".join(sorted(registry.channels)) or "none"
