@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -54,6 +55,17 @@ async def template(postgres_url: str) -> AsyncIterator[str]:
     await _run(postgres_url, f"DROP DATABASE {name}")
 
 
+async def _drop(url: str, name: str) -> None:
+    """Drop a database; an autovacuum worker in it, which only a superuser may end, is waited for."""
+    for _ in range(100):
+        try:
+            await _run(url, f"DROP DATABASE {name} WITH (FORCE)")
+            return
+        except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ObjectInUse):
+            await asyncio.sleep(0.1)
+    raise TimeoutError(f"{name} is still in use")
+
+
 @asynccontextmanager
 async def clone_database(postgres_url: str, template: str | None = None) -> AsyncIterator[str]:
     """A database that is dropped in the end: a clone of the template, or an empty one."""
@@ -62,7 +74,7 @@ async def clone_database(postgres_url: str, template: str | None = None) -> Asyn
     try:
         yield name_database(postgres_url, name)
     finally:
-        await _run(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+        await _drop(postgres_url, name)
 
 
 @pytest.fixture
