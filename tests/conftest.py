@@ -1,4 +1,4 @@
-"""Which fixtures there are, and which PostgreSQL the tests run on. See tests/README.md."""
+"""Which fixtures there are, and which PostgreSQL the tests run on: an embedded one, or the one of --dsn."""
 
 import pytest
 
