@@ -97,6 +97,8 @@ class Capabilities:
     only proof: a receipt without one of ours is then refused, and nothing of it kept."""
     batch_size: int = 50
     """How many messages one call of ``send`` may be handed (1 to 1,000)."""
+    look_up: bool = False
+    """``look_up`` can find out at the provider whether it took a message."""
 
 
 class Address(BaseModel, ABC):
@@ -138,6 +140,17 @@ class Message(Generic[A, C]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limit:
+    """How fast messages that share something may leave. All workers together keep it."""
+
+    key: str
+    """What the messages share, at most 200 characters: ``account``, a sender, the host of a push service. Where they share a
+    person, put a hash of the address."""
+    interval: timedelta = timedelta(0)
+    """Between two messages: 12.5 ms for 80 a second. Zero where only the provider's "too fast" ever holds messages back."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Accepted:
     """The provider took the message."""
 
@@ -155,13 +168,15 @@ class Refused:
     """The provider's code, or a word of yours (``payload_too_large``); its class is looked up in ``Channel.reasons``."""
     retry_after: timedelta | None = None
     """What the provider asked for, if it did."""
+    limit: str = ""
+    """With a code of the class ``rate``: the key of the limit that is exhausted; empty for the message's first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unclear:
     """The message may or may not have been taken: a timeout or a reset after the request had left.
 
-    It is not sent again unless the channel's sends are idempotent; a receipt that carries the token settles it.
+    It is not sent again unless the channel's sends are idempotent; a receipt that carries the token settles it, or ``look_up``.
     """
 
     detail: str
@@ -169,6 +184,14 @@ class Unclear:
 
 
 Outcome = Accepted | Refused | Unclear
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotTaken:
+    """The provider certainly never took the message, so that it may be sent: an answer of ``look_up``."""
+
+
+Finding = Accepted | NotTaken | Unclear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +270,8 @@ class Channel(ABC):
     actions: ClassVar[tuple[Action, ...]]
     reasons: ClassVar[Mapping[str, ReasonClass]]
     """The class of each code that ``send`` and ``parse`` can bring."""
+    capped_for: ClassVar[Mapping[str, timedelta]] = {}
+    """For codes of the class ``capped``: how long the person is left alone on this channel, where it is not 24 hours."""
 
     def __init__(self, settings: Settings, *, webhook_url: str) -> None:
         """Keep the settings; do no I/O here.
@@ -281,6 +306,22 @@ class Channel(ABC):
         Never raises for a provider's trouble; an exception is taken for a bug, and every message of the batch for ``Unclear``.
         Set a timeout on every call, follow no redirects, and keep the provider's limits before asking it.
         """
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        """The limits that a message counts against, the most general first; none by default. Pure; called for every message."""
+        return ()
+
+    async def look_up(self, messages: Sequence[Message[Address, Content]], since: datetime) -> Sequence[Finding]:
+        """Find out at the provider what became of messages whose outcome is unclear: one finding per message, in their order.
+
+        Only called when ``capabilities.look_up`` is set, and not within the first seconds after the attempt. ``NotTaken`` has the
+        message sent again, so it must be certain; ``Unclear`` has it looked up once more later.
+
+        Args:
+            messages: as they were handed to ``send``.
+            since: before the first of them was attempted; an older message of the provider's is none of these.
+        """
+        raise NotImplementedError
 
     def verify(self, request: WebhookRequest) -> None:
         """Raise ``InvalidSignature`` unless the request proves where it comes from. Pure: bytes and headers in, nothing else."""

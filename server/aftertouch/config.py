@@ -76,7 +76,17 @@ class Config(BaseModel):
         256, ge=0, description="For webhooks that arrive while the database is away; 0 has their providers send them again"
     )
     channels: str | None = Field(None, description="Comma-separated names: only these channels are used")
-    send_units: int = Field(4, ge=0, le=64, description="Work units that a process sends at once; 0 leaves sending to workers")
+    send_units: int = Field(
+        4, ge=0, le=64, description="Work units that a process sends at once on each channel; 0 leaves sending to workers"
+    )
+    pause_failures: int = Field(
+        100,
+        ge=0,
+        description="Failures in a row that pause a campaign; 0 never does. People who are gone do not count",
+    )
+    pause_percent: int = Field(
+        50, ge=0, le=100, description="Share of failures among 200 messages or more that pauses a campaign; 0 never does"
+    )
     processes: int = Field(1, ge=1, le=16, description="Server processes of `aftertouch serve`, which share both ports")
     channelz: bool = Field(False, description="Serve gRPC's channelz; costs about a tenth of the throughput")
     log_format: Literal["console", "json"] = Field("console", description="How log lines look")

@@ -21,6 +21,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.config import Config
+from aftertouch.delivery.breaker import BreakerSettings
 from aftertouch.delivery.worker import Worker
 from aftertouch.errors import AftertouchError
 from aftertouch.ingest.intake import Intake
@@ -32,6 +33,7 @@ from aftertouch.rpc.server import serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
+from aftertouch.store.paces import forget_limits
 from aftertouch.store.partitions import create_partitions, drop_partitions, lock_partitions
 from aftertouch.store.requests import forget_requests
 from aftertouch.web.ingress import WEBHOOKS, create_ingress
@@ -161,6 +163,7 @@ async def keep_house(engine: AsyncEngine) -> None:
         for day in await drop_partitions(conn, today - timedelta(days=kept)):
             log.info("a day's events are kept no longer", action="drop_partitions", day=day.isoformat())
         await forget_requests(conn)
+        await forget_limits(conn)
 
 
 async def _keep_house_hourly(engine: AsyncEngine) -> None:
@@ -223,7 +226,8 @@ async def serve(
 async def send_beside(config: Config, core: Core, stopping: asyncio.Event) -> AsyncIterator[None]:
     """Send work units meanwhile; the batches under way are finished first when it ends."""
     done = asyncio.Event()
-    worker = Worker(core.engine, core.ledger, core.registry, units=config.send_units)
+    breaker = BreakerSettings(config.pause_failures, config.pause_percent)
+    worker = Worker(core.engine, core.ledger, core.registry, units=config.send_units, breaker=breaker)
     sending = asyncio.create_task(worker.run(done), name="send")
     sending.add_done_callback(lambda _: stopping.set())
     try:

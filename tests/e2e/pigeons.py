@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -26,7 +27,10 @@ from aftertouch.channels import (
     Signal,
 )
 from aftertouch.client import Client
-from aftertouch.delivery.sender import LEASE, Sender
+from aftertouch.delivery.breaker import Breaker, BreakerSettings
+from aftertouch.delivery.leases import LEASE, Lease
+from aftertouch.delivery.pace import Pacer
+from aftertouch.delivery.sender import Sender
 from aftertouch.rpc.values import to_struct
 from aftertouch.store.engine import transaction
 from aftertouch.store.units import Unit, claim_unit
@@ -64,6 +68,7 @@ class PigeonChannel(Channel):
         "no_tree": ReasonClass.RECIPIENT_GONE,
         "stop": ReasonClass.OPTED_OUT,
         "hawks": ReasonClass.RATE,
+        "too_heavy": ReasonClass.CONTENT,
     }
 
     def __init__(self, settings: Settings, *, webhook_url: str) -> None:
@@ -102,26 +107,34 @@ class Loft:
     """Of an app of its own."""
     name: str
     """Of the channel."""
+    pacer: Pacer
+    breaker: Breaker
 
     @property
     def channel(self) -> Any:
         """The channel object that sends."""
         return self.world.core.registry.channels[self.name]
 
-    async def launch(self, people: int, *, trees: int = 1, note: str = "Hi", attributes: Mapping[str, Any] | None = None) -> str:
-        """Make people p0, p1, … with so many addresses each, launch a campaign to them, and return its name."""
+    async def import_people(
+        self,
+        people: int,
+        *,
+        trees: int = 1,
+        attributes: Mapping[str, Any] | None = None,
+        time_zones: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make people p0, p1, … with so many addresses each."""
         contacts = []
         for index in range(people):
-            contact = contacts_pb2.Contact(external_id=f"p{index}")
+            contact = contacts_pb2.Contact(external_id=f"p{index}", time_zone=(time_zones or {}).get(f"p{index}", ""))
             contact.attributes.update(dict(attributes or {}))
             for tree in range(trees):
                 contact.subscriptions.add(channel=self.name, address=to_struct({"tree": f"p{index}-{tree}"}))
             contacts.append(contact)
         await self.client.import_contacts(contacts)
-        return await self.relaunch(note)
 
-    async def relaunch(self, note: str = "Hi") -> str:
-        """Launch one more campaign to everybody."""
+    async def create(self, note: str = "Hi", **fields: Any) -> str:
+        """Make a draft for everybody, and return its name."""
         client = self.client
         draft = await client.campaigns.CreateCampaign(
             campaigns_pb2.CreateCampaignRequest(
@@ -131,28 +144,61 @@ class Loft:
                     channel=self.name,
                     content=to_struct({"text": note}),
                     audience=campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers()),
+                    **fields,
                 ),
             )
         )
-        await client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=draft.name))
         return str(draft.name)
+
+    async def draft(self, people: int, note: str = "Hi", **fields: Any) -> str:
+        """Make people, and a draft for them."""
+        await self.import_people(people)
+        return await self.create(note, **fields)
+
+    async def launch(
+        self,
+        people: int,
+        *,
+        trees: int = 1,
+        note: str = "Hi",
+        attributes: Mapping[str, Any] | None = None,
+        time_zones: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> str:
+        """Make people, launch a campaign to them, and return its name."""
+        await self.import_people(people, trees=trees, attributes=attributes, time_zones=time_zones)
+        return await self.relaunch(note, **fields)
+
+    async def relaunch(self, note: str = "Hi", **fields: Any) -> str:
+        """Launch one more campaign to everybody."""
+        name = await self.create(note, **fields)
+        await self.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+        return name
 
     async def claim(self) -> Unit:
         """Take a unit that is free, as a worker does."""
         async with transaction(self.world.core.engine) as conn:
-            unit = await claim_unit(conn, [self.name], LEASE)
+            unit = await claim_unit(conn, self.name, LEASE)
         assert unit is not None
         return unit
 
-    async def pass_time(self, duration: timedelta = LEASE) -> None:
+    async def pass_time(self, duration: timedelta = timedelta(minutes=2)) -> None:
         """Let leases and back-offs be so much nearer to their end."""
         async with transaction(self.world.core.engine) as conn:
-            await conn.execute(text("UPDATE send_units SET lease_until = lease_until - :duration"), {"duration": duration})
+            await conn.execute(
+                text(
+                    "UPDATE send_units SET lease_until = lease_until - :duration, ready_time = ready_time - :duration,"
+                    " unclear_since = unclear_since - :duration"
+                ),
+                {"duration": duration},
+            )
+            await conn.execute(text("UPDATE paces SET free_time = free_time - :duration"), {"duration": duration})
 
     def make_sender(self, unit: Unit) -> Sender:
         """Somebody who sends a claimed unit."""
         core = self.world.core
-        return Sender(core.engine, core.ledger, core.registry.types[self.name], self.channel, unit)
+        lease = Lease(unit, time.monotonic())
+        return Sender(core.engine, core.ledger, self.pacer, self.breaker, core.registry.types[self.name], self.channel, lease)
 
     async def send(self) -> None:
         """Claim a unit and send it until it is done or has to wait."""
@@ -185,9 +231,10 @@ async def open_loft(world: World, channel: type[PigeonChannel]) -> AsyncIterator
     """A loft of its own in a world that many share."""
     async with transaction(world.core.engine) as conn:
         await conn.execute(text("DELETE FROM send_units"))
+        await conn.execute(text("DELETE FROM paces"))
     app = f"loft-{next(_numbers)}"
     async with world.connect(app, await world.create_key(app, "admin")) as client:
-        loft = Loft(world, client, channel.name)
+        loft = Loft(world, client, channel.name, Pacer(world.core.engine), Breaker(BreakerSettings()))
         loft.channel.handed.clear()
         loft.channel.script = accept_all
         yield loft

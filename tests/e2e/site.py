@@ -15,7 +15,7 @@ from typing import Any
 
 from aftertouch.client import Client
 from aftertouch.contact_files import read_contacts
-from aftertouch.delivery.sender import LEASE
+from aftertouch.delivery.leases import LEASE
 from aftertouch.demo import SANDBOX_READY, SERVER_READY, ask_sandbox
 from aftertouch.processes import Child
 from aftertouch.rpc.values import to_struct

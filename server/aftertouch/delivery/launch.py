@@ -1,58 +1,144 @@
-"""Launching: the audience becomes a roll, and the roll's chunks become work units, in one transaction."""
+"""Launching, now or at a time: the audience becomes a roll, and the roll's chunks become work units, in one transaction."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
+import structlog
 from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.errors import AudienceEmpty, CampaignStateWrong, ChannelNotReady, ContentMissing, FieldsInvalid, Violation
+from aftertouch.delivery.control import check_state
+from aftertouch.errors import (
+    AftertouchError,
+    AudienceEmpty,
+    ChannelNotReady,
+    ContentMissing,
+    DatabaseUnavailable,
+    FieldsInvalid,
+    Violation,
+)
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.audiences import decode_audience, evaluate_audience
 from aftertouch.rolls.chunks import Numbers
 from aftertouch.rolls.sql import write_roll
-from aftertouch.store.apps import App
-from aftertouch.store.campaigns import Campaign, update_campaign
-from aftertouch.store.units import create_units, free_units, wake_workers
+from aftertouch.store.apps import App, read_app
+from aftertouch.store.campaigns import Campaign, lock_due_campaign, update_campaign
+from aftertouch.store.units import create_units, wake_workers
+
+log = structlog.get_logger()
+
+FURTHEST = timedelta(days=366)
+"""How far ahead a launch may be scheduled."""
 
 
 async def prepare_launch(conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign) -> Numbers:
-    """Check that a draft can be launched, and return whom it would go to.
+    """Check that a campaign can be launched, and return whom it would go to.
 
     Raises:
-        CampaignStateWrong, ContentMissing, FieldsInvalid, ChannelNotReady, AudienceEmpty, or what a selection's source raises.
+        CampaignStateWrong, ContentMissing, FieldsInvalid, ChannelNotReady, or what a selection's source raises.
     """
-    name = f"{app.name}/campaigns/{campaign.campaign}"
-    if campaign.state != "DRAFT":
-        raise CampaignStateWrong(name, campaign.state, "DRAFT")
+    check_state(app, campaign, "DRAFT", "SCHEDULED")
     if campaign.content is None:
-        raise ContentMissing(name)
+        raise ContentMissing(f"{app.name}/campaigns/{campaign.campaign}")
     if campaign.audience is None:
         raise FieldsInvalid([Violation("audience", "the campaign has none; set it with UpdateCampaign")])
     if campaign.channel not in registry.channels:
         raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
-    numbers = await evaluate_audience(conn, app, registry.types, decode_audience(campaign.audience), campaign.channel)
-    if not len(numbers):
-        raise AudienceEmpty(name)
-    return numbers
+    return await evaluate_audience(conn, app, registry.types, decode_audience(campaign.audience), campaign.channel)
 
 
-async def launch(conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign) -> Campaign:
-    """Freeze the audience and start sending when the transaction commits. The caller holds the campaign's lock."""
+def check_times(schedule_time: datetime | None, send_by_time: datetime | None) -> None:
+    """Raise ``FieldsInvalid`` unless a campaign can be launched at the one time and sent until the other."""
+    now = datetime.now(UTC)
+    violations = []
+    if schedule_time is not None and not now < schedule_time <= now + FURTHEST:
+        violations.append(Violation("schedule_time", f"must be in the future and at most {FURTHEST.days} days ahead"))
+    if send_by_time is not None and send_by_time <= (schedule_time or now):
+        violations.append(Violation("send_by_time", "must be after the launch"))
+    if violations:
+        raise FieldsInvalid(violations)
+
+
+async def schedule(
+    conn: AsyncConnection,
+    registry: Registry,
+    app: App,
+    campaign: Campaign,
+    schedule_time: datetime,
+    send_by_time: datetime | None,
+) -> Campaign:
+    """Have a draft launched at a time, when its audience is evaluated. The caller holds the campaign's lock.
+
+    Raises:
+        FieldsInvalid, or what ``prepare_launch`` raises: what is wrong now is said now. An empty audience may fill up.
+    """
+    check_state(app, campaign, "DRAFT")
+    check_times(schedule_time, send_by_time)
+    await prepare_launch(conn, registry, app, campaign)
+    return await update_campaign(
+        conn, campaign.campaign_id, state="SCHEDULED", state_reason="", schedule_time=schedule_time, send_by_time=send_by_time
+    )
+
+
+async def unschedule(conn: AsyncConnection, app: App, campaign: Campaign) -> Campaign:
+    """Make a scheduled campaign a draft again. The caller holds the campaign's lock.
+
+    Raises:
+        CampaignStateWrong: it is not scheduled.
+    """
+    check_state(app, campaign, "SCHEDULED")
+    return await update_campaign(conn, campaign.campaign_id, state="DRAFT", schedule_time=None, send_by_time=None)
+
+
+async def launch(
+    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, send_by_time: datetime | None
+) -> Campaign:
+    """Freeze the audience and start sending when the transaction commits. The caller holds the campaign's lock.
+
+    Raises:
+        AudienceEmpty, or what ``prepare_launch`` raises.
+    """
     numbers = await prepare_launch(conn, registry, app, campaign)
+    if not len(numbers):
+        raise AudienceEmpty(f"{app.name}/campaigns/{campaign.campaign}")
     chunks = await write_roll(conn, campaign.campaign_id, numbers)
     await create_units(conn, campaign.campaign_id, chunks)
     await wake_workers(conn)
-    return await update_campaign(conn, campaign.campaign_id, state="SENDING", recipients=len(numbers), launch_time=func.now())
+    return await update_campaign(
+        conn,
+        campaign.campaign_id,
+        state="SENDING",
+        state_reason="",
+        recipients=len(numbers),
+        launch_time=func.now(),
+        send_by_time=send_by_time,
+    )
 
 
-async def resume(conn: AsyncConnection, app: App, campaign: Campaign) -> Campaign:
-    """Go on with a campaign that was paused; whoever was dealt with stays so. The caller holds the campaign's lock.
+async def launch_due(conn: AsyncConnection, registry: Registry) -> bool:
+    """Launch one scheduled campaign whose time has come; False when there is none.
 
-    Raises:
-        CampaignStateWrong: it is not paused.
+    One that cannot be launched fails with the reason, and one that is past its send-by time is not launched at all: a server
+    that was down for hours does not send what nobody wants any more.
     """
-    if campaign.state != "PAUSED":
-        raise CampaignStateWrong(f"{app.name}/campaigns/{campaign.campaign}", campaign.state, "PAUSED")
-    await free_units(conn, campaign.campaign_id)
-    await wake_workers(conn)
-    return await update_campaign(conn, campaign.campaign_id, state="SENDING", state_reason="")
+    campaign = await lock_due_campaign(conn, sorted(registry.channels))
+    if campaign is None:
+        return False
+    app = await read_app(conn, campaign.app_id)
+    if campaign.send_by_time is not None and campaign.send_by_time <= datetime.now(UTC):
+        reason = "it was to be sent by a time at which no server was there to launch it"
+        await update_campaign(conn, campaign.campaign_id, state="FAILED", state_reason=reason, finish_time=func.now())
+        log.error("a campaign was not launched", action="launch_due", campaign_id=campaign.campaign_id, reason="SEND_BY_PASSED")
+        return True
+    try:
+        async with conn.begin_nested():
+            await launch(conn, registry, app, campaign, campaign.send_by_time)
+    except DatabaseUnavailable:
+        raise
+    except AftertouchError as error:
+        await update_campaign(conn, campaign.campaign_id, state="FAILED", state_reason=str(error), finish_time=func.now())
+        log.error("a campaign was not launched", action="launch_due", campaign_id=campaign.campaign_id, reason=error.reason)
+    else:
+        log.info("a campaign was launched", action="launch_due", campaign_id=campaign.campaign_id)
+    return True

@@ -3,115 +3,112 @@
 Before a batch of provider calls each of its people is marked ``attempted`` in the receipts, in the transaction that
 proves the unit's lease; afterwards the outcomes are recorded. So after any crash the receipts say exactly who may have
 been messaged: somebody attempted without outcome is sent to again only on a channel whose sends are idempotent, and
-elsewhere is left to the receipt that settles it.
-
-A refusal that may be tried again is recorded too, as ``refused``, with the number of the try. Bits are only ever set, so
-each try has its own pair: a person's tries are the ``attempted`` bits, and when as many are ``refused``, the next may
-begin.
+elsewhere is left to the receipt that settles it, or looked up at the provider.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import sys
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import structlog
-from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.channels import Accepted, Address, Channel, Content, Message, Outcome, ReasonClass, Refused, Unclear
+from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
-from aftertouch.delivery.render import ContentTemplate, RenderError
+from aftertouch.delivery.breaker import Breaker
+from aftertouch.delivery.calls import send_messages
+from aftertouch.delivery.control import stop_sending
+from aftertouch.delivery.drafts import Draft, Drafter, Drafts, Sending
+from aftertouch.delivery.leases import LEASE, Lease
+from aftertouch.delivery.lookup import LOOK_UP_AFTER, look_up, may_look_up
+from aftertouch.delivery.outcomes import Consequences, Verdict, describe, judge
+from aftertouch.delivery.pace import HORIZON, Pacer, back_off, name_limit
+from aftertouch.delivery.progress import read_progress
+from aftertouch.delivery.render import ContentTemplate
 from aftertouch.errors import DatabaseUnavailable
 from aftertouch.ingest.batcher import RETRY_SECONDS
 from aftertouch.ingest.ledger import Fact, Ledger, Tried
-from aftertouch.rolls.chunks import CHUNK, Numbers, chunk_of
-from aftertouch.rolls.sql import read_receipts, read_roll_chunk
+from aftertouch.rolls.chunks import Numbers
+from aftertouch.rolls.sql import read_roll_chunk
+from aftertouch.store.apps import read_app
 from aftertouch.store.campaigns import Campaign, read_campaign, update_campaign
-from aftertouch.store.contacts import Addressee, read_addressees, set_states
+from aftertouch.store.contacts import hold_addresses, set_states
 from aftertouch.store.engine import transaction
-from aftertouch.store.kinds import Kind, load_kinds
-from aftertouch.store.units import LeaseLost, Unit, finish_unit, hold_unit, release_unit
+from aftertouch.store.kinds import Kind
+from aftertouch.store.paces import count_messages
+from aftertouch.store.units import LeaseLost, finish_unit, hold_unit, release_unit, reopen_unit
 
 log = structlog.get_logger()
 
-LEASE = timedelta(seconds=60)
-"""Renewed with every batch, and far longer than a batch takes: channels time out after seconds."""
-MOST_TRIES = 10
-"""Refusals with back-off that add up to about five minutes; then a person has failed, with the last reason."""
-MOST_UNKNOWN_TRIES = 3
-"""The same for a code that nobody knows: it is more likely to be final."""
 BATCHES_AT_ONCE = 4
 """Of one unit: while one is with the provider, others are being rendered, marked and recorded."""
-LONGEST_BACK_OFF = timedelta(seconds=60)
-LONGEST_RETRY_AFTER = timedelta(hours=1)
-"""What a provider may ask for: a header of seven digits would hold a campaign for 115 days."""
-LONGEST_SEND = timedelta(seconds=45)
-"""For one call of a channel, below the lease and above the channels' own limits of 10 and 15 seconds."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where each person of a unit stands, by position within the slot."""
-
-    tries: Numbers
-    refusals: Numbers
-    is_done: NDArray[np.bool_]
-
-    def find_todo(self, *, idempotent: bool) -> Numbers:
-        """Who is to be sent to now."""
-        may_try = self.tries == self.refusals
-        if idempotent:
-            may_try |= self.tries < MOST_TRIES
-        return np.flatnonzero(~self.is_done & may_try)
+_ZERO = timedelta(0)
 
 
 @dataclass
-class Retry:
-    """How long those who were refused have to wait."""
+class Waits:
+    """When the unit is worth taking up again."""
 
-    after: timedelta = timedelta(0)
-    """Zero while nobody waits."""
-    is_urgent: bool = False
-    """True when the provider asked for less speed: the whole unit waits, not just the refused."""
+    refused: timedelta = _ZERO
+    """The longest that somebody who was refused has to wait."""
+    later: timedelta | None = None
+    """The shortest until somebody may be sent to who may not now."""
 
-    def wait(self, delay: timedelta) -> None:
-        """Somebody has to wait this long."""
-        self.after = max(self.after, delay)
+    def wait_for_refused(self, delay: timedelta) -> None:
+        """Somebody was refused, and may be tried again after this."""
+        self.refused = max(self.refused, delay)
 
+    def wait_until_later(self, delay: timedelta) -> None:
+        """Somebody may not be sent to before this."""
+        self.later = delay if self.later is None else min(self.later, delay)
 
-@dataclass(frozen=True)
-class Draft:
-    """One person of a batch, with the messages for each of their addresses."""
-
-    position: int
-    """Over the whole roll."""
-    addressee: Addressee
-    messages: list[Message[Address, Content]] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
+    def find_shortest(self) -> timedelta:
+        """When to look again."""
+        waits = [self.refused] if self.refused else []
+        waits += [self.later] if self.later is not None else []
+        return max(min(waits, default=_ZERO), timedelta(seconds=1))
 
 
 class Sender:
     """Sends one claimed unit of a campaign."""
 
-    def __init__(self, engine: AsyncEngine, ledger: Ledger, channel_type: ChannelType, channel: Channel, unit: Unit) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        ledger: Ledger,
+        pacer: Pacer,
+        breaker: Breaker,
+        channel_type: ChannelType,
+        channel: Channel,
+        lease: Lease,
+    ) -> None:
         self._engine = engine
         self._ledger = ledger
+        self._pacer = pacer
+        self._breaker = breaker
         self._type = channel_type
         self._channel = channel
-        self._unit = unit
-        self._retry = Retry()
-        self._refusal_of_config = ""
-        self._is_stopping = False
+        self._drafter = Drafter(engine, ledger.tokens, channel_type, channel)
+        self._lease = lease
+        self._unit = lease.unit
+        self._todo: deque[int] = deque()
+        self._tries: Numbers = np.empty(0, np.int64)
+        self._waits = Waits()
+        self._has_refused = False
+        self._is_over = False
+        """Nobody else of this unit can go for now."""
+        self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """End ``run`` after the batch under way, handing the unit back."""
-        self._is_stopping = True
+        """End ``run`` after the batches under way, handing the unit back."""
+        self._stopping.set()
 
     async def run(self) -> None:
         """Send until everybody is dealt with or has to wait, then finish the unit or hand it back.
@@ -124,227 +121,217 @@ class Sender:
             campaign = await read_campaign(conn, self._unit.campaign_id)
             if campaign is None or campaign.content is None:
                 raise LeaseLost
+            app = await read_app(conn, campaign.app_id)
             roll = await read_roll_chunk(conn, self._unit.slot)
+            progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
         self._ledger.lookups.remember(campaign)
         template = ContentTemplate(campaign.content, self._type.channel.content_model)
-        progress = await self._read_progress(len(roll))
-        todo = progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends)
+        sending = Sending(campaign, app, template, self._unit.slot, roll)
+        try:
+            if self._unit.unclear_since is not None and self._channel.capabilities.look_up:
+                await look_up(self._drafter, self._ledger, self._channel, sending, progress)
+                async with transaction(self._engine) as conn:
+                    progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
+            self._tries = progress.tries
+            self._todo.extend(progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends).tolist())
+            await self._send_all(sending)
+            await self._settle(sending)
+        except LeaseLost:
+            if self._has_refused:
+                await self._reopen(campaign)
+            raise
+
+    async def _send_all(self, sending: Sending) -> None:
         size = self._channel.capabilities.batch_size
-        batches = iter([todo[start : start + size] for start in range(0, len(todo), size)])
 
         async def send_batches() -> None:
-            for within in batches:
-                if self._retry.is_urgent or self._is_stopping:
-                    break
+            while self._todo and not self._is_over and not self._stopping.is_set():
+                within = [self._todo.popleft() for _ in range(min(size, len(self._todo)))]
                 try:
-                    await self._send_batch(campaign, template, within, roll[within], progress.tries[within])
+                    await self._send_batch(sending, np.array(within, np.int64))
                 finally:
                     # Of the batches under way none is cut off: its people would be left attempted without outcome.
-                    self._is_stopping |= sys.exception() is not None
+                    if sys.exception() is not None:
+                        self._stopping.set()
 
         failures = await asyncio.gather(*(send_batches() for _ in range(BATCHES_AT_ONCE)), return_exceptions=True)
         for failure in failures:
             if isinstance(failure, BaseException):
                 raise failure
-        await self._settle(campaign, len(roll))
 
-    async def _read_progress(self, members: int) -> Progress:
-        async with transaction(self._engine) as conn:
-            by_kind = await read_receipts(conn, self._unit.slot)
-            numbered = await load_kinds(conn)
-        over = self._type.evidence["sent"] | self._type.evidence["failed"] | {"skipped"}
-
-        def add_up(signals: frozenset[str] | set[str]) -> Numbers:
-            total = np.zeros(members, np.int64)
-            for number, bits in by_kind.items():
-                if numbered[number].signal in signals:
-                    total += np.unpackbits(bits)[:members]
-            return total
-
-        return Progress(add_up({"attempted"}), add_up({"refused"}), add_up(over) > 0)
-
-    async def _send_batch(
-        self, campaign: Campaign, template: ContentTemplate, within: Numbers, numbers: Numbers, tries: Numbers
-    ) -> None:
-        positions = within + chunk_of(self._unit.slot) * CHUNK
-        async with transaction(self._engine) as conn:
-            addressees = await read_addressees(conn, campaign.app_id, campaign.channel, numbers)
-        tokens = self._ledger.tokens.make(campaign.campaign_id, positions)
+    async def _send_batch(self, sending: Sending, within: Numbers) -> None:
         now = datetime.now(UTC)
-        drafts: list[Draft] = []
-        skipped: list[Fact] = []
-        for position, number, token in zip(positions.tolist(), numbers.tolist(), tokens, strict=True):
-            drafted = self._draft(template, position, addressees.get(number), token)
-            if isinstance(drafted, Draft):
-                drafts.append(drafted)
-            else:
-                skipped.append(Fact(campaign, position, drafted, now))
-        tries_of = dict(zip(positions.tolist(), (tries + 1).tolist(), strict=True))
-        await self._mark(
-            skipped + [Fact(campaign, d.position, Kind("attempted", "", str(tries_of[d.position])), now) for d in drafts]
-        )
-        messages = [message for draft in drafts for message in draft.messages]
-        outcomes = iter(await self._call_channel(messages))
-        facts: list[Fact] = []
-        tried: list[Tried] = []
-        changes: list[tuple[int, str, bytes, str, str]] = []
-        for draft in drafts:
-            own = [next(outcomes) for _ in draft.messages]
-            now = datetime.now(UTC)
-            facts += [Fact(campaign, draft.position, kind, now) for kind in self._judge(own, tries_of[draft.position])]
-            for address_hash, outcome in zip(draft.hashes, own, strict=True):
-                message_id = outcome.message_id[:256] if isinstance(outcome, Accepted) else ""
-                tried.append(Tried(campaign, draft.position, self._describe(outcome), address_hash, message_id))
-            changes += self._follow(draft, own)
-        await self._ledger.record(facts, tried)
-        await self._change_subscriptions(campaign, changes)
-        if self._refusal_of_config:
-            await self._pause(campaign)
+        drafts = await self._drafter.draft(sending, within, self._tries[within] + 1, now)
+        if drafts.opening is not None:
+            self._waits.wait_until_later(drafts.opening - now)
+        if drafts.ready:
+            drafts.ready = await self._admit(drafts.ready)
+        if self._stopping.is_set() or not (drafts.ready or drafts.skipped):
+            return
+        marked = await self._mark(sending, drafts)
+        if marked:
+            await self._deliver(sending.campaign, marked)
 
-    def _draft(self, template: ContentTemplate, position: int, addressee: Addressee | None, token: str) -> Draft | Kind:
-        """The messages for one person, or why there are none."""
-        if addressee is None or not addressee.addresses:
-            return Kind("skipped", "unsubscribed", "no_active_subscription")
-        try:
-            content = template.render(addressee.external_id, addressee.attributes)
-        except RenderError as error:
-            return Kind("skipped", ReasonClass.CONTENT, error.code)
-        draft = Draft(position, addressee)
-        for address_hash, values in addressee.addresses:
+    async def _admit(self, drafts: list[Draft]) -> list[Draft]:
+        """Wait until some of these people may be sent to, by every limit, and return them; the others go back into the line."""
+        admission = await self._pacer.admit([[limit for limits in draft.limits for limit in limits] for draft in drafts])
+        admitted = [draft for draft, is_in in zip(drafts, admission.admitted, strict=True) if is_in]
+        put_back = [draft.within for draft, is_in in zip(drafts, admission.admitted, strict=True) if not is_in]
+        if put_back and admission.retry_after <= HORIZON:
+            self._todo.extendleft(reversed(put_back))
+        elif put_back:
+            self._waits.wait_until_later(admission.retry_after)
+            self._is_over |= not admitted
+        delay = admission.wait if admitted else min(admission.retry_after, HORIZON)
+        if delay > _ZERO and not self._is_over:
             try:
-                address = self._type.channel.address_model.model_validate(values)
-            except ValueError:
-                # It was stored by a version of the channel that took it.
-                continue
-            draft.messages.append(Message(token=token, address=address, content=content))
-            draft.hashes.append(address_hash)
-        return draft if draft.messages else Kind("skipped", ReasonClass.CONTENT, "invalid_address")
+                async with asyncio.timeout(delay.total_seconds()):
+                    await self._stopping.wait()
+            except TimeoutError:
+                return admitted
+        return admitted
 
-    async def _mark(self, facts: Sequence[Fact]) -> None:
-        """Make it durable who is being attempted, by the unit's one holder: nothing was sent when this fails."""
+    async def _mark(self, sending: Sending, drafts: Drafts) -> list[Draft]:
+        """Make it durable who is being attempted, by the unit's one holder, and return them: nothing was sent when this fails."""
+        campaign, app = sending.campaign, sending.app
+        asked_at, now = time.monotonic(), datetime.now(UTC)
+        marked, skipped = drafts.ready, drafts.skipped
         async with transaction(self._engine) as conn:
             await hold_unit(conn, self._unit, LEASE)
-            await self._ledger.record_within(conn, facts)
+            if app.cap_messages and app.cap_hours and not campaign.transactional:
+                # Who is tried again was counted the first time.
+                fresh = np.array([draft.number for draft in marked if draft.tries == 1], np.int64)
+                window = timedelta(hours=app.cap_hours)
+                counted = await count_messages(conn, app.app_id, fresh, app.cap_messages, window)
+                is_capped = [draft.tries == 1 and draft.number not in counted for draft in marked]
+                capped = Kind("skipped", "policy", "frequency_cap")
+                skipped = skipped + [(d.position, capped) for d, is_out in zip(marked, is_capped, strict=True) if is_out]
+                marked = [draft for draft, is_out in zip(marked, is_capped, strict=True) if not is_out]
+            await self._ledger.record_within(
+                conn,
+                [Fact(campaign, position, kind, now) for position, kind in skipped]
+                + [Fact(campaign, draft.position, Kind("attempted", "", str(draft.tries)), now) for draft in marked],
+            )
+        self._lease.renew(asked_at)
+        return marked
 
-    async def _call_channel(self, messages: list[Message[Address, Content]]) -> list[Outcome]:
-        """An outcome for each message, whatever the channel does."""
-        outcomes: list[Outcome] = []
-        size = self._channel.capabilities.batch_size
-        for start in range(0, len(messages), size):
-            batch = messages[start : start + size]
-            try:
-                async with asyncio.timeout(LONGEST_SEND.total_seconds()):
-                    answered = list(await self._channel.send(batch))
-                if len(answered) != len(batch) or not all(map(_is_sound, answered)):
-                    raise TypeError(f"send did not return one sound outcome for each of {len(batch)} messages")
-            except (Exception, asyncio.CancelledError) as error:
-                task = asyncio.current_task()
-                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                    raise
-                # A cancellation that is not ours came out of the channel, like any other exception.
-                log.exception("a channel failed", action="send", channel=self._channel.name)
-                answered = [Unclear(detail=type(error).__name__)] * len(batch)
-            outcomes += answered
-        return outcomes
+    async def _deliver(self, campaign: Campaign, drafts: list[Draft]) -> None:
+        """Hand marked people's messages to the channel, and make it durable what became of them."""
+        if not self._lease.is_sure:
+            await self._give_up(campaign, drafts)
+        begun_at = time.monotonic()
+        answered = iter(await send_messages(self._channel, [message for draft in drafts for message in draft.messages]))
+        outcomes = [[next(answered) for _ in draft.messages] for draft in drafts]
+        holds = self._find_holds(drafts, outcomes)
+        in_trouble = any(map(self._pacer.is_in_trouble, holds))
+        now = datetime.now(UTC)
+        facts: list[Fact] = []
+        tried: list[Tried] = []
+        consequences = Consequences()
+        obstacle = ""
+        for draft, own in zip(drafts, outcomes, strict=True):
+            verdict = judge(self._type, own, draft.tries, in_trouble=in_trouble)
+            obstacle = self._note(verdict, draft.tries) or obstacle
+            facts += [Fact(campaign, draft.position, self._ledger.lookups.bound_kind(kind), now) for kind in verdict.kinds]
+            for address_hash, outcome in zip(draft.hashes, own, strict=True):
+                message_id = outcome.message_id[:256] if isinstance(outcome, Accepted) else ""
+                kind = self._ledger.lookups.bound_kind(describe(self._type.channel, outcome))
+                tried.append(Tried(campaign, draft.position, kind, address_hash, message_id))
+            consequences.follow(self._type.channel, draft, own, now)
+        await self._ledger.record(facts, tried)
+        await self._apply(campaign, consequences)
+        if holds:
+            self._waits.wait_until_later(await self._pacer.hold(holds, len(drafts), begun_at))
+        if reason := obstacle or self._breaker.find_reason():
+            await stop_sending(self._engine, campaign, reason)
+            raise LeaseLost
 
-    def _judge(self, outcomes: list[Outcome], tries: int) -> list[Kind]:
-        """What became of a person, from the outcomes of each of their addresses: one that was reached is enough."""
-        accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
-        if accepted:
-            extra = frozenset.intersection(*(frozenset(outcome.signals) for outcome in accepted))
-            return [Kind("sent"), *(Kind(signal) for signal in sorted(extra & self._type.evidence.keys()))]
-        refused = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
-        if len(refused) < len(outcomes):
-            return []
-        classified = [(self._type.channel.classify(outcome.code), outcome) for outcome in refused]
-        for reason_class, outcome in classified:
-            if reason_class is ReasonClass.CONFIG:
-                self._refusal_of_config = outcome.code
-            if reason_class is ReasonClass.CONFIG or self._may_try_again(reason_class, tries):
-                self._wait(reason_class, outcome, tries)
-                return [Kind("refused", reason_class, str(tries))]
-        reason_class, outcome = classified[0]
-        return [self._ledger.lookups.bound_kind(Kind("failed", reason_class, outcome.code[:64]))]
+    async def _give_up(self, campaign: Campaign, drafts: list[Draft]) -> None:
+        """Let people be tried by somebody else: this process stood still after it had marked them, and sent nothing."""
+        now = datetime.now(UTC)
+        self._has_refused = True
+        await self._ledger.record(
+            [Fact(campaign, draft.position, Kind("refused", ReasonClass.TRANSIENT, str(draft.tries)), now) for draft in drafts]
+        )
+        raise LeaseLost
 
-    @staticmethod
-    def _may_try_again(reason_class: ReasonClass, tries: int) -> bool:
-        match reason_class:
-            case ReasonClass.RATE:
-                return True
-            case ReasonClass.UNKNOWN:
-                return tries < MOST_UNKNOWN_TRIES
-            case _:
-                return reason_class.is_retryable and tries < MOST_TRIES
+    def _find_holds(self, drafts: Sequence[Draft], outcomes: Sequence[Sequence[Outcome]]) -> dict[str, timedelta | None]:
+        """The limits that have to rest, with what the provider asked for: it said so, or nothing gets through there."""
+        holds: dict[str, timedelta | None] = {}
+        lost: Counter[str] = Counter()
+        reached: set[str] = set()
+        for draft, own in zip(drafts, outcomes, strict=True):
+            for limits, outcome in zip(draft.limits, own, strict=True):
+                if isinstance(outcome, Unclear):
+                    lost[limits[0].key] += 1
+                    continue
+                if isinstance(outcome, Accepted):
+                    reached.update(limit.key for limit in limits)
+                    continue
+                reason_class, asked = self._type.channel.classify(outcome.code), outcome.retry_after
+                if reason_class is ReasonClass.RATE or (reason_class is ReasonClass.TRANSIENT and asked is not None):
+                    key = name_limit(self._channel.name, outcome.limit) if outcome.limit else limits[0].key
+                    holds[key] = asked if holds.get(key) is None else max(filter(None, (holds[key], asked)))
+                elif reason_class is ReasonClass.TRANSIENT:
+                    lost[limits[0].key] += 1
+                else:
+                    # Whatever was wrong, the provider is there.
+                    reached.update(limit.key for limit in limits)
+        self._pacer.note_success(reached - holds.keys())
+        # One message may fail for its own reasons; several at once, or the one that was to probe, do not.
+        broken = {key for key, n in lost.items() if key not in reached and (n > 1 or self._pacer.is_probing(key))}
+        return dict.fromkeys(broken) | holds
 
-    def _wait(self, reason_class: ReasonClass, outcome: Refused, tries: int) -> None:
-        back_off = min(timedelta(seconds=2 ** min(tries - 1, 10)), LONGEST_BACK_OFF) * random.uniform(0.5, 1.0)
-        self._retry.wait(min(outcome.retry_after, LONGEST_RETRY_AFTER) if outcome.retry_after else back_off)
-        self._retry.is_urgent |= reason_class in (ReasonClass.RATE, ReasonClass.CONFIG)
+    def _note(self, verdict: Verdict, tries: int) -> str:
+        """Take note of what became of a person; why the campaign cannot go on, where that is so."""
+        if verdict.refusal is not None:
+            self._has_refused = True
+            if verdict.reason_class is ReasonClass.CONFIG:
+                name, code = self._channel.name, verdict.refusal.code[:64]
+                return f"{name} answered {code}: the account, key or template is wrong; mend it, then resume"
+            if verdict.reason_class is not ReasonClass.RATE and verdict.refusal.retry_after is None:
+                self._waits.wait_for_refused(back_off(tries))
+        elif verdict.reason_class is not None:
+            self._breaker.note_failed(verdict.reason_class)
+        elif verdict.kinds:
+            self._breaker.note_sent()
+        return ""
 
-    def _describe(self, outcome: Outcome) -> Kind:
-        """One message's outcome, for the attempt log."""
-        match outcome:
-            case Accepted():
-                return Kind("sent")
-            case Refused():
-                return self._ledger.lookups.bound_kind(
-                    Kind("failed", self._type.channel.classify(outcome.code), outcome.code[:64])
-                )
-            case Unclear():
-                return Kind("attempted")
-
-    async def _change_subscriptions(self, campaign: Campaign, changes: list[tuple[int, str, bytes, str, str]]) -> None:
-        """Make what providers said of addresses durable, however long the database is away."""
-        while changes:
+    async def _apply(self, campaign: Campaign, consequences: Consequences) -> None:
+        """Make durable what providers said of addresses, however long the database is away."""
+        while consequences.states or consequences.holds:
             try:
                 async with transaction(self._engine) as conn:
-                    await set_states(conn, campaign.app_id, changes)
+                    await set_states(conn, campaign.app_id, consequences.states)
+                    await hold_addresses(conn, campaign.app_id, consequences.holds)
                 return
             except DatabaseUnavailable:
-                if self._is_stopping:
+                if self._stopping.is_set():
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
 
-    def _follow(self, draft: Draft, outcomes: list[Outcome]) -> list[tuple[int, str, bytes, str, str]]:
-        """What the outcomes mean for the subscriptions that they are about."""
-        states = {ReasonClass.RECIPIENT_GONE: "invalid", ReasonClass.OPTED_OUT: "opted_out"}
-        changes = []
-        for address_hash, outcome in zip(draft.hashes, outcomes, strict=True):
-            if isinstance(outcome, Refused) and (reason_class := self._type.channel.classify(outcome.code)) in states:
-                reason = f"{reason_class}/{outcome.code[:64]}"
-                changes.append((draft.addressee.number, self._channel.name, address_hash, states[reason_class], reason))
-        return changes
-
-    async def _pause(self, campaign: Campaign) -> None:
-        """Pause the campaign, because the provider says that our account, key or template is wrong."""
-        async with transaction(self._engine) as conn:
-            current = await read_campaign(conn, campaign.campaign_id, lock=True)
-            if current is not None and current.state == "SENDING":
-                code = self._refusal_of_config
-                reason = f"{campaign.channel} answered {code}: the account, key or template is wrong; mend it, then resume"
-                await update_campaign(conn, campaign.campaign_id, state="PAUSED", state_reason=reason)
-        log.error("a campaign was paused", action="pause", campaign_id=campaign.campaign_id, channel=campaign.channel)
-        raise LeaseLost
-
-    async def _settle(self, campaign: Campaign, members: int) -> None:
+    async def _settle(self, sending: Sending) -> None:
         """Finish the unit when everybody is dealt with, else hand it back until the first may be tried again."""
-        progress = await self._read_progress(members)
-        is_left = len(progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends)) > 0
+        campaign, since = sending.campaign, self._unit.unclear_since
         async with transaction(self._engine) as conn:
-            if is_left:
-                shortest = timedelta(0) if self._is_stopping else timedelta(seconds=1)
-                await release_unit(conn, self._unit, max(self._retry.after, shortest))
+            # Whoever is refused here after somebody else took the unit over puts it back, under the same lock: either this
+            # finds the refusal, or that finds the unit gone.
+            await read_campaign(conn, campaign.campaign_id, lock=True)
+            await hold_unit(conn, self._unit, LEASE)
+            progress = await read_progress(conn, self._type, self._unit.slot, len(sending.roll))
+            now = datetime.now(UTC)
+            if len(progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends)):
+                delay = _ZERO if self._stopping.is_set() else self._waits.find_shortest()
+                await release_unit(conn, self._unit, delay, unclear_since=since)
+            elif may_look_up(self._channel, progress, since):
+                await release_unit(conn, self._unit, LOOK_UP_AFTER, unclear_since=since or now)
             elif await finish_unit(conn, self._unit):
-                await update_campaign(conn, campaign.campaign_id, state="SENT", finish_time=datetime.now(UTC))
+                await update_campaign(conn, campaign.campaign_id, state="SENT", finish_time=now)
                 log.info("a campaign was sent", action="finish_campaign", campaign_id=campaign.campaign_id)
 
-
-def _is_sound(outcome: object) -> bool:
-    """True for an outcome whose fields are what they are declared as; a dataclass does not check that itself."""
-    match outcome:
-        case Accepted(message_id=str(), signals=tuple() as signals):
-            return all(isinstance(signal, str) for signal in signals)
-        case Refused(code=str(), retry_after=None | timedelta()) | Unclear():
-            return True
-        case _:
-            return False
+    async def _reopen(self, campaign: Campaign) -> None:
+        """Have people tried again who were refused here after somebody else had taken the unit over, and perhaps finished it."""
+        async with transaction(self._engine) as conn:
+            current = await read_campaign(conn, campaign.campaign_id, lock=True)
+            if current is not None and await reopen_unit(conn, self._unit) and current.state == "SENT":
+                await update_campaign(conn, campaign.campaign_id, state="SENDING", finish_time=None)

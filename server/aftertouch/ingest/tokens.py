@@ -30,6 +30,8 @@ _HEADER = b"\x01\x00"
 _BLOCK = np.dtype([("campaign", ">u8"), ("position", ">u4"), ("zero", ">u4")])
 _WIRE = np.dtype([("header", "V2"), ("block", "V16")])
 _LARGEST_CAMPAIGN = 1 << 43
+TEST_POSITION = (1 << 32) - 1
+"""In the token of a test send: no roll is so long."""
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.empty_pb2 import Empty
 from pydantic import ValidationError
 
+from aftertouch.channels import Accepted, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
-from aftertouch.delivery.launch import launch, prepare_launch, resume
+from aftertouch.delivery.control import cancel, check_state, pause, resume, settle
+from aftertouch.delivery.launch import check_times, launch, prepare_launch, schedule, unschedule
 from aftertouch.delivery.render import find_template_errors
-from aftertouch.errors import AlreadyExists, CampaignStateWrong, EtagMismatch, FieldsInvalid, NotFound, Violation
+from aftertouch.delivery.trial import send_test
+from aftertouch.errors import AlreadyExists, AudienceEmpty, EtagMismatch, FieldsInvalid, NotFound, Violation
+from aftertouch.ingest.ledger import Ledger
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.audiences import (
     AllSubscribers,
@@ -27,11 +32,17 @@ from aftertouch.retargeting.selections import Selection
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
-from aftertouch.rpc.values import to_struct, to_timestamp
+from aftertouch.rpc.values import read_timestamp, to_struct, to_timestamp
 from aftertouch.store import campaigns as store
+from aftertouch.store.units import has_units
 from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
 
-_CHANGEABLE = ("display_name", "content", "audience")
+_SETTINGS = ("display_name", "messages_per_second", "transactional")
+"""Fields that are stored as they are given."""
+_CHANGEABLE = (*_SETTINGS, "content", "audience")
+_CHANGEABLE_BEFORE_SENDING = frozenset({"messages_per_second"})
+"""In a campaign that is SCHEDULED or PAUSED."""
+WATCH_SECONDS = 1.0
 _LARGEST_CONTENT = 65_536
 """Bytes of a campaign's content as it is sent to us."""
 
@@ -39,8 +50,9 @@ _LARGEST_CONTENT = 65_536
 class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     """The campaigns of the caller's app."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger) -> None:
         self._registry = registry
+        self._ledger = ledger
 
     async def CreateCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.CreateCampaignRequest, call: Call
@@ -51,25 +63,14 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             known = ", ".join(sorted(self._registry.types))
             raise FieldsInvalid([Violation("campaign.channel", f"no channel {given.channel!r} is installed; there are {known}")])
         found = self._registry.types[given.channel]
-        values: dict[str, Any] = {"display_name": given.display_name, "channel": given.channel}
+        values: dict[str, Any] = {"channel": given.channel} | {name: getattr(given, name) for name in _SETTINGS}
         values |= await self._read_parts(call, given, found, ("content", "audience"))
         return await create_draft(call, request.campaign_id, values)
 
     async def GetCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.GetCampaignRequest, call: Call
     ) -> campaigns_pb2.Campaign:
-        campaign = await find(call, request.name)
-        message = await to_campaign(call, campaign)
-        if campaign.launch_time:
-            counted = await count_campaign(await call.begin(), campaign, self._registry.types.get(campaign.channel))
-            message.counts.recipients = campaign.recipients
-            message.counts.unclear = counted.unclear
-            message.counts.signals.update(counted.signals)
-            for kind, count in counted.reasons:
-                message.counts.reasons.add(
-                    signal=kind.signal, reason_class=kind.reason_class, reason_code=kind.reason_code, count=count
-                )
-        return message
+        return await self._to_counted(call, await find(call, request.name))
 
     async def ListCampaigns(  # type: ignore[override]
         self, request: campaigns_pb2.ListCampaignsRequest, call: Call
@@ -91,8 +92,9 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         given = request.campaign
         campaign = await find(call, given.name, field="campaign.name", lock=True)
         _check_etag(given.name, campaign, given.etag)
-        _check_draft(given.name, campaign)
         paths = _read_mask(request)
+        is_pace_only = bool(paths) and _CHANGEABLE_BEFORE_SENDING.issuperset(paths)
+        check_state(call.app, campaign, "DRAFT", *(("SCHEDULED", "PAUSED") if is_pace_only else ()))
         if "channel" in paths and given.channel != campaign.channel:
             raise FieldsInvalid(
                 [Violation("campaign.channel", f"cannot be changed from {campaign.channel}; make a new campaign")]
@@ -101,14 +103,14 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             raise FieldsInvalid([Violation("campaign.display_name", "is required")])
         if campaign.channel not in self._registry.types:
             raise NotFound(f"channels/{campaign.channel}")
-        values: dict[str, Any] = {"display_name": given.display_name} if "display_name" in paths else {}
+        values: dict[str, Any] = {name: getattr(given, name) for name in _SETTINGS if name in paths}
         values |= await self._read_parts(call, given, self._registry.types[campaign.channel], paths)
         return await to_campaign(call, await store.update_campaign(await call.begin(), campaign.campaign_id, **values))
 
     async def DeleteCampaign(self, request: campaigns_pb2.DeleteCampaignRequest, call: Call) -> Empty:  # type: ignore[override]
         campaign = await find(call, request.name, lock=True)
         _check_etag(request.name, campaign, request.etag)
-        _check_draft(request.name, campaign)
+        check_state(call.app, campaign, "DRAFT")
         await store.delete_campaign(await call.begin(), campaign.campaign_id)
         return Empty()
 
@@ -118,11 +120,45 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         campaign = await find(call, request.name, lock=True)
         _check_etag(request.name, campaign, request.etag)
         conn = await call.begin()
+        check_state(call.app, campaign, "DRAFT")
+        schedule_time, send_by_time = read_timestamp(request, "schedule_time"), read_timestamp(request, "send_by_time")
+        check_times(schedule_time, send_by_time)
         if request.validate_only:
             message = await to_campaign(call, campaign)
             message.counts.recipients = len(await prepare_launch(conn, self._registry, call.app, campaign))
+            if not message.counts.recipients and schedule_time is None:
+                raise AudienceEmpty(request.name)
             return message
-        return await to_campaign(call, await launch(conn, self._registry, call.app, campaign))
+        if schedule_time is not None:
+            launched = await schedule(conn, self._registry, call.app, campaign, schedule_time, send_by_time)
+        else:
+            launched = await launch(conn, self._registry, call.app, campaign, send_by_time)
+        return await to_campaign(call, launched)
+
+    async def UnscheduleCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.UnscheduleCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        campaign = await find(call, request.name, lock=True)
+        _check_etag(request.name, campaign, request.etag)
+        return await to_campaign(call, await unschedule(await call.begin(), call.app, campaign))
+
+    async def PauseCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.PauseCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        campaign = await find(call, request.name, lock=True)
+        _check_etag(request.name, campaign, request.etag)
+        paused = await pause(await call.begin(), call.app, campaign)
+        await call.commit()
+        return await to_campaign(call, await settle(call.engine, paused))
+
+    async def CancelCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.CancelCampaignRequest, call: Call
+    ) -> campaigns_pb2.Campaign:
+        campaign = await find(call, request.name, lock=True)
+        _check_etag(request.name, campaign, request.etag)
+        canceled = await cancel(await call.begin(), call.app, campaign)
+        await call.commit()
+        return await to_campaign(call, await settle(call.engine, canceled))
 
     async def ResumeCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.ResumeCampaignRequest, call: Call
@@ -130,6 +166,35 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         campaign = await find(call, request.name, lock=True)
         _check_etag(request.name, campaign, request.etag)
         return await to_campaign(call, await resume(await call.begin(), call.app, campaign))
+
+    async def WatchCampaign(  # type: ignore[override]
+        self, request: campaigns_pb2.WatchCampaignRequest, call: Call
+    ) -> AsyncIterator[campaigns_pb2.Campaign]:
+        last = None
+        while True:
+            campaign = await find(call, request.name)
+            message = await self._to_counted(call, campaign)
+            is_over = campaign.state in ("SENT", "CANCELED", "FAILED") and not await has_units(
+                await call.begin(), campaign.campaign_id
+            )
+            await call.commit()
+            if message != last:
+                yield message
+            if is_over:
+                return
+            last = message
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def SendTest(  # type: ignore[override]
+        self, request: campaigns_pb2.SendTestRequest, call: Call
+    ) -> campaigns_pb2.SendTestResponse:
+        campaign = await find(call, request.name)
+        external_id = read_name(call, request.contact, "contacts", "contact")
+        trial = await send_test(await call.begin(), self._ledger, self._registry, call.app, campaign, external_id)
+        return campaigns_pb2.SendTestResponse(
+            content=to_struct(trial.content),
+            outcomes=[_to_outcome(outcome, reason_class) for outcome, reason_class in trial.outcomes],
+        )
 
     async def ListRecipients(  # type: ignore[override]
         self, request: campaigns_pb2.ListRecipientsRequest, call: Call
@@ -150,6 +215,19 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             ],
             next_page_token=make_page_token(question, start + size) if start + size < campaign.recipients else "",
         )
+
+    async def _to_counted(self, call: Call, campaign: store.Campaign) -> campaigns_pb2.Campaign:
+        message = await to_campaign(call, campaign)
+        if campaign.launch_time:
+            counted = await count_campaign(await call.begin(), campaign, self._registry.types.get(campaign.channel))
+            message.counts.recipients = campaign.recipients
+            message.counts.unclear = counted.unclear
+            message.counts.signals.update(counted.signals)
+            for kind, count in counted.reasons:
+                message.counts.reasons.add(
+                    signal=kind.signal, reason_class=kind.reason_class, reason_code=kind.reason_code, count=count
+                )
+        return message
 
     async def _read_parts(
         self, call: Call, given: campaigns_pb2.Campaign, found: ChannelType, paths: tuple[str, ...]
@@ -197,11 +275,6 @@ async def find(call: Call, name: str, *, field: str = "name", lock: bool = False
 def _check_etag(name: str, campaign: store.Campaign, etag: str) -> None:
     if etag and etag != str(campaign.version):
         raise EtagMismatch(name)
-
-
-def _check_draft(name: str, campaign: store.Campaign) -> None:
-    if campaign.state != "DRAFT":
-        raise CampaignStateWrong(name, campaign.state, "DRAFT")
 
 
 def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
@@ -273,8 +346,12 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
         state=campaigns_pb2.Campaign.State.Value(campaign.state),
         state_reason=campaign.state_reason,
         etag=str(campaign.version),
+        messages_per_second=campaign.messages_per_second,
+        transactional=campaign.transactional,
         create_time=to_timestamp(campaign.create_time),
         update_time=to_timestamp(campaign.update_time),
+        schedule_time=to_timestamp(campaign.schedule_time),
+        send_by_time=to_timestamp(campaign.send_by_time),
         launch_time=to_timestamp(campaign.launch_time),
         finish_time=to_timestamp(campaign.finish_time),
     )
@@ -285,6 +362,19 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
     if campaign.root_id is not None and (root := await store.read_campaign(await call.begin(), campaign.root_id)):
         message.root = f"{call.app.name}/campaigns/{root.campaign}"
     return message
+
+
+def _to_outcome(outcome: Outcome, reason_class: ReasonClass | None) -> campaigns_pb2.SendTestResponse.Outcome:
+    results = campaigns_pb2.SendTestResponse.Result
+    match outcome:
+        case Accepted():
+            return campaigns_pb2.SendTestResponse.Outcome(result=results.ACCEPTED, message_id=outcome.message_id)
+        case Unclear():
+            return campaigns_pb2.SendTestResponse.Outcome(result=results.UNCLEAR, reason_code=outcome.detail)
+        case _:
+            return campaigns_pb2.SendTestResponse.Outcome(
+                result=results.REFUSED, reason_code=outcome.code, reason_class=reason_class or ""
+            )
 
 
 def _to_audience(call: Call, audience: Audience) -> campaigns_pb2.Audience:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from zoneinfo import available_timezones
 
 from google.protobuf import json_format
 from pydantic import ValidationError
@@ -15,7 +14,7 @@ from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.validation import check_message
-from aftertouch.rpc.values import to_struct, to_timestamp
+from aftertouch.rpc.values import TIME_ZONES, to_struct, to_timestamp
 from aftertouch.store import contacts as store
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import contacts_pb2, contacts_pb2_grpc
@@ -24,9 +23,6 @@ LARGEST_ATTRIBUTES = 16_384
 """Bytes of a contact's attributes as JSON."""
 MOST_REJECTIONS = 1_000
 """How many rows of an import are reported one by one."""
-
-TIME_ZONES = available_timezones()
-"""Read once: each call reads the whole directory of zones, which took 5 ms a contact."""
 
 _STATES = {"ACTIVE": "active", "OPTED_OUT": "opted_out", "INVALID": "invalid"}
 

@@ -64,7 +64,8 @@ class Call:
         self.app = app
         self.parse = method.parse
         """Reads a request from its bytes, which is what a method with streams in both directions is given."""
-        self._stack = stack
+        self._transaction = AsyncExitStack()
+        stack.push_async_exit(self._transaction)
         self._conn: AsyncConnection | None = None
 
     @property
@@ -75,8 +76,13 @@ class Call:
     async def begin(self) -> AsyncConnection:
         """The call's connection, in its one transaction."""
         if self._conn is None:
-            self._conn = await self._stack.enter_async_context(transaction(self.engine))
+            self._conn = await self._transaction.enter_async_context(transaction(self.engine))
         return self._conn
+
+    async def commit(self) -> None:
+        """Commit the call's transaction now, where the answer has to wait for others who see it."""
+        self._conn = None
+        await self._transaction.aclose()
 
     def check_app(self, app: str, resource: str) -> None:
         """Raise ``NotFound`` unless a resource's name begins with the caller's own app."""

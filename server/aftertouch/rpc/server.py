@@ -79,7 +79,7 @@ async def serve_grpc(
     apps_pb2_grpc.add_AppsServicer_to_server(Apps(), server)
     channels_pb2_grpc.add_ChannelsServicer_to_server(Channels(registry), server)
     contacts_pb2_grpc.add_ContactsServicer_to_server(Contacts(registry), server)
-    campaigns_pb2_grpc.add_CampaignsServicer_to_server(Campaigns(registry), server)
+    campaigns_pb2_grpc.add_CampaignsServicer_to_server(Campaigns(registry, ledger), server)
     events_pb2_grpc.add_EventsServicer_to_server(Events(ledger), server)
     retargeting_pb2_grpc.add_RetargetingServicer_to_server(Retargeting(registry), server)
     names = [service.full_name for service in SERVICES]

@@ -30,6 +30,14 @@ class App:
     retargeting_enabled: bool
     retargetable_since: datetime
     retention_days: int
+    quiet_start: int | None
+    """Of the quiet hours, in minutes after midnight; None when there are none."""
+    quiet_end: int | None
+    quiet_time_zone: str
+    """Of contacts that have none of their own."""
+    cap_messages: int | None
+    """How many messages a contact may get within ``cap_hours``; None when there is no cap."""
+    cap_hours: int | None
     create_time: datetime
 
     @property
@@ -74,6 +82,16 @@ async def find_app(conn: AsyncConnection, app: str) -> App | None:
     """The app of this name."""
     row = (await conn.execute(select(apps).where(apps.c.app == app))).one_or_none()
     return _app(row) if row else None
+
+
+async def read_app(conn: AsyncConnection, app_id: int) -> App:
+    """The app of this number, which exists."""
+    return _app((await conn.execute(select(apps).where(apps.c.app_id == app_id))).one())
+
+
+async def update_app(conn: AsyncConnection, app_id: int, **values: Any) -> App:
+    """Change an app."""
+    return _app((await conn.execute(update(apps).where(apps.c.app_id == app_id).values(**values).returning(apps))).one())
 
 
 async def list_apps(conn: AsyncConnection) -> list[App]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -35,6 +35,14 @@ class Campaign:
     root_id: int | None
     create_time: datetime
     update_time: datetime
+    schedule_time: datetime | None
+    """When it is to be launched, or was."""
+    send_by_time: datetime | None
+    """After this nobody is sent to any more."""
+    messages_per_second: int
+    """0 is as fast as the limits of the channel allow."""
+    transactional: bool
+    """Neither quiet hours nor the frequency cap hold for it."""
     launch_time: datetime | None
     finish_time: datetime | None
 
@@ -94,6 +102,19 @@ async def list_campaigns(conn: AsyncConnection, app_id: int, before: int | None,
     if before is not None:
         statement = statement.where(campaigns.c.campaign_id < before)
     return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def lock_due_campaign(conn: AsyncConnection, channels: Collection[str]) -> Campaign | None:
+    """A scheduled campaign on one of these channels whose time has come, locked; None when there is none that is free."""
+    statement = (
+        select(campaigns)
+        .where(campaigns.c.state == "SCHEDULED", campaigns.c.schedule_time <= func.now(), campaigns.c.channel.in_(channels))
+        .order_by(campaigns.c.schedule_time)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    row = (await conn.execute(statement)).one_or_none()
+    return _campaign(row) if row else None
 
 
 async def update_campaign(conn: AsyncConnection, campaign_id: int, **values: Any) -> Campaign:

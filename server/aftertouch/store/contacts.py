@@ -305,28 +305,52 @@ class Addressee:
     number: int
     external_id: str
     attributes: Mapping[str, Any] = field(repr=False)
+    time_zone: str
+    """Empty when it is not known."""
     addresses: tuple[tuple[bytes, Mapping[str, Any]], ...] = field(repr=False)
-    """Hash and address of each active subscription; empty when the person can no longer be reached."""
+    """Hash and address of each active subscription that is not held; empty when the person cannot be reached now."""
+    is_held: bool
+    """True when the provider asked to leave one of the addresses alone for now."""
 
 
 async def read_addressees(conn: AsyncConnection, app_id: int, channel: str, numbers: Numbers) -> dict[int, Addressee]:
     """The addressees behind contact numbers."""
     pg = await driver(conn)
     rows = await pg.execute(
-        "SELECT c.number, c.external_id, c.attributes, s.address_hash, s.address FROM contacts AS c"
+        "SELECT c.number, c.external_id, c.attributes, c.time_zone, s.address_hash, s.address, s.held_until > now()"
+        " FROM contacts AS c"
         " LEFT JOIN subscriptions AS s ON s.block = c.block AND s.number = c.number AND s.channel = %b AND s.state = 'active'"
         " WHERE c.block = ANY(%b) AND c.number = ANY(%b)",
         (channel, np.unique(blocks_of(app_id, numbers)).tolist(), numbers.tolist()),
     )
-    found: dict[int, tuple[str, Any, list[tuple[bytes, Any]]]] = {}
-    for number, external_id, attributes, address_hash, address in await rows.fetchall():
-        _, _, addresses = found.setdefault(number, (external_id, attributes, []))
-        if address_hash is not None:
+    found: dict[int, tuple[str, Any, str, list[tuple[bytes, Any]]]] = {}
+    held = set()
+    for number, external_id, attributes, time_zone, address_hash, address, is_held in await rows.fetchall():
+        *_, addresses = found.setdefault(number, (external_id, attributes, time_zone, []))
+        if is_held:
+            held.add(number)
+        elif address_hash is not None:
             addresses.append((address_hash, address))
     return {
-        number: Addressee(number, external_id, attributes, tuple(addresses))
-        for number, (external_id, attributes, addresses) in found.items()
+        number: Addressee(number, external_id, attributes, time_zone, tuple(addresses), number in held)
+        for number, (external_id, attributes, time_zone, addresses) in found.items()
     }
+
+
+async def hold_addresses(conn: AsyncConnection, app_id: int, holds: Sequence[tuple[int, str, bytes, datetime]]) -> None:
+    """Leave addresses alone until a time: (number, channel, address hash, time) each. A longer hold stays."""
+    if not holds:
+        return
+    numbers, channels, hashes, times = (list(column) for column in zip(*sorted(set(holds)), strict=True))
+    pg = await driver(conn)
+    await pg.execute(
+        "UPDATE subscriptions AS s SET held_until = greatest(s.held_until, new.held_until)"
+        " FROM unnest(%b::bigint[], %b::bigint[], %b::text[], %b::bytea[], %b::timestamptz[])"
+        " AS new (block, number, channel, address_hash, held_until)"
+        " WHERE s.block = new.block AND s.number = new.number AND s.channel = new.channel"
+        " AND s.address_hash = new.address_hash",
+        ([block_of(app_id, number) for number in numbers], numbers, channels, hashes, times),
+    )
 
 
 async def read_active_addresses(conn: AsyncConnection, app_id: int, channel: str, number: int) -> list[bytes]:

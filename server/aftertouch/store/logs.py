@@ -17,6 +17,8 @@ from aftertouch.store.engine import driver
 from aftertouch.store.tables import unrecognized_receipts
 
 MICROSECONDS = 1_000_000
+TEST_ROW = -1
+"""The position of test sends in the attempt log."""
 _POSTGRES_EPOCH = int(np.datetime64("2000-01-01", "us").astype(np.int64))
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
 _COPY_TRAILER = b"\xff\xff"

@@ -52,6 +52,11 @@ apps = Table(
     Column("retargeting_enabled", Boolean, nullable=False, server_default=text("true")),
     _time("retargetable_since", default=True),
     Column("retention_days", Integer, nullable=False, server_default=text("30")),
+    Column("quiet_start", Integer, comment="minutes after midnight; null when no hours are quiet"),
+    Column("quiet_end", Integer),
+    Column("quiet_time_zone", Text, nullable=False, server_default=text("'UTC'"), comment="of contacts that have none"),
+    Column("cap_messages", Integer, comment="most messages a contact gets within cap_hours; null when there is no cap"),
+    Column("cap_hours", Integer),
     _time("create_time", default=True),
 )
 
@@ -119,8 +124,23 @@ subscriptions = Table(
     Column("address", JSONB, nullable=False),
     Column("state", Text, nullable=False, comment="active, opted_out or invalid"),
     Column("reason", Text, nullable=False, server_default=text("''")),
+    _time("held_until", nullable=True),
     _time("update_time", default=True),
     PrimaryKeyConstraint("block", "number", "channel", "address_hash"),
+    # Few are ever held, and the funnel asks for all of them.
+    Index(None, "block", "channel", "held_until", postgresql_where=text("held_until IS NOT NULL")),
+)
+
+contact_paces = Table(
+    "contact_paces",
+    metadata,
+    Column("block", BigInteger, nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("recent", ARRAY(TIMESTAMP(timezone=True)), nullable=False, comment="when messages were sent, as far as they count"),
+    _time("full_until", nullable=True),
+    PrimaryKeyConstraint("block", "number"),
+    Index(None, "block", "full_until", postgresql_where=text("full_until IS NOT NULL")),
+    comment="how often contacts were messaged lately, in apps with a frequency cap",
 )
 
 contact_sets = Table(
@@ -149,10 +169,15 @@ campaigns = Table(
     Column("root_id", BigInteger, comment="campaign at the root of the chain, of a wave"),
     _time("create_time", default=True),
     _time("update_time", default=True),
+    _time("schedule_time", nullable=True),
+    _time("send_by_time", nullable=True),
+    Column("messages_per_second", Integer, nullable=False, server_default=text("0"), comment="0 is as fast as allowed"),
+    Column("transactional", Boolean, nullable=False, server_default=text("false"), comment="no quiet hours, no frequency cap"),
     _time("launch_time", nullable=True),
     _time("finish_time", nullable=True),
     UniqueConstraint("app_id", "campaign"),
     Index(None, "app_id", "campaign_id"),
+    Index(None, "schedule_time", postgresql_where=text("state = 'SCHEDULED'")),
 )
 
 rolls = Table(
@@ -267,6 +292,16 @@ send_units = Table(
     Column("campaign_id", BigInteger, nullable=False, index=True),
     Column("lease", BigInteger, nullable=False, server_default=text("0"), comment="counts up with every claim"),
     _time("lease_until", nullable=True),
-    Index(None, "lease_until"),
+    _time("ready_time", default=True),
+    _time("unclear_since", nullable=True),
     comment="chunks that are not dealt with yet; a finished one is deleted",
+)
+
+paces = Table(
+    "paces",
+    metadata,
+    Column("key", Text, primary_key=True, comment="as in sms/account"),
+    _time("free_time"),
+    comment="when each limit has room again; of no use after a crash",
+    prefixes=["UNLOGGED"],
 )

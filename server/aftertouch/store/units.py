@@ -2,23 +2,27 @@
 
 The units *are* a campaign's progress, chunk by chunk, and the receipts are its progress inside a chunk, so there is no
 second count that could disagree. A lease is a number that grows with every claim: whoever holds an older one can no
-longer mark anything, however late it wakes up.
+longer mark anything, however late it wakes up. A unit is held from its claim until its holder gives it back or its
+lease runs out, and only a holder sends: where no unit of a campaign is held, nothing of it is under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from sqlalchemy import delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.rolls.chunks import slot_of
+from aftertouch.rolls.chunks import SLOT_SHIFT, slot_of
 from aftertouch.store.tables import campaigns, send_units
 
 CHANNEL = "aftertouch_send"
 """The NOTIFY channel that wakes workers; a hint only, they poll as well."""
+
+_CHUNK_MASK = (1 << SLOT_SHIFT) - 1
 
 
 class LeaseLost(Exception):
@@ -32,6 +36,25 @@ class Unit:
     slot: int
     campaign_id: int
     lease: int
+    unclear_since: datetime | None
+    """When it was first found that only people of unclear outcome are left."""
+
+
+def _may_be_sent() -> ColumnElement[bool]:
+    return and_(
+        campaigns.c.state == "SENDING", or_(campaigns.c.send_by_time.is_(None), campaigns.c.send_by_time > func.clock_timestamp())
+    )
+
+
+def _is_over() -> ColumnElement[bool]:
+    """True of campaigns of which nobody may be sent to any more."""
+    return or_(
+        campaigns.c.state == "CANCELED", and_(campaigns.c.state == "SENDING", campaigns.c.send_by_time <= func.clock_timestamp())
+    )
+
+
+def _is_held() -> ColumnElement[bool]:
+    return send_units.c.lease_until > func.clock_timestamp()
 
 
 async def create_units(conn: AsyncConnection, campaign_id: int, chunks: int) -> None:
@@ -41,17 +64,23 @@ async def create_units(conn: AsyncConnection, campaign_id: int, chunks: int) -> 
     )
 
 
-async def claim_unit(conn: AsyncConnection, channels: Sequence[str], lease_for: timedelta) -> Unit | None:
-    """Claim a free unit of a campaign that is being sent on one of these channels; None when there is none."""
+async def claim_unit(conn: AsyncConnection, channel: str, lease_for: timedelta) -> Unit | None:
+    """Claim a free unit of a campaign that is being sent on this channel; None when there is none."""
+    return await _claim(conn, and_(_may_be_sent(), campaigns.c.channel == channel), lease_for)
+
+
+async def claim_leftover(conn: AsyncConnection, lease_for: timedelta) -> Unit | None:
+    """Claim a free unit of a campaign, on any channel, that was canceled or is past its time; None when there is none."""
+    return await _claim(conn, _is_over(), lease_for)
+
+
+async def _claim(conn: AsyncConnection, wanted: ColumnElement[bool], lease_for: timedelta) -> Unit | None:
     candidate = (
         select(send_units.c.slot)
         .join(campaigns, campaigns.c.campaign_id == send_units.c.campaign_id)
-        .where(
-            or_(send_units.c.lease_until.is_(None), send_units.c.lease_until < func.now()),
-            campaigns.c.state == "SENDING",
-            campaigns.c.channel.in_(channels),
-        )
-        .order_by(send_units.c.slot)
+        .where(wanted, send_units.c.ready_time <= func.clock_timestamp(), func.coalesce(~_is_held(), True))
+        # By chunk first: a short campaign is not kept waiting by a long one.
+        .order_by(send_units.c.slot.bitwise_and(_CHUNK_MASK), send_units.c.slot)
         .limit(1)
         .with_for_update(skip_locked=True, of=send_units)
         .scalar_subquery()
@@ -60,11 +89,11 @@ async def claim_unit(conn: AsyncConnection, channels: Sequence[str], lease_for: 
         await conn.execute(
             update(send_units)
             .where(send_units.c.slot == candidate)
-            .values(lease=send_units.c.lease + 1, lease_until=func.now() + lease_for)
-            .returning(send_units.c.slot, send_units.c.campaign_id, send_units.c.lease)
+            .values(lease=send_units.c.lease + 1, lease_until=func.clock_timestamp() + lease_for)
+            .returning(send_units.c.slot, send_units.c.campaign_id, send_units.c.lease, send_units.c.unclear_since)
         )
     ).one_or_none()
-    return Unit(row.slot, row.campaign_id, row.lease) if row else None
+    return Unit(*row) if row else None
 
 
 async def hold_unit(conn: AsyncConnection, unit: Unit, lease_for: timedelta) -> None:
@@ -78,34 +107,72 @@ async def hold_unit(conn: AsyncConnection, unit: Unit, lease_for: timedelta) -> 
         .where(
             send_units.c.slot == unit.slot,
             send_units.c.lease == unit.lease,
-            exists().where(campaigns.c.campaign_id == unit.campaign_id, campaigns.c.state == "SENDING"),
+            exists().where(campaigns.c.campaign_id == unit.campaign_id, _may_be_sent()),
         )
-        .values(lease_until=func.now() + lease_for)
+        .values(lease_until=func.clock_timestamp() + lease_for)
         .returning(send_units.c.slot)
     )
     if held.one_or_none() is None:
         raise LeaseLost
 
 
-async def release_unit(conn: AsyncConnection, unit: Unit, delay: timedelta) -> None:
+async def prolong_leases(conn: AsyncConnection, units: Collection[Unit], lease_for: timedelta) -> set[int]:
+    """The heartbeat of a worker: prolong the leases of its units, and return the slots that it may go on with."""
+    if not units:
+        return set()
+    held = tuple_(send_units.c.slot, send_units.c.lease).in_([(unit.slot, unit.lease) for unit in units])
+    rows = await conn.execute(
+        update(send_units)
+        .where(held, send_units.c.campaign_id == campaigns.c.campaign_id)
+        .values(lease_until=func.clock_timestamp() + lease_for)
+        .returning(send_units.c.slot, _may_be_sent())
+    )
+    return {slot for slot, may_be_sent in rows if may_be_sent}
+
+
+async def release_unit(
+    conn: AsyncConnection, unit: Unit, delay: timedelta = timedelta(0), *, unclear_since: datetime | None = None
+) -> None:
     """Hand a unit back, for anybody to go on with after ``delay``."""
     await conn.execute(
         update(send_units)
         .where(send_units.c.slot == unit.slot, send_units.c.lease == unit.lease)
-        .values(lease_until=func.now() + delay)
+        .values(lease_until=None, ready_time=func.clock_timestamp() + delay, unclear_since=unclear_since)
     )
+
+
+async def reopen_unit(conn: AsyncConnection, unit: Unit) -> bool:
+    """Put back a unit that somebody else may have finished meanwhile; True when it had been."""
+    made = await conn.execute(
+        upsert(send_units)
+        .values(slot=unit.slot, campaign_id=unit.campaign_id)
+        .on_conflict_do_nothing()
+        .returning(send_units.c.slot)
+    )
+    return made.one_or_none() is not None
 
 
 async def wake_workers(conn: AsyncConnection) -> None:
-    """Wake free workers when the transaction commits."""
+    """Have workers look for news when the transaction commits: for units to claim, and for units to give up."""
     await conn.execute(select(func.pg_notify(CHANNEL, "")))
 
 
-async def free_units(conn: AsyncConnection, campaign_id: int) -> None:
-    """Let the units of a campaign be claimed at once; whoever still holds one has lost it."""
+async def ready_units(conn: AsyncConnection, campaign_id: int) -> None:
+    """Let the units of a campaign be claimed at once, whatever they waited for."""
     await conn.execute(
-        update(send_units).where(send_units.c.campaign_id == campaign_id).values(lease=send_units.c.lease + 1, lease_until=None)
+        update(send_units).where(send_units.c.campaign_id == campaign_id).values(ready_time=func.clock_timestamp())
     )
+
+
+async def is_under_way(conn: AsyncConnection, campaign_id: int) -> bool:
+    """True while somebody holds a unit of the campaign, and so may be sending."""
+    found = await conn.execute(select(exists().where(send_units.c.campaign_id == campaign_id, _is_held())))
+    return bool(found.scalar_one())
+
+
+async def has_units(conn: AsyncConnection, campaign_id: int) -> bool:
+    """True while there are people in the campaign who are not dealt with."""
+    return bool((await conn.execute(select(exists().where(send_units.c.campaign_id == campaign_id)))).scalar_one())
 
 
 async def finish_unit(conn: AsyncConnection, unit: Unit) -> bool:
@@ -115,5 +182,4 @@ async def finish_unit(conn: AsyncConnection, unit: Unit) -> bool:
     """
     await conn.execute(select(campaigns.c.campaign_id).where(campaigns.c.campaign_id == unit.campaign_id).with_for_update())
     await conn.execute(delete(send_units).where(send_units.c.slot == unit.slot, send_units.c.lease == unit.lease))
-    left = await conn.execute(select(exists().where(send_units.c.campaign_id == unit.campaign_id)))
-    return not left.scalar_one()
+    return not await has_units(conn, unit.campaign_id)

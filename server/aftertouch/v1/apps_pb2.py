@@ -27,10 +27,11 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x66tertouch/v1/apps.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x86\x02\n\x03\x41pp\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x35\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12!\n\x13retargeting_enabled\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12<\n\x12retargetable_since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eretention_days\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x03:\x1f\xea\x41\x1c\n\x0e\x61\x66tertouch/App\x12\napps/{app}\"\xb9\x02\n\x06\x41piKey\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\"\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x0c\xe2\x41\x01\x02\xbaH\x05r\x03\x18\xc8\x01\x12=\n\x06scopes\x18\x03 \x03(\x0e\x32\x14.aftertouch.v1.ScopeB\x17\xe2\x41\x01\x02\xbaH\x10\x92\x01\r\x10\x04\x18\x01\"\x07\x82\x01\x04\x10\x01 \x00\x12\x35\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x14\n\x06secret\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03:4\xea\x41\x31\n\x11\x61\x66tertouch/ApiKey\x12\x1c\x61pps/{app}/apiKeys/{api_key}\"#\n\rGetAppRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"z\n\x13\x43reateApiKeyRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12,\n\x07\x61pi_key\x18\x02 \x01(\x0b\x32\x15.aftertouch.v1.ApiKeyB\x04\xe2\x41\x01\x02\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"Z\n\x12ListApiKeysRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x13ListApiKeysResponse\x12\'\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x15.aftertouch.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x13\x44\x65leteApiKeyRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xc7\x02\n\x04\x41pps\x12@\n\x06GetApp\x12\x1c.aftertouch.v1.GetAppRequest\x1a\x12.aftertouch.v1.App\"\x04\x88\xca*\x01\x12O\n\x0c\x43reateApiKey\x12\".aftertouch.v1.CreateApiKeyRequest\x1a\x15.aftertouch.v1.ApiKey\"\x04\x88\xca*\x04\x12Z\n\x0bListApiKeys\x12!.aftertouch.v1.ListApiKeysRequest\x1a\".aftertouch.v1.ListApiKeysResponse\"\x04\x88\xca*\x04\x12P\n\x0c\x44\x65leteApiKey\x12\".aftertouch.v1.DeleteApiKeyRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x04\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x66tertouch/v1/apps.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\x02\n\x03\x41pp\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x1e\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x35\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12!\n\x13retargeting_enabled\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12<\n\x12retargetable_since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eretention_days\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12.\n\x0bquiet_hours\x18\x07 \x01(\x0b\x32\x19.aftertouch.v1.QuietHours\x12\x32\n\rfrequency_cap\x18\x08 \x01(\x0b\x32\x1b.aftertouch.v1.FrequencyCap:\x1f\xea\x41\x1c\n\x0e\x61\x66tertouch/App\x12\napps/{app}\"\xa4\x01\n\nQuietHours\x12\x39\n\x05start\x18\x01 \x01(\tB*\xe2\x41\x01\x02\xbaH#r!2\x1f^([01][0-9]|2[0-3]):[0-5][0-9]$\x12\x37\n\x03\x65nd\x18\x02 \x01(\tB*\xe2\x41\x01\x02\xbaH#r!2\x1f^([01][0-9]|2[0-3]):[0-5][0-9]$\x12\"\n\x11\x64\x65\x66\x61ult_time_zone\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\"N\n\x0c\x46requencyCap\x12\x1f\n\x08messages\x18\x01 \x01(\x05\x42\r\xe2\x41\x01\x02\xbaH\x06\x1a\x04\x18\x64(\x01\x12\x1d\n\x05hours\x18\x02 \x01(\x05\x42\x0e\xe2\x41\x01\x02\xbaH\x07\x1a\x05\x18\xd0\x05(\x01\"\xb9\x02\n\x06\x41piKey\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\"\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x0c\xe2\x41\x01\x02\xbaH\x05r\x03\x18\xc8\x01\x12=\n\x06scopes\x18\x03 \x03(\x0e\x32\x14.aftertouch.v1.ScopeB\x17\xe2\x41\x01\x02\xbaH\x10\x92\x01\r\x10\x04\x18\x01\"\x07\x82\x01\x04\x10\x01 \x00\x12\x35\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x14\n\x06secret\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03:4\xea\x41\x31\n\x11\x61\x66tertouch/ApiKey\x12\x1c\x61pps/{app}/apiKeys/{api_key}\"#\n\rGetAppRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"j\n\x10UpdateAppRequest\x12%\n\x03\x61pp\x18\x01 \x01(\x0b\x32\x12.aftertouch.v1.AppB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"z\n\x13\x43reateApiKeyRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12,\n\x07\x61pi_key\x18\x02 \x01(\x0b\x32\x15.aftertouch.v1.ApiKeyB\x04\xe2\x41\x01\x02\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"Z\n\x12ListApiKeysRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x13ListApiKeysResponse\x12\'\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x15.aftertouch.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x13\x44\x65leteApiKeyRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\x8f\x03\n\x04\x41pps\x12@\n\x06GetApp\x12\x1c.aftertouch.v1.GetAppRequest\x1a\x12.aftertouch.v1.App\"\x04\x88\xca*\x01\x12\x46\n\tUpdateApp\x12\x1f.aftertouch.v1.UpdateAppRequest\x1a\x12.aftertouch.v1.App\"\x04\x88\xca*\x04\x12O\n\x0c\x43reateApiKey\x12\".aftertouch.v1.CreateApiKeyRequest\x1a\x15.aftertouch.v1.ApiKey\"\x04\x88\xca*\x04\x12Z\n\x0bListApiKeys\x12!.aftertouch.v1.ListApiKeysRequest\x1a\".aftertouch.v1.ListApiKeysResponse\"\x04\x88\xca*\x04\x12P\n\x0c\x44\x65leteApiKey\x12\".aftertouch.v1.DeleteApiKeyRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x04\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,6 +41,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\020io.aftertouch.v1P\001ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1'
   _globals['_APP'].fields_by_name['name']._loaded_options = None
   _globals['_APP'].fields_by_name['name']._serialized_options = b'\342A\001\010'
+  _globals['_APP'].fields_by_name['display_name']._loaded_options = None
+  _globals['_APP'].fields_by_name['display_name']._serialized_options = b'\272H\005r\003\030\310\001'
   _globals['_APP'].fields_by_name['create_time']._loaded_options = None
   _globals['_APP'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
   _globals['_APP'].fields_by_name['retargeting_enabled']._loaded_options = None
@@ -50,6 +53,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APP'].fields_by_name['retention_days']._serialized_options = b'\342A\001\003'
   _globals['_APP']._loaded_options = None
   _globals['_APP']._serialized_options = b'\352A\034\n\016aftertouch/App\022\napps/{app}'
+  _globals['_QUIETHOURS'].fields_by_name['start']._loaded_options = None
+  _globals['_QUIETHOURS'].fields_by_name['start']._serialized_options = b'\342A\001\002\272H#r!2\037^([01][0-9]|2[0-3]):[0-5][0-9]$'
+  _globals['_QUIETHOURS'].fields_by_name['end']._loaded_options = None
+  _globals['_QUIETHOURS'].fields_by_name['end']._serialized_options = b'\342A\001\002\272H#r!2\037^([01][0-9]|2[0-3]):[0-5][0-9]$'
+  _globals['_QUIETHOURS'].fields_by_name['default_time_zone']._loaded_options = None
+  _globals['_QUIETHOURS'].fields_by_name['default_time_zone']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_FREQUENCYCAP'].fields_by_name['messages']._loaded_options = None
+  _globals['_FREQUENCYCAP'].fields_by_name['messages']._serialized_options = b'\342A\001\002\272H\006\032\004\030d(\001'
+  _globals['_FREQUENCYCAP'].fields_by_name['hours']._loaded_options = None
+  _globals['_FREQUENCYCAP'].fields_by_name['hours']._serialized_options = b'\342A\001\002\272H\007\032\005\030\320\005(\001'
   _globals['_APIKEY'].fields_by_name['name']._loaded_options = None
   _globals['_APIKEY'].fields_by_name['name']._serialized_options = b'\342A\001\010'
   _globals['_APIKEY'].fields_by_name['display_name']._loaded_options = None
@@ -66,6 +79,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APIKEY']._serialized_options = b'\352A1\n\021aftertouch/ApiKey\022\034apps/{app}/apiKeys/{api_key}'
   _globals['_GETAPPREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETAPPREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_UPDATEAPPREQUEST'].fields_by_name['app']._loaded_options = None
+  _globals['_UPDATEAPPREQUEST'].fields_by_name['app']._serialized_options = b'\342A\001\002'
   _globals['_CREATEAPIKEYREQUEST'].fields_by_name['parent']._loaded_options = None
   _globals['_CREATEAPIKEYREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
   _globals['_CREATEAPIKEYREQUEST'].fields_by_name['api_key']._loaded_options = None
@@ -80,26 +95,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEAPIKEYREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
   _globals['_APPS'].methods_by_name['GetApp']._loaded_options = None
   _globals['_APPS'].methods_by_name['GetApp']._serialized_options = b'\210\312*\001'
+  _globals['_APPS'].methods_by_name['UpdateApp']._loaded_options = None
+  _globals['_APPS'].methods_by_name['UpdateApp']._serialized_options = b'\210\312*\004'
   _globals['_APPS'].methods_by_name['CreateApiKey']._loaded_options = None
   _globals['_APPS'].methods_by_name['CreateApiKey']._serialized_options = b'\210\312*\004'
   _globals['_APPS'].methods_by_name['ListApiKeys']._loaded_options = None
   _globals['_APPS'].methods_by_name['ListApiKeys']._serialized_options = b'\210\312*\004'
   _globals['_APPS'].methods_by_name['DeleteApiKey']._loaded_options = None
   _globals['_APPS'].methods_by_name['DeleteApiKey']._serialized_options = b'\210\312*\004'
-  _globals['_APP']._serialized_start=224
-  _globals['_APP']._serialized_end=486
-  _globals['_APIKEY']._serialized_start=489
-  _globals['_APIKEY']._serialized_end=802
-  _globals['_GETAPPREQUEST']._serialized_start=804
-  _globals['_GETAPPREQUEST']._serialized_end=839
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=841
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=963
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=965
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=1055
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1057
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1144
-  _globals['_DELETEAPIKEYREQUEST']._serialized_start=1146
-  _globals['_DELETEAPIKEYREQUEST']._serialized_end=1187
-  _globals['_APPS']._serialized_start=1190
-  _globals['_APPS']._serialized_end=1517
+  _globals['_APP']._serialized_start=258
+  _globals['_APP']._serialized_end=630
+  _globals['_QUIETHOURS']._serialized_start=633
+  _globals['_QUIETHOURS']._serialized_end=797
+  _globals['_FREQUENCYCAP']._serialized_start=799
+  _globals['_FREQUENCYCAP']._serialized_end=877
+  _globals['_APIKEY']._serialized_start=880
+  _globals['_APIKEY']._serialized_end=1193
+  _globals['_GETAPPREQUEST']._serialized_start=1195
+  _globals['_GETAPPREQUEST']._serialized_end=1230
+  _globals['_UPDATEAPPREQUEST']._serialized_start=1232
+  _globals['_UPDATEAPPREQUEST']._serialized_end=1338
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=1340
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=1462
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=1464
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=1554
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1556
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1643
+  _globals['_DELETEAPIKEYREQUEST']._serialized_start=1645
+  _globals['_DELETEAPIKEYREQUEST']._serialized_end=1686
+  _globals['_APPS']._serialized_start=1689
+  _globals['_APPS']._serialized_end=2088
 # @@protoc_insertion_point(module_scope)

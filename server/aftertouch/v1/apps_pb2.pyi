@@ -6,6 +6,7 @@ isort:skip_file
 from aftertouch.v1 import options_pb2 as _options_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -32,6 +33,8 @@ class App(_message.Message):
     RETARGETING_ENABLED_FIELD_NUMBER: _builtins.int
     RETARGETABLE_SINCE_FIELD_NUMBER: _builtins.int
     RETENTION_DAYS_FIELD_NUMBER: _builtins.int
+    QUIET_HOURS_FIELD_NUMBER: _builtins.int
+    FREQUENCY_CAP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}`."""
     display_name: _builtins.str
@@ -48,6 +51,14 @@ class App(_message.Message):
     def retargetable_since(self) -> _timestamp_pb2.Timestamp:
         """Campaigns sent before this time cannot be retargeted: the plan did not include it yet."""
 
+    @_builtins.property
+    def quiet_hours(self) -> Global___QuietHours:
+        """When people are left alone; unset means never."""
+
+    @_builtins.property
+    def frequency_cap(self) -> Global___FrequencyCap:
+        """How many messages a person may get; unset means any number."""
+
     def __init__(
         self,
         *,
@@ -57,14 +68,77 @@ class App(_message.Message):
         retargeting_enabled: _builtins.bool = ...,
         retargetable_since: _timestamp_pb2.Timestamp | None = ...,
         retention_days: _builtins.int = ...,
+        quiet_hours: Global___QuietHours | None = ...,
+        frequency_cap: Global___FrequencyCap | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "retargetable_since", b"retargetable_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "frequency_cap", b"frequency_cap", "quiet_hours", b"quiet_hours", "retargetable_since", b"retargetable_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "name", b"name", "retargetable_since", b"retargetable_since", "retargeting_enabled", b"retargeting_enabled", "retention_days", b"retention_days"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "frequency_cap", b"frequency_cap", "name", b"name", "quiet_hours", b"quiet_hours", "retargetable_since", b"retargetable_since", "retargeting_enabled", b"retargeting_enabled", "retention_days", b"retention_days"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___App: _TypeAlias = App  # noqa: Y015
+
+@_typing.final
+class QuietHours(_message.Message):
+    """Hours in which nobody is messaged, by each contact's own clock. Whoever is due meanwhile is sent to when they end, or
+    skipped with the reason "policy/quiet_hours" when the campaign's send_by_time is earlier. Transactional campaigns go out
+    all the same.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    DEFAULT_TIME_ZONE_FIELD_NUMBER: _builtins.int
+    start: _builtins.str
+    """"22:00": when they begin, hours and minutes."""
+    end: _builtins.str
+    """"08:00": when they end; earlier than start means the next morning. Not the same as start."""
+    default_time_zone: _builtins.str
+    """An IANA time zone, as in "Europe/Madrid", for contacts that have none; UTC when it is empty."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.str = ...,
+        end: _builtins.str = ...,
+        default_time_zone: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_time_zone", b"default_time_zone", "end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuietHours: _TypeAlias = QuietHours  # noqa: Y015
+
+@_typing.final
+class FrequencyCap(_message.Message):
+    """The most messages that a person gets, over all campaigns and channels. Whoever has had them is skipped with the reason
+    "policy/frequency_cap". Transactional campaigns go out all the same, and do not count.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    HOURS_FIELD_NUMBER: _builtins.int
+    messages: _builtins.int
+    """1 to 100."""
+    hours: _builtins.int
+    """Within so many hours, up to 720; the window moves with the clock."""
+    def __init__(
+        self,
+        *,
+        messages: _builtins.int = ...,
+        hours: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hours", b"hours", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrequencyCap: _TypeAlias = FrequencyCap  # noqa: Y015
 
 @_typing.final
 class ApiKey(_message.Message):
@@ -135,6 +209,36 @@ class GetAppRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetAppRequest: _TypeAlias = GetAppRequest  # noqa: Y015
+
+@_typing.final
+class UpdateAppRequest(_message.Message):
+    """Request of UpdateApp."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def app(self) -> Global___App:
+        """Its name and the new values."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields to change; empty means those that are set, "*" means all. Output-only fields are passed over."""
+
+    def __init__(
+        self,
+        *,
+        app: Global___App | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateAppRequest: _TypeAlias = UpdateAppRequest  # noqa: Y015
 
 @_typing.final
 class CreateApiKeyRequest(_message.Message):

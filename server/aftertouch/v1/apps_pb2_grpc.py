@@ -41,6 +41,11 @@ class AppsStub:
                 request_serializer=aftertouch_dot_v1_dot_apps__pb2.GetAppRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_apps__pb2.App.FromString,
                 _registered_method=True)
+        self.UpdateApp = channel.unary_unary(
+                '/aftertouch.v1.Apps/UpdateApp',
+                request_serializer=aftertouch_dot_v1_dot_apps__pb2.UpdateAppRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_apps__pb2.App.FromString,
+                _registered_method=True)
         self.CreateApiKey = channel.unary_unary(
                 '/aftertouch.v1.Apps/CreateApiKey',
                 request_serializer=aftertouch_dot_v1_dot_apps__pb2.CreateApiKeyRequest.SerializeToString,
@@ -64,6 +69,14 @@ class AppsServicer:
 
     def GetApp(self, request, context):
         """Returns the app. Reasons: RESOURCE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateApp(self, request, context):
+        """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
+        on. Reasons: FIELDS_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +110,11 @@ def add_AppsServicer_to_server(servicer, server):
             'GetApp': grpc.unary_unary_rpc_method_handler(
                     servicer.GetApp,
                     request_deserializer=aftertouch_dot_v1_dot_apps__pb2.GetAppRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_apps__pb2.App.SerializeToString,
+            ),
+            'UpdateApp': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateApp,
+                    request_deserializer=aftertouch_dot_v1_dot_apps__pb2.UpdateAppRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_apps__pb2.App.SerializeToString,
             ),
             'CreateApiKey': grpc.unary_unary_rpc_method_handler(
@@ -142,6 +160,33 @@ class Apps:
             target,
             '/aftertouch.v1.Apps/GetApp',
             aftertouch_dot_v1_dot_apps__pb2.GetAppRequest.SerializeToString,
+            aftertouch_dot_v1_dot_apps__pb2.App.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateApp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Apps/UpdateApp',
+            aftertouch_dot_v1_dot_apps__pb2.UpdateAppRequest.SerializeToString,
             aftertouch_dot_v1_dot_apps__pb2.App.FromString,
             options,
             channel_credentials,

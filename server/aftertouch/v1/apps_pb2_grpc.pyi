@@ -36,6 +36,10 @@ class AppsStub:
     def __new__(cls, channel: _aio.Channel) -> AppsAsyncStub: ...
     GetApp: _grpc.UnaryUnaryMultiCallable[_apps_pb2.GetAppRequest, _apps_pb2.App]
     """Returns the app. Reasons: RESOURCE_NOT_FOUND."""
+    UpdateApp: _grpc.UnaryUnaryMultiCallable[_apps_pb2.UpdateAppRequest, _apps_pb2.App]
+    """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
+    on. Reasons: FIELDS_INVALID.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_apps_pb2.CreateApiKeyRequest, _apps_pb2.ApiKey]
     """Makes an API key. The answer is the only time the secret is shown; the server stores its hash. A repeat of a
     request_id returns the same key *without* its secret.
@@ -52,6 +56,10 @@ class AppsAsyncStub(AppsStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetApp: _aio.UnaryUnaryMultiCallable[_apps_pb2.GetAppRequest, _apps_pb2.App]  # type: ignore[assignment]
     """Returns the app. Reasons: RESOURCE_NOT_FOUND."""
+    UpdateApp: _aio.UnaryUnaryMultiCallable[_apps_pb2.UpdateAppRequest, _apps_pb2.App]  # type: ignore[assignment]
+    """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
+    on. Reasons: FIELDS_INVALID.
+    """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_apps_pb2.CreateApiKeyRequest, _apps_pb2.ApiKey]  # type: ignore[assignment]
     """Makes an API key. The answer is the only time the secret is shown; the server stores its hash. A repeat of a
     request_id returns the same key *without* its secret.
@@ -71,6 +79,16 @@ class AppsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_apps_pb2.App, _abc.Awaitable[_apps_pb2.App]]:
         """Returns the app. Reasons: RESOURCE_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def UpdateApp(
+        self,
+        request: _apps_pb2.UpdateAppRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_apps_pb2.App, _abc.Awaitable[_apps_pb2.App]]:
+        """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
+        on. Reasons: FIELDS_INVALID.
+        """
 
     @_abc_1.abstractmethod
     def CreateApiKey(

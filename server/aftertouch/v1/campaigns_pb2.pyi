@@ -85,6 +85,10 @@ class Campaign(_message.Message):
     FINISH_TIME_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
+    SCHEDULE_TIME_FIELD_NUMBER: _builtins.int
+    SEND_BY_TIME_FIELD_NUMBER: _builtins.int
+    MESSAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TRANSACTIONAL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/campaigns/{campaign}`."""
     display_name: _builtins.str
@@ -99,6 +103,12 @@ class Campaign(_message.Message):
     """Changes with every update; hand it back to be sure that nobody else changed it."""
     root: _builtins.str
     """The campaign at the root of the chain when this is a wave: the one whose retarget led here."""
+    messages_per_second: _builtins.int
+    """At most this many messages a second, by all workers together; 0 is as fast as the channel's own limits allow. Can be
+    changed in a draft, and while the campaign is SCHEDULED or PAUSED.
+    """
+    transactional: _builtins.bool
+    """A message that people wait for (a receipt, a code): neither quiet hours nor the frequency cap of the app hold for it."""
     @_builtins.property
     def content(self) -> _struct_pb2.Struct:
         """What is said, as the channel's content_schema wants it. Strings are Liquid templates over the contact's attributes:
@@ -130,6 +140,16 @@ class Campaign(_message.Message):
     def counts(self) -> Global___CampaignCounts:
         """What is known of its recipients; only from GetCampaign, and once it was launched."""
 
+    @_builtins.property
+    def schedule_time(self) -> _timestamp_pb2.Timestamp:
+        """When it is to be launched; set by LaunchCampaign."""
+
+    @_builtins.property
+    def send_by_time(self) -> _timestamp_pb2.Timestamp:
+        """After this nobody is sent to any more, and whoever is left is skipped with the reason "policy/send_by_time"; set by
+        LaunchCampaign.
+        """
+
     def __init__(
         self,
         *,
@@ -147,10 +167,14 @@ class Campaign(_message.Message):
         finish_time: _timestamp_pb2.Timestamp | None = ...,
         counts: Global___CampaignCounts | None = ...,
         root: _builtins.str = ...,
+        schedule_time: _timestamp_pb2.Timestamp | None = ...,
+        send_by_time: _timestamp_pb2.Timestamp | None = ...,
+        messages_per_second: _builtins.int = ...,
+        transactional: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "finish_time", b"finish_time", "launch_time", b"launch_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "finish_time", b"finish_time", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "name", b"name", "root", b"root", "state", b"state", "state_reason", b"state_reason", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "transactional", b"transactional", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,6 +611,8 @@ class LaunchCampaignRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    SCHEDULE_TIME_FIELD_NUMBER: _builtins.int
+    SEND_BY_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/campaigns/{campaign}`."""
     etag: _builtins.str
@@ -595,6 +621,14 @@ class LaunchCampaignRequest(_message.Message):
     """A UUID that makes a repeat within 24 hours return the same answer."""
     validate_only: _builtins.bool
     """Check everything and count the recipients, but send nothing and change nothing."""
+    @_builtins.property
+    def schedule_time(self) -> _timestamp_pb2.Timestamp:
+        """When to launch, at most 366 days ahead; now when it is not set."""
+
+    @_builtins.property
+    def send_by_time(self) -> _timestamp_pb2.Timestamp:
+        """After this nobody is sent to any more; no limit when it is not set."""
+
     def __init__(
         self,
         *,
@@ -602,14 +636,239 @@ class LaunchCampaignRequest(_message.Message):
         etag: _builtins.str = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        schedule_time: _timestamp_pb2.Timestamp | None = ...,
+        send_by_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["schedule_time", b"schedule_time", "send_by_time", b"send_by_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LaunchCampaignRequest: _TypeAlias = LaunchCampaignRequest  # noqa: Y015
+
+@_typing.final
+class UnscheduleCampaignRequest(_message.Message):
+    """Request of UnscheduleCampaign."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    etag: _builtins.str
+    """The etag you read; empty means whatever it is now."""
+    request_id: _builtins.str
+    """A UUID that makes a repeat within 24 hours return the same answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnscheduleCampaignRequest: _TypeAlias = UnscheduleCampaignRequest  # noqa: Y015
+
+@_typing.final
+class PauseCampaignRequest(_message.Message):
+    """Request of PauseCampaign. A repeat is harmless, and waits as well, so there is no request_id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    etag: _builtins.str
+    """The etag you read; empty means whatever it is now."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseCampaignRequest: _TypeAlias = PauseCampaignRequest  # noqa: Y015
+
+@_typing.final
+class CancelCampaignRequest(_message.Message):
+    """Request of CancelCampaign. A repeat is harmless, and waits as well, so there is no request_id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    etag: _builtins.str
+    """The etag you read; empty means whatever it is now."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelCampaignRequest: _TypeAlias = CancelCampaignRequest  # noqa: Y015
+
+@_typing.final
+class WatchCampaignRequest(_message.Message):
+    """Request of WatchCampaign."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchCampaignRequest: _TypeAlias = WatchCampaignRequest  # noqa: Y015
+
+@_typing.final
+class SendTestRequest(_message.Message):
+    """Request of SendTest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CONTACT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`: whose content, a draft's too."""
+    contact: _builtins.str
+    """`apps/{app}/contacts/{external_id}`: to whom, with this contact's attributes."""
+    request_id: _builtins.str
+    """A UUID that makes a repeat within 24 hours return the same answer instead of sending once more."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        contact: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contact", b"contact", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendTestRequest: _TypeAlias = SendTestRequest  # noqa: Y015
+
+@_typing.final
+class SendTestResponse(_message.Message):
+    """Response of SendTest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Result:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SendTestResponse._Result.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        RESULT_UNSPECIFIED: SendTestResponse._Result.ValueType  # 0
+        """Never sent."""
+        ACCEPTED: SendTestResponse._Result.ValueType  # 1
+        """It was taken."""
+        REFUSED: SendTestResponse._Result.ValueType  # 2
+        """It was not taken."""
+        UNCLEAR: SendTestResponse._Result.ValueType  # 3
+        """It may or may not have been taken: there was no answer."""
+
+    class Result(_Result, metaclass=_ResultEnumTypeWrapper):
+        """What a provider made of a message."""
+
+    RESULT_UNSPECIFIED: SendTestResponse.Result.ValueType  # 0
+    """Never sent."""
+    ACCEPTED: SendTestResponse.Result.ValueType  # 1
+    """It was taken."""
+    REFUSED: SendTestResponse.Result.ValueType  # 2
+    """It was not taken."""
+    UNCLEAR: SendTestResponse.Result.ValueType  # 3
+    """It may or may not have been taken: there was no answer."""
+
+    @_typing.final
+    class Outcome(_message.Message):
+        """What became of one message."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RESULT_FIELD_NUMBER: _builtins.int
+        MESSAGE_ID_FIELD_NUMBER: _builtins.int
+        REASON_CODE_FIELD_NUMBER: _builtins.int
+        REASON_CLASS_FIELD_NUMBER: _builtins.int
+        result: Global___SendTestResponse.Result.ValueType
+        """Where it stands."""
+        message_id: _builtins.str
+        """The provider's name for it, when it was accepted."""
+        reason_code: _builtins.str
+        """Why it was refused, as in "21211"; or what is unclear."""
+        reason_class: _builtins.str
+        """What the code means, as in "recipient_gone"."""
+        def __init__(
+            self,
+            *,
+            result: Global___SendTestResponse.Result.ValueType = ...,
+            message_id: _builtins.str = ...,
+            reason_code: _builtins.str = ...,
+            reason_class: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["message_id", b"message_id", "reason_class", b"reason_class", "reason_code", b"reason_code", "result", b"result"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CONTENT_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def content(self) -> _struct_pb2.Struct:
+        """The content as it was rendered for the contact."""
+
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SendTestResponse.Outcome]:
+        """What became of the message to each of the contact's active addresses on the channel."""
+
+    def __init__(
+        self,
+        *,
+        content: _struct_pb2.Struct | None = ...,
+        outcomes: _abc.Iterable[Global___SendTestResponse.Outcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendTestResponse: _TypeAlias = SendTestResponse  # noqa: Y015
 
 @_typing.final
 class ResumeCampaignRequest(_message.Message):

@@ -67,10 +67,35 @@ class CampaignsStub:
                 request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.LaunchCampaignRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
                 _registered_method=True)
+        self.UnscheduleCampaign = channel.unary_unary(
+                '/aftertouch.v1.Campaigns/UnscheduleCampaign',
+                request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.UnscheduleCampaignRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+                _registered_method=True)
+        self.PauseCampaign = channel.unary_unary(
+                '/aftertouch.v1.Campaigns/PauseCampaign',
+                request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.PauseCampaignRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+                _registered_method=True)
         self.ResumeCampaign = channel.unary_unary(
                 '/aftertouch.v1.Campaigns/ResumeCampaign',
                 request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.ResumeCampaignRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+                _registered_method=True)
+        self.CancelCampaign = channel.unary_unary(
+                '/aftertouch.v1.Campaigns/CancelCampaign',
+                request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.CancelCampaignRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+                _registered_method=True)
+        self.WatchCampaign = channel.unary_stream(
+                '/aftertouch.v1.Campaigns/WatchCampaign',
+                request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.WatchCampaignRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+                _registered_method=True)
+        self.SendTest = channel.unary_unary(
+                '/aftertouch.v1.Campaigns/SendTest',
+                request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.SendTestRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.SendTestResponse.FromString,
                 _registered_method=True)
         self.ListRecipients = channel.unary_unary(
                 '/aftertouch.v1.Campaigns/ListRecipients',
@@ -121,9 +146,25 @@ class CampaignsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LaunchCampaign(self, request, context):
-        """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with.
-        Reasons: CAMPAIGN_STATE_WRONG, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, ETAG_MISMATCH,
-        REQUEST_ID_REUSED.
+        """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
+        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnscheduleCampaign(self, request, context):
+        """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseCampaign(self, request, context):
+        """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
+        most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
+        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +173,32 @@ class CampaignsServicer:
     def ResumeCampaign(self, request, context):
         """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
         dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelCampaign(self, request, context):
+        """Stops a SCHEDULED, SENDING or PAUSED campaign for good. It answers like PauseCampaign: no send begins afterwards.
+        Whoever was not sent to is shown as skipped with the reason "policy/canceled" soon after. Reasons:
+        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchCampaign(self, request, context):
+        """Streams the campaign with its counts: at once, then whenever something changed, at most once a second. It ends after a
+        SENT, CANCELED or FAILED campaign of which nobody is left to be dealt with. Reasons: RESOURCE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendTest(self, request, context):
+        """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
+        attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
+        active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -177,10 +244,35 @@ def add_CampaignsServicer_to_server(servicer, server):
                     request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.LaunchCampaignRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
             ),
+            'UnscheduleCampaign': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnscheduleCampaign,
+                    request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.UnscheduleCampaignRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
+            ),
+            'PauseCampaign': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseCampaign,
+                    request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.PauseCampaignRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
+            ),
             'ResumeCampaign': grpc.unary_unary_rpc_method_handler(
                     servicer.ResumeCampaign,
                     request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.ResumeCampaignRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
+            ),
+            'CancelCampaign': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelCampaign,
+                    request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.CancelCampaignRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
+            ),
+            'WatchCampaign': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCampaign,
+                    request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.WatchCampaignRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
+            ),
+            'SendTest': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendTest,
+                    request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.SendTestRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.SendTestResponse.SerializeToString,
             ),
             'ListRecipients': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRecipients,
@@ -363,6 +455,60 @@ class Campaigns:
             _registered_method=True)
 
     @staticmethod
+    def UnscheduleCampaign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Campaigns/UnscheduleCampaign',
+            aftertouch_dot_v1_dot_campaigns__pb2.UnscheduleCampaignRequest.SerializeToString,
+            aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseCampaign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Campaigns/PauseCampaign',
+            aftertouch_dot_v1_dot_campaigns__pb2.PauseCampaignRequest.SerializeToString,
+            aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ResumeCampaign(request,
             target,
             options=(),
@@ -379,6 +525,87 @@ class Campaigns:
             '/aftertouch.v1.Campaigns/ResumeCampaign',
             aftertouch_dot_v1_dot_campaigns__pb2.ResumeCampaignRequest.SerializeToString,
             aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelCampaign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Campaigns/CancelCampaign',
+            aftertouch_dot_v1_dot_campaigns__pb2.CancelCampaignRequest.SerializeToString,
+            aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCampaign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/aftertouch.v1.Campaigns/WatchCampaign',
+            aftertouch_dot_v1_dot_campaigns__pb2.WatchCampaignRequest.SerializeToString,
+            aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendTest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Campaigns/SendTest',
+            aftertouch_dot_v1_dot_campaigns__pb2.SendTestRequest.SerializeToString,
+            aftertouch_dot_v1_dot_campaigns__pb2.SendTestResponse.FromString,
             options,
             channel_credentials,
             insecure,

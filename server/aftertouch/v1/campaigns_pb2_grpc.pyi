@@ -49,13 +49,34 @@ class CampaignsStub:
     DeleteCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]
-    """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with.
-    Reasons: CAMPAIGN_STATE_WRONG, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, ETAG_MISMATCH,
-    REQUEST_ID_REUSED.
+    """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
+    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """
+    UnscheduleCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]
+    """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    PauseCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]
+    """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
+    most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
+    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
     """
     ResumeCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ResumeCampaignRequest, _campaigns_pb2.Campaign]
     """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
     dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """
+    CancelCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.CancelCampaignRequest, _campaigns_pb2.Campaign]
+    """Stops a SCHEDULED, SENDING or PAUSED campaign for good. It answers like PauseCampaign: no send begins afterwards.
+    Whoever was not sent to is shown as skipped with the reason "policy/canceled" soon after. Reasons:
+    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
+    """
+    WatchCampaign: _grpc.UnaryStreamMultiCallable[_campaigns_pb2.WatchCampaignRequest, _campaigns_pb2.Campaign]
+    """Streams the campaign with its counts: at once, then whenever something changed, at most once a second. It ends after a
+    SENT, CANCELED or FAILED campaign of which nobody is left to be dealt with. Reasons: RESOURCE_NOT_FOUND.
+    """
+    SendTest: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.SendTestRequest, _campaigns_pb2.SendTestResponse]
+    """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
+    attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
+    active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
     """
     ListRecipients: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
@@ -80,13 +101,34 @@ class CampaignsAsyncStub(CampaignsStub):
     DeleteCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with.
-    Reasons: CAMPAIGN_STATE_WRONG, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, ETAG_MISMATCH,
-    REQUEST_ID_REUSED.
+    """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
+    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """
+    UnscheduleCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
+    """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    PauseCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
+    """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
+    most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
+    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
     """
     ResumeCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ResumeCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
     dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """
+    CancelCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.CancelCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
+    """Stops a SCHEDULED, SENDING or PAUSED campaign for good. It answers like PauseCampaign: no send begins afterwards.
+    Whoever was not sent to is shown as skipped with the reason "policy/canceled" soon after. Reasons:
+    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
+    """
+    WatchCampaign: _aio.UnaryStreamMultiCallable[_campaigns_pb2.WatchCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
+    """Streams the campaign with its counts: at once, then whenever something changed, at most once a second. It ends after a
+    SENT, CANCELED or FAILED campaign of which nobody is left to be dealt with. Reasons: RESOURCE_NOT_FOUND.
+    """
+    SendTest: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.SendTestRequest, _campaigns_pb2.SendTestResponse]  # type: ignore[assignment]
+    """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
+    attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
+    active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
     """
     ListRecipients: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]  # type: ignore[assignment]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
@@ -144,9 +186,28 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.LaunchCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with.
-        Reasons: CAMPAIGN_STATE_WRONG, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, ETAG_MISMATCH,
-        REQUEST_ID_REUSED.
+        """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
+        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def UnscheduleCampaign(
+        self,
+        request: _campaigns_pb2.UnscheduleCampaignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
+        """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+
+    @_abc_1.abstractmethod
+    def PauseCampaign(
+        self,
+        request: _campaigns_pb2.PauseCampaignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
+        """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
+        most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
+        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -157,6 +218,38 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
         """Goes on with a campaign that is PAUSED, as after the provider refused the account: SENDING again. Nobody who was
         dealt with is messaged again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelCampaign(
+        self,
+        request: _campaigns_pb2.CancelCampaignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
+        """Stops a SCHEDULED, SENDING or PAUSED campaign for good. It answers like PauseCampaign: no send begins afterwards.
+        Whoever was not sent to is shown as skipped with the reason "policy/canceled" soon after. Reasons:
+        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchCampaign(
+        self,
+        request: _campaigns_pb2.WatchCampaignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_campaigns_pb2.Campaign], _abc.AsyncIterator[_campaigns_pb2.Campaign]]:
+        """Streams the campaign with its counts: at once, then whenever something changed, at most once a second. It ends after a
+        SENT, CANCELED or FAILED campaign of which nobody is left to be dealt with. Reasons: RESOURCE_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def SendTest(
+        self,
+        request: _campaigns_pb2.SendTestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_campaigns_pb2.SendTestResponse, _abc.Awaitable[_campaigns_pb2.SendTestResponse]]:
+        """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
+        attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
+        active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

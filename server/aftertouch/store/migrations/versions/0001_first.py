@@ -26,6 +26,18 @@ def upgrade() -> None:
         sa.Column("retargeting_enabled", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("retargetable_since", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("retention_days", sa.Integer(), server_default=sa.text("30"), nullable=False),
+        sa.Column("quiet_start", sa.Integer(), nullable=True, comment="minutes after midnight; null when no hours are quiet"),
+        sa.Column("quiet_end", sa.Integer(), nullable=True),
+        sa.Column(
+            "quiet_time_zone", sa.Text(), server_default=sa.text("'UTC'"), nullable=False, comment="of contacts that have none"
+        ),
+        sa.Column(
+            "cap_messages",
+            sa.Integer(),
+            nullable=True,
+            comment="most messages a contact gets within cap_hours; null when there is no cap",
+        ),
+        sa.Column("cap_hours", sa.Integer(), nullable=True),
         sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("app_id", name=op.f("apps_pkey")),
         sa.UniqueConstraint("app", name=op.f("apps_app_key")),
@@ -61,6 +73,27 @@ def upgrade() -> None:
         sa.Column("external_id", sa.Text(), nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app_id", "external_id", name=op.f("contact_ids_pkey")),
+    )
+    op.create_table(
+        "contact_paces",
+        sa.Column("block", sa.BigInteger(), nullable=False),
+        sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "recent",
+            postgresql.ARRAY(postgresql.TIMESTAMP(timezone=True)),
+            nullable=False,
+            comment="when messages were sent, as far as they count",
+        ),
+        sa.Column("full_until", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("block", "number", name=op.f("contact_paces_pkey")),
+        comment="how often contacts were messaged lately, in apps with a frequency cap",
+    )
+    op.create_index(
+        op.f("contact_paces_block_full_until_idx"),
+        "contact_paces",
+        ["block", "full_until"],
+        unique=False,
+        postgresql_where=sa.text("full_until IS NOT NULL"),
     )
     op.create_table(
         "contact_sets",
@@ -118,6 +151,14 @@ def upgrade() -> None:
         comment="a signal with its reason as one small number",
     )
     op.create_table(
+        "paces",
+        sa.Column("key", sa.Text(), nullable=False, comment="as in sms/account"),
+        sa.Column("free_time", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("key", name=op.f("paces_pkey")),
+        comment="when each limit has room again; of no use after a crash",
+        prefixes=["UNLOGGED"],
+    )
+    op.create_table(
         "producers",
         sa.Column("app_id", sa.BigInteger(), nullable=False),
         sa.Column("producer", sa.Text(), nullable=False),
@@ -160,11 +201,12 @@ def upgrade() -> None:
         sa.Column("campaign_id", sa.BigInteger(), nullable=False),
         sa.Column("lease", sa.BigInteger(), server_default=sa.text("0"), nullable=False, comment="counts up with every claim"),
         sa.Column("lease_until", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("ready_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("unclear_since", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("slot", name=op.f("send_units_pkey")),
         comment="chunks that are not dealt with yet; a finished one is deleted",
     )
     op.create_index(op.f("send_units_campaign_id_idx"), "send_units", ["campaign_id"], unique=False)
-    op.create_index(op.f("send_units_lease_until_idx"), "send_units", ["lease_until"], unique=False)
     op.create_table(
         "subscriptions",
         sa.Column("block", sa.BigInteger(), nullable=False),
@@ -174,8 +216,16 @@ def upgrade() -> None:
         sa.Column("address", postgresql.JSONB(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False, comment="active, opted_out or invalid"),
         sa.Column("reason", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("held_until", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("block", "number", "channel", "address_hash", name=op.f("subscriptions_pkey")),
+    )
+    op.create_index(
+        op.f("subscriptions_block_channel_held_until_idx"),
+        "subscriptions",
+        ["block", "channel", "held_until"],
+        unique=False,
+        postgresql_where=sa.text("held_until IS NOT NULL"),
     )
     op.create_table(
         "unrecognized_receipts",
@@ -215,6 +265,22 @@ def upgrade() -> None:
         sa.Column("root_id", sa.BigInteger(), nullable=True, comment="campaign at the root of the chain, of a wave"),
         sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("schedule_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("send_by_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column(
+            "messages_per_second",
+            sa.Integer(),
+            server_default=sa.text("0"),
+            nullable=False,
+            comment="0 is as fast as allowed",
+        ),
+        sa.Column(
+            "transactional",
+            sa.Boolean(),
+            server_default=sa.text("false"),
+            nullable=False,
+            comment="no quiet hours, no frequency cap",
+        ),
         sa.Column("launch_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("finish_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("campaigns_app_id_fkey")),
@@ -222,3 +288,10 @@ def upgrade() -> None:
         sa.UniqueConstraint("app_id", "campaign", name=op.f("campaigns_app_id_campaign_key")),
     )
     op.create_index(op.f("campaigns_app_id_campaign_id_idx"), "campaigns", ["app_id", "campaign_id"], unique=False)
+    op.create_index(
+        op.f("campaigns_schedule_time_idx"),
+        "campaigns",
+        ["schedule_time"],
+        unique=False,
+        postgresql_where=sa.text("state = 'SCHEDULED'"),
+    )

@@ -1,0 +1,73 @@
+"""Calls of a channel: an outcome for each message, whatever the channel does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TypeVar
+
+import structlog
+
+from aftertouch.channels import Accepted, Address, Channel, Content, Finding, Message, NotTaken, Outcome, Refused, Unclear
+
+log = structlog.get_logger()
+
+LONGEST_CALL = timedelta(seconds=20)
+"""Above the channels' own limits of 10 and 15 seconds, below the 30 that a process is usually given to stop."""
+
+Messages = Sequence[Message[Address, Content]]
+T = TypeVar("T")
+
+
+async def send_messages(channel: Channel, messages: Messages) -> Sequence[Outcome]:
+    """Have the channel send messages; those of a call that failed are ``Unclear``."""
+    return await _call(channel, "send", channel.send, _is_outcome, messages)
+
+
+async def look_up_messages(channel: Channel, messages: Messages, since: datetime) -> Sequence[Finding]:
+    """Have the channel look messages up; those of a call that failed are ``Unclear``."""
+    return await _call(channel, "look_up", partial(channel.look_up, since=since), _is_finding, messages)
+
+
+async def _call(
+    channel: Channel,
+    action: str,
+    ask: Callable[[Messages], Awaitable[Sequence[T]]],
+    is_sound: Callable[[object], bool],
+    messages: Messages,
+) -> list[T | Unclear]:
+    answers: list[T | Unclear] = []
+    size = channel.capabilities.batch_size
+    for start in range(0, len(messages), size):
+        batch = messages[start : start + size]
+        try:
+            async with asyncio.timeout(LONGEST_CALL.total_seconds()):
+                answered: list[T | Unclear] = list(await ask(batch))
+            if len(answered) != len(batch) or not all(map(is_sound, answered)):
+                raise TypeError(f"{action} did not return one sound answer for each of {len(batch)} messages")
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            # A cancellation that is not ours came out of the channel, like any other exception.
+            log.exception("a channel failed", action=action, channel=channel.name)
+            answered = [Unclear(detail=type(error).__name__)] * len(batch)
+        answers += answered
+    return answers
+
+
+def _is_outcome(answer: object) -> bool:
+    """True for an outcome whose fields are what they are declared as; a dataclass does not check that itself."""
+    match answer:
+        case Accepted(message_id=str(), signals=tuple() as signals):
+            return all(isinstance(signal, str) for signal in signals)
+        case Refused(code=str(), retry_after=None | timedelta(), limit=str()) | Unclear():
+            return True
+        case _:
+            return False
+
+
+def _is_finding(answer: object) -> bool:
+    return isinstance(answer, NotTaken) or (_is_outcome(answer) and not isinstance(answer, Refused))

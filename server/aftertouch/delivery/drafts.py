@@ -1,0 +1,131 @@
+"""Drafts: who of a batch can be sent to, on which addresses, and what they are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from aftertouch.channels import Address, Channel, Content, Limit, Message, ReasonClass
+from aftertouch.declarations import ChannelType
+from aftertouch.delivery.pace import find_limits
+from aftertouch.delivery.quiet import find_opening
+from aftertouch.delivery.render import ContentTemplate, RenderError
+from aftertouch.ingest.tokens import TokenCodec
+from aftertouch.rolls.chunks import CHUNK, Numbers, chunk_of
+from aftertouch.store.apps import App
+from aftertouch.store.campaigns import Campaign
+from aftertouch.store.contacts import Addressee, read_addressees
+from aftertouch.store.engine import transaction
+from aftertouch.store.kinds import Kind
+
+
+@dataclass(frozen=True)
+class Sending:
+    """A unit of a campaign that is being sent, with what its messages are made of."""
+
+    campaign: Campaign
+    app: App
+    template: ContentTemplate
+    slot: int
+    roll: Numbers
+    """Of the unit."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One person of a batch, with the messages for each of their addresses."""
+
+    within: int
+    """Position in the unit."""
+    position: int
+    """Over the whole roll."""
+    number: int
+    tries: int
+    """With this one."""
+    messages: list[Message[Address, Content]]
+    hashes: list[bytes]
+    limits: list[list[Limit]]
+    """That each message counts against."""
+
+
+@dataclass
+class Drafts:
+    """A batch of people, sorted by what is to be done about them now."""
+
+    ready: list[Draft] = field(default_factory=list)
+    skipped: list[tuple[int, Kind]] = field(default_factory=list)
+    """Positions over the whole roll, and why."""
+    opening: datetime | None = None
+    """When the first of those may be sent to whose quiet hours it is."""
+
+
+class Drafter:
+    """Writes the messages of one channel."""
+
+    def __init__(self, engine: AsyncEngine, tokens: TokenCodec, channel_type: ChannelType, channel: Channel) -> None:
+        self._engine = engine
+        self._tokens = tokens
+        self._type = channel_type
+        self._channel = channel
+
+    async def draft(self, sending: Sending, within: Numbers, tries: Numbers, now: datetime | None) -> Drafts:
+        """Write the messages for some people of a unit.
+
+        Args:
+            within: their positions in the unit.
+            tries: how often each was tried, with this time.
+            now: to respect quiet hours; None where nothing is going to be sent.
+        """
+        campaign = sending.campaign
+        numbers = sending.roll[within]
+        positions = within + chunk_of(sending.slot) * CHUNK
+        async with transaction(self._engine) as conn:
+            addressees = await read_addressees(conn, campaign.app_id, campaign.channel, numbers)
+        tokens = self._tokens.make(campaign.campaign_id, positions)
+        drafts = Drafts()
+        for at, position, number, token, tried in zip(
+            within.tolist(), positions.tolist(), numbers.tolist(), tokens, tries.tolist(), strict=True
+        ):
+            addressee = addressees.get(number)
+            written = write_messages(self._type, sending.template, addressee, token)
+            if isinstance(written, Kind):
+                drafts.skipped.append((position, written))
+                continue
+            if addressee is not None and now is not None and not campaign.transactional:
+                opening = find_opening(sending.app, addressee.time_zone, now)
+                if opening is not None and campaign.send_by_time is not None and opening >= campaign.send_by_time:
+                    drafts.skipped.append((position, Kind("skipped", "policy", "quiet_hours")))
+                    continue
+                if opening is not None:
+                    drafts.opening = min(opening, drafts.opening or opening)
+                    continue
+            hashes = [address_hash for address_hash, _ in written]
+            messages = [message for _, message in written]
+            limits = [find_limits(self._channel, campaign, message) for message in messages]
+            drafts.ready.append(Draft(at, position, number, tried, messages, hashes, limits))
+        return drafts
+
+
+def write_messages(
+    channel_type: ChannelType, template: ContentTemplate, addressee: Addressee | None, token: str
+) -> list[tuple[bytes, Message[Address, Content]]] | Kind:
+    """The messages to each address of a person, with the addresses' hashes, or why there are none."""
+    if addressee is None or not addressee.addresses:
+        if addressee is not None and addressee.is_held:
+            return Kind("skipped", ReasonClass.CAPPED, "held")
+        return Kind("skipped", "unsubscribed", "no_active_subscription")
+    try:
+        content = template.render(addressee.external_id, addressee.attributes)
+    except RenderError as error:
+        return Kind("skipped", ReasonClass.CONTENT, error.code)
+    messages: list[tuple[bytes, Message[Address, Content]]] = []
+    for address_hash, values in addressee.addresses:
+        try:
+            address = channel_type.channel.address_model.model_validate(values)
+        except ValueError:
+            # It was stored by a version of the channel that took it.
+            continue
+        messages.append((address_hash, Message(token=token, address=address, content=content)))
+    return messages or Kind("skipped", ReasonClass.CONTENT, "invalid_address")

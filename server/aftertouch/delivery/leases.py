@@ -1,0 +1,34 @@
+"""The lease of a work unit, as its holder sees it: until when this process may act on it, by its own clock."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+from aftertouch.store.units import Unit
+
+LEASE = timedelta(seconds=20)
+"""After a crash a unit rests this long. Renewed by every batch and by the worker's heartbeat."""
+HEARTBEAT_SECONDS = 4.0
+"""A worker has to miss five before its units are taken over."""
+_MARGIN = 2.0
+"""Seconds at the end of a lease in which nothing is begun."""
+
+
+@dataclass(eq=False)
+class Lease:
+    """A claimed unit, and until when it is surely ours."""
+
+    unit: Unit
+    claimed_at: float
+    """By ``time.monotonic``, from before the lease was asked for: at worst it ends early here."""
+
+    def renew(self, asked_at: float) -> None:
+        """The lease was prolonged by a statement that began at this time."""
+        self.claimed_at = max(self.claimed_at, asked_at)
+
+    @property
+    def is_sure(self) -> bool:
+        """False when somebody else may have taken the unit over: a process that was stopped for a minute sends nothing."""
+        return time.monotonic() < self.claimed_at + LEASE.total_seconds() - _MARGIN

@@ -1,0 +1,58 @@
+"""Reconciliation: asking a provider what became of messages whose outcome is unclear, after a crash or a timeout."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import structlog
+
+from aftertouch.channels import Accepted, Channel, NotTaken, ReasonClass
+from aftertouch.delivery.calls import look_up_messages
+from aftertouch.delivery.drafts import Drafter, Sending
+from aftertouch.delivery.progress import Progress
+from aftertouch.ingest.ledger import Fact, Ledger, Tried
+from aftertouch.store.kinds import Kind
+
+log = structlog.get_logger()
+
+LOOK_UP_AFTER = timedelta(seconds=15)
+"""What a provider took a moment ago may not be in its list yet."""
+LOOK_UP_FOR = timedelta(minutes=15)
+"""Then the rest stays unclear: the campaign ends, and late receipts still settle them."""
+
+
+def may_look_up(channel: Channel, progress: Progress, since: datetime | None) -> bool:
+    """True when there are people whose outcome the channel may still find out.
+
+    Args:
+        since: when it was found that they are left; None when it is only now.
+    """
+    is_time = since is None or datetime.now(UTC) - since < LOOK_UP_FOR
+    return is_time and channel.capabilities.look_up and len(progress.find_unclear()) > 0
+
+
+async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: Sending, progress: Progress) -> None:
+    """Settle those people of a unit whose outcome the provider knows: sent, or certainly not, so that they are sent to again."""
+    campaign = sending.campaign
+    assert campaign.launch_time is not None, "it is being sent"
+    unclear = progress.find_unclear()
+    size = channel.capabilities.batch_size
+    for start in range(0, len(unclear), size):
+        within = unclear[start : start + size]
+        drafts = (await drafter.draft(sending, within, progress.tries[within], now=None)).ready
+        messages = [message for draft in drafts for message in draft.messages]
+        findings = iter(await look_up_messages(channel, messages, campaign.launch_time))
+        now = datetime.now(UTC)
+        facts: list[Fact] = []
+        tried: list[Tried] = []
+        for draft in drafts:
+            own = [next(findings) for _ in draft.messages]
+            if any(isinstance(finding, Accepted) for finding in own):
+                facts.append(Fact(campaign, draft.position, Kind("sent"), now))
+            elif all(isinstance(finding, NotTaken) for finding in own):
+                facts.append(Fact(campaign, draft.position, Kind("refused", ReasonClass.TRANSIENT, str(draft.tries)), now))
+            for address_hash, finding in zip(draft.hashes, own, strict=True):
+                if isinstance(finding, Accepted):
+                    tried.append(Tried(campaign, draft.position, Kind("sent"), address_hash, finding.message_id[:256]))
+        await ledger.record(facts, tried)
+        log.info("unclear messages were looked up", action="look_up", channel=channel.name, asked=len(drafts), found=len(facts))

@@ -1,0 +1,153 @@
+"""The pace of sending: how many of a batch may leave now, and how long to wait, by the limits that they count against.
+
+Limits with a rate of their own, the campaign's among them, are kept in the database by all workers together. What a
+provider asks for ("too fast", Retry-After, errors for everybody) holds the limit for all of them as well. After a hold this
+process begins with half as many messages at once and doubles them while they get through: a provider that never says how
+fast is too fast is found out in a few messages, not a few thousand.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from aftertouch.channels import Address, Channel, Content, Limit, Message
+from aftertouch.store.campaigns import Campaign
+from aftertouch.store.engine import transaction
+from aftertouch.store.paces import hold_limits, take_room
+
+HORIZON = timedelta(seconds=2)
+"""Room that comes later than this is not waited for: others of the unit may go meanwhile."""
+LONGEST_BACK_OFF = timedelta(seconds=60)
+LONGEST_RETRY_AFTER = timedelta(hours=1)
+"""What a provider may ask for: a header of seven digits would hold a campaign for 115 days."""
+WIDEST = 1_000
+_ZERO = timedelta(0)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who of a batch may go."""
+
+    admitted: list[bool]
+    wait: timedelta
+    """Until those who are admitted may leave."""
+    retry_after: timedelta
+    """Until it is worth to ask again for the others."""
+
+
+class Pacer:
+    """The pace of one process, in which all of its senders take part."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._widths: dict[str, int] = {}
+        """How many messages may leave at once, of limits that are being probed."""
+        self._streaks: Counter[str] = Counter()
+        """Holds in a row after which nothing got through."""
+        self._held_at: dict[str, float] = {}
+        """When the last hold was put on, by ``time.monotonic``: what had begun before tells nothing new."""
+
+    async def admit(self, people: Sequence[Sequence[Limit]]) -> Admission:
+        """Say who may go now.
+
+        Args:
+            people: for each person, the limits that their messages count against, as ``find_limits`` finds them.
+        """
+        counts: Counter[str] = Counter()
+        intervals: dict[str, timedelta] = {}
+        fits = []
+        for limits in people:
+            intervals |= {limit.key: limit.interval for limit in limits}
+            wanted = Counter(limit.key for limit in limits)
+            widths = {key: self._find_width(key, intervals[key]) for key in wanted}
+            # One person always fits, or somebody with more addresses than the width would never go.
+            fits.append(all(not counts[key] or counts[key] + n <= widths[key] for key, n in wanted.items()))
+            if fits[-1]:
+                counts += wanted
+        async with transaction(self._engine) as conn:
+            room = await take_room(conn, {key: n * intervals[key] for key, n in counts.items()}, HORIZON)
+        blocked = {key for key, (is_free, _) in room.items() if not is_free}
+        admitted = [fit and all(limit.key not in blocked for limit in limits) for fit, limits in zip(fits, people, strict=True)]
+        is_more = any(admitted) and not all(fits)
+        passed = {limit.key for is_in, limits in zip(admitted, people, strict=True) if is_in for limit in limits}
+        return Admission(
+            admitted,
+            wait=max((room[key][1] for key in passed), default=_ZERO),
+            retry_after=_ZERO if is_more else min((room[key][1] for key in blocked), default=_ZERO),
+        )
+
+    def _find_width(self, key: str, interval: timedelta) -> int:
+        """How many may leave at once: a second's worth, or fewer while the limit is being probed."""
+        width = self._widths.get(key, WIDEST)
+        return min(width, max(int(timedelta(seconds=1) / interval), 1)) if interval else width
+
+    def is_in_trouble(self, key: str) -> bool:
+        """True while nothing gets through."""
+        return self._streaks[key] > 1
+
+    def is_probing(self, key: str) -> bool:
+        """True from a hold until as many get through at once as before."""
+        return key in self._widths
+
+    def note_success(self, keys: Iterable[str]) -> None:
+        """Messages that count against these limits got through."""
+        for key in keys:
+            self._streaks.pop(key, None)
+            if key in self._widths:
+                self._widths[key] *= 2
+                if self._widths[key] >= WIDEST:
+                    del self._widths[key], self._held_at[key]
+
+    async def hold(self, delays: Mapping[str, timedelta | None], size: int, begun_at: float) -> timedelta:
+        """Give these limits no room for as long as the provider asked, or else for a growing while; return the longest.
+
+        Args:
+            delays: by limit, what the provider asked for.
+            size: how many messages were under way.
+            begun_at: when they were handed to the channel, by ``time.monotonic``.
+        """
+        holds = {}
+        for key, asked in delays.items():
+            if begun_at >= self._held_at.get(key, 0):
+                self._held_at[key] = time.monotonic()
+                self._streaks[key] += 1
+                self._widths[key] = max(min(self._widths.get(key, size), size) // 2, 1)
+            holds[key] = min(asked, LONGEST_RETRY_AFTER) if asked is not None else back_off(self._streaks[key])
+        async with transaction(self._engine) as conn:
+            await hold_limits(conn, holds)
+        return max(holds.values(), default=_ZERO)
+
+
+def find_limits(channel: Channel, campaign: Campaign, message: Message[Address, Content]) -> list[Limit]:
+    """The limits that a message counts against: the channel's, under its name, and the campaign's own.
+
+    Raises:
+        TypeError: the channel returned something else than limits.
+    """
+    declared = channel.limits(message)
+    if not all(isinstance(limit, Limit) for limit in declared):
+        raise TypeError(f"{channel.name}.limits returned something else than limits")
+    limits = [Limit(key=name_limit(channel.name, limit.key), interval=limit.interval) for limit in declared]
+    if not limits:
+        limits.append(Limit(key=name_limit(channel.name, "account")))
+    if campaign.messages_per_second:
+        interval = timedelta(seconds=1 / campaign.messages_per_second)
+        limits.append(Limit(key=f"campaign/{campaign.campaign_id}", interval=interval))
+    return limits
+
+
+def name_limit(channel: str, key: str) -> str:
+    """A channel's limit among those of all channels."""
+    return f"{channel}/{key[:200]}"
+
+
+def back_off(tries: int) -> timedelta:
+    """How long to wait after so many refusals in a row: doubling from a second, with jitter."""
+    return min(timedelta(seconds=2 ** min(tries - 1, 10)), LONGEST_BACK_OFF) * random.uniform(0.5, 1.0)

@@ -1,0 +1,93 @@
+"""A test send: one campaign's content to one contact, outside of the campaign.
+
+Its token names a position that no roll has, so whatever comes back for it is answered and counted nowhere; the attempt log
+keeps it at position -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.channels import Accepted, Outcome, ReasonClass
+from aftertouch.delivery.calls import send_messages
+from aftertouch.delivery.drafts import write_messages
+from aftertouch.delivery.outcomes import describe
+from aftertouch.delivery.render import ContentTemplate
+from aftertouch.errors import ChannelNotReady, ContentMissing, FieldsInvalid, NotFound, Violation
+from aftertouch.ingest.ledger import Ledger
+from aftertouch.ingest.tokens import TEST_POSITION
+from aftertouch.plugins import Registry
+from aftertouch.rolls.chunks import slot_of
+from aftertouch.store.apps import App
+from aftertouch.store.campaigns import Campaign
+from aftertouch.store.contacts import find_numbers, read_addressees
+from aftertouch.store.kinds import Kind
+from aftertouch.store.logs import TEST_ROW, Attempt, store_attempts
+
+_OBSTACLES = {
+    "no_active_subscription": "has no active subscription on this channel",
+    "held": "is held back by the provider for now",
+    "missing_attribute": "lacks an attribute that the content needs and gives no default for",
+    "template_error": "has an attribute that the content cannot work with",
+    "invalid_content": "has attributes that make the content one that the channel does not take",
+    "invalid_address": "has an address that the channel does not take any more",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a test send came to."""
+
+    content: Mapping[str, Any]
+    """Rendered."""
+    outcomes: Sequence[tuple[Outcome, ReasonClass | None]]
+    """Of the message to each address, with the class of a refusal."""
+
+
+async def send_test(
+    conn: AsyncConnection, ledger: Ledger, registry: Registry, app: App, campaign: Campaign, external_id: str
+) -> Trial:
+    """Send a campaign's content to one contact now.
+
+    Raises:
+        ContentMissing, ChannelNotReady, NotFound, or FieldsInvalid when there is nothing to send or nowhere to send it.
+    """
+    if campaign.content is None:
+        raise ContentMissing(f"{app.name}/campaigns/{campaign.campaign}")
+    if campaign.channel not in registry.channels:
+        raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
+    channel, declared = registry.channels[campaign.channel], registry.types[campaign.channel]
+    number = (await find_numbers(conn, app.app_id, [external_id])).get(external_id)
+    if number is None:
+        raise NotFound(f"{app.name}/contacts/{external_id}")
+    addressees = await read_addressees(conn, app.app_id, campaign.channel, np.array([number]))
+    template = ContentTemplate(campaign.content, declared.channel.content_model)
+    (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
+    written = write_messages(declared, template, addressees.get(number), token)
+    if isinstance(written, Kind):
+        raise FieldsInvalid([Violation("contact", _OBSTACLES[written.reason_code])])
+    messages = [message for _, message in written]
+    outcomes = await send_messages(channel, messages)
+    described = [ledger.lookups.bound_kind(describe(declared.channel, outcome)) for outcome in outcomes]
+    numbers = await ledger.lookups.number_kinds(set(described))
+    await store_attempts(
+        conn,
+        [
+            Attempt(
+                slot=slot_of(campaign.campaign_id, 0),
+                position=TEST_ROW,
+                kind=numbers[kind],
+                address_hash=address_hash,
+                channel=campaign.channel,
+                message_id=outcome.message_id[:256] if isinstance(outcome, Accepted) else "",
+            )
+            for (address_hash, _), outcome, kind in zip(written, outcomes, described, strict=True)
+        ],
+    )
+    classes = [ReasonClass(kind.reason_class) if kind.reason_class else None for kind in described]
+    return Trial(messages[0].content.model_dump(mode="json", exclude_none=True), list(zip(outcomes, classes, strict=True)))

@@ -1,0 +1,447 @@
+"""Pausing, resuming, canceling and scheduling against a worker that sends meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from sqlalchemy import text
+
+from aftertouch.channels import Accepted, Outcome, Refused, Unclear
+from aftertouch.rpc.values import to_timestamp
+from aftertouch.store.engine import transaction
+from aftertouch.v1 import apps_pb2, campaigns_pb2
+from tests.e2e.pigeons import HomingChannel, Loft, Messages, PigeonChannel, accept_all, open_loft
+from tests.fix_database import clone_database
+from tests.fix_world import World, run_world
+from tests.refusals import read_refusal, refuse
+
+State = campaigns_pb2.Campaign.State
+
+
+@pytest.fixture(scope="module")
+async def world(postgres_url: str, template: str) -> AsyncIterator[World]:
+    """A world with a worker."""
+    async with (
+        clone_database(postgres_url, template) as url,
+        run_world(url, extra=[PigeonChannel, HomingChannel], send_units=2) as world,
+    ):
+        yield world
+
+
+@pytest.fixture
+async def loft(world: World) -> AsyncIterator[Loft]:
+    async with open_loft(world, PigeonChannel) as loft:
+        yield loft
+
+
+async def pause(loft: Loft, name: str) -> campaigns_pb2.Campaign:
+    return await loft.client.campaigns.PauseCampaign(campaigns_pb2.PauseCampaignRequest(name=name))
+
+
+async def resume(loft: Loft, name: str) -> campaigns_pb2.Campaign:
+    return await loft.client.campaigns.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=name))
+
+
+async def cancel(loft: Loft, name: str) -> campaigns_pb2.Campaign:
+    return await loft.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=name))
+
+
+async def wait_for(loft: Loft, name: str, *states: State) -> campaigns_pb2.Campaign:
+    """Watch the campaign until it is in one of these states and nothing of it is left."""
+    async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=name)):
+        if campaign.state in states and (campaign.state not in (State.SENT, State.CANCELED)):
+            return campaign
+    return await loft.get_campaign(name)
+
+
+async def test_no_send_begins_after_the_answer_to_a_pause_and_nobody_is_messaged_twice(loft: Loft) -> None:
+    chance = random.Random(11)
+    begun: Counter[str] = Counter()
+
+    async def fly(messages: Messages) -> Sequence[Outcome]:
+        begun.update({message.content.text for message in messages})  # type: ignore[attr-defined]
+        await asyncio.sleep(chance.uniform(0, 0.004))
+        return [Accepted() for _ in messages]
+
+    loft.channel.script = fly
+    people, campaigns, races = 250, 8, 125
+    names = [await loft.launch(people, note="c0")]
+    names += [await loft.relaunch(f"c{index}") for index in range(1, campaigns)]
+
+    async def race(index: int, name: str) -> int:
+        for count in range(races):
+            await asyncio.sleep(chance.uniform(0, 0.01))
+            try:
+                await pause(loft, name)
+            except grpc.aio.AioRpcError as error:
+                if read_refusal(error).reason != "CAMPAIGN_STATE_WRONG":
+                    raise
+                return count
+            calls = begun[f"c{index}"]
+            await asyncio.sleep(chance.uniform(0, 0.01))
+            assert begun[f"c{index}"] == calls, "a send began after the answer"
+            await resume(loft, name)
+        return races
+
+    raced = await asyncio.gather(*(race(index, name) for index, name in enumerate(names)))
+    assert sum(raced) > campaigns * races / 4, "most races were over before they began"
+    for name in names:
+        campaign = await wait_for(loft, name, State.SENT)
+        assert (campaign.state, campaign.counts.signals["sent"], campaign.counts.unclear) == (State.SENT, people, 0)
+    assert set(loft.channel.copies.values()) == {1}
+
+
+async def test_no_send_begins_after_the_answer_to_a_cancel_and_the_rest_is_skipped(loft: Loft) -> None:
+    begun = asyncio.Event()
+
+    async def fly(messages: Messages) -> Sequence[Outcome]:
+        begun.set()
+        await asyncio.sleep(0.01)
+        return [Accepted() for _ in messages]
+
+    loft.channel.script = fly
+    name = await loft.launch(400)
+    await begun.wait()
+    canceled = await cancel(loft, name)
+    copies = len(loft.channel.handed)
+    assert canceled.state == State.CANCELED
+    over = await wait_for(loft, name, State.CANCELED)
+    assert len(loft.channel.handed) == copies
+    assert over.counts.signals["sent"] == copies
+    assert over.counts.signals["skipped"] == 400 - copies
+    assert [(r.reason_class, r.reason_code) for r in over.counts.reasons] == [("policy", "canceled")]
+    assert (await cancel(loft, name)).state == State.CANCELED
+    assert (await refuse(resume(loft, name))).reason == "CAMPAIGN_STATE_WRONG"
+
+
+async def test_pause_waits_for_the_call_that_had_begun(loft: Loft) -> None:
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hang(messages: Messages) -> Sequence[Outcome]:
+        reached.set()
+        await go_on.wait()
+        return [Accepted() for _ in messages]
+
+    loft.channel.script = hang
+    name = await loft.launch(2)
+    await reached.wait()
+    pausing = asyncio.create_task(pause(loft, name))
+    again = asyncio.create_task(pause(loft, name))
+    _, waiting = await asyncio.wait([pausing, again], timeout=0.5)
+    assert waiting == {pausing, again}
+    assert (await loft.get_campaign(name)).state == State.PAUSED
+    go_on.set()
+    assert {(await pausing).state, (await again).state} == {State.PAUSED}
+    loft.channel.script = accept_all
+    await resume(loft, name)
+    campaign = await wait_for(loft, name, State.SENT)
+    assert (campaign.state, set(loft.channel.copies.values())) == (State.SENT, {1})
+
+
+async def test_failures_in_a_row_pause_a_campaign_but_people_who_are_gone_do_not(loft: Loft) -> None:
+    async def refuse_content(messages: Messages) -> Sequence[Outcome]:
+        return [Refused(code="too_heavy") for _ in messages]
+
+    async def nobody_home(messages: Messages) -> Sequence[Outcome]:
+        return [Refused(code="no_tree") for _ in messages]
+
+    loft.channel.script = refuse_content
+    name = await loft.launch(400)
+    paused = await wait_for(loft, name, State.PAUSED)
+    assert paused.state == State.PAUSED
+    assert "messages in a row failed" in paused.state_reason
+    assert len(loft.channel.handed) < 200
+    await cancel(loft, name)
+    loft.channel.script = nobody_home
+    name = await loft.relaunch()
+    assert (await wait_for(loft, name, State.SENT)).counts.signals["failed"] == 400
+
+
+async def test_silent_provider_leaves_few_people_unclear(loft: Loft) -> None:
+    async def stay_away(messages: Messages) -> Sequence[Outcome]:
+        return [Unclear(detail="silence") for _ in messages]
+
+    loft.channel.script = stay_away
+    name = await loft.launch(400)
+    await asyncio.sleep(3)
+    loft.channel.script = accept_all
+    unclear = len(loft.channel.handed)
+    assert unclear < 50
+    campaign = await wait_for(loft, name, State.SENT)
+    assert (campaign.counts.unclear, campaign.counts.signals["sent"]) == (unclear, 400 - unclear)
+    assert "failed" not in campaign.counts.signals
+
+
+async def test_campaign_keeps_to_its_own_pace(loft: Loft) -> None:
+    times: list[float] = []
+
+    async def note(messages: Messages) -> Sequence[Outcome]:
+        times.extend([asyncio.get_running_loop().time()] * len(messages))
+        return [Accepted() for _ in messages]
+
+    loft.channel.script = note
+    name = await loft.launch(40, messages_per_second=20)
+    campaign = await wait_for(loft, name, State.SENT)
+    assert campaign.counts.signals["sent"] == 40
+    for start in times:
+        # Two batches of four may lie close together when the first was late.
+        assert sum(start <= time < start + 1 for time in times) <= 20 + 8
+
+
+# Scheduling
+
+
+async def schedule(loft: Loft, people: int, delay: timedelta, **fields: Any) -> str:
+    name = await loft.draft(people)
+    await loft.client.campaigns.LaunchCampaign(
+        campaigns_pb2.LaunchCampaignRequest(name=name, schedule_time=to_timestamp(datetime.now(UTC) + delay), **fields)
+    )
+    return name
+
+
+async def move(loft: Loft, delay: timedelta) -> None:
+    """Bring all scheduled times forward, as if the server had been away meanwhile."""
+    async with transaction(loft.world.core.engine) as conn:
+        moved = "schedule_time = schedule_time - :delay, send_by_time = send_by_time - :delay"
+        await conn.execute(text(f"UPDATE campaigns SET {moved} WHERE state = 'SCHEDULED'"), {"delay": delay})
+
+
+async def test_scheduled_campaign_is_launched_at_its_time_to_whoever_is_there_then(loft: Loft) -> None:
+    name = await schedule(loft, 3, timedelta(hours=3))
+    scheduled = await loft.get_campaign(name)
+    assert (scheduled.state, scheduled.HasField("counts"), scheduled.HasField("launch_time")) == (State.SCHEDULED, False, False)
+    await asyncio.sleep(1.2)
+    assert not loft.channel.handed
+    await loft.import_people(5)
+    await move(loft, timedelta(hours=3))
+    campaign = await wait_for(loft, name, State.SENT)
+    assert (campaign.state, campaign.counts.recipients, campaign.counts.signals["sent"]) == (State.SENT, 5, 5)
+
+
+async def test_server_that_was_away_for_hours_does_not_send_what_is_past_its_deadline(loft: Loft) -> None:
+    name = await schedule(loft, 3, timedelta(hours=1), send_by_time=to_timestamp(datetime.now(UTC) + timedelta(hours=2)))
+    await move(loft, timedelta(hours=3))
+    campaign = await wait_for(loft, name, State.FAILED)
+    assert (campaign.state, campaign.counts.recipients) == (State.FAILED, 0)
+    assert "was to be sent by a time" in campaign.state_reason
+    assert not loft.channel.handed
+
+
+async def test_deadline_in_the_middle_of_sending_skips_the_rest(loft: Loft) -> None:
+    name = await loft.draft(40, messages_per_second=8)
+    await loft.client.campaigns.LaunchCampaign(
+        campaigns_pb2.LaunchCampaignRequest(name=name, send_by_time=to_timestamp(datetime.now(UTC) + timedelta(seconds=2)))
+    )
+    campaign = await wait_for(loft, name, State.SENT)
+    sent, skipped = campaign.counts.signals["sent"], campaign.counts.signals["skipped"]
+    assert (campaign.state, sent + skipped, sent) == (State.SENT, 40, len(loft.channel.handed))
+    assert 0 < sent < 40
+    assert [(r.reason_class, r.reason_code) for r in campaign.counts.reasons] == [("policy", "send_by_time")]
+
+
+async def test_unscheduled_campaign_is_a_draft_again(loft: Loft) -> None:
+    name = await schedule(loft, 1, timedelta(hours=1))
+    unscheduled = await loft.client.campaigns.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=name))
+    assert (unscheduled.state, unscheduled.HasField("schedule_time")) == (State.DRAFT, False)
+    again = campaigns_pb2.UnscheduleCampaignRequest(name=name)
+    assert (await refuse(loft.client.campaigns.UnscheduleCampaign(again))).reason == "CAMPAIGN_STATE_WRONG"
+
+
+async def test_canceled_before_its_time_is_never_launched(loft: Loft) -> None:
+    name = await schedule(loft, 1, timedelta(hours=1))
+    assert (await cancel(loft, name)).state == State.CANCELED
+    await move(loft, timedelta(hours=2))
+    await asyncio.sleep(1.2)
+    assert (await loft.get_campaign(name)).state == State.CANCELED
+    assert not loft.channel.handed
+
+
+async def test_scheduled_campaign_that_cannot_be_launched_says_why(loft: Loft) -> None:
+    name = await schedule(loft, 1, timedelta(hours=1))
+    await loft.opt_out("p0")
+    await move(loft, timedelta(hours=1))
+    campaign = await wait_for(loft, name, State.FAILED)
+    assert campaign.state == State.FAILED
+    assert "nobody of the audience" in campaign.state_reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"schedule_time": timedelta(seconds=-5)}, "schedule_time"),
+        ({"schedule_time": timedelta(days=400)}, "schedule_time"),
+        ({"send_by_time": timedelta(seconds=-5)}, "send_by_time"),
+        ({"schedule_time": timedelta(hours=2), "send_by_time": timedelta(hours=1)}, "send_by_time"),
+    ],
+)
+async def test_launch_at_an_impossible_time_is_refused(loft: Loft, fields: dict[str, timedelta], field: str) -> None:
+    name = await loft.draft(1)
+    times = {key: to_timestamp(datetime.now(UTC) + delay) for key, delay in fields.items()}
+    request = campaigns_pb2.LaunchCampaignRequest(name=name, **times)  # type: ignore[arg-type]
+    assert list((await refuse(loft.client.campaigns.LaunchCampaign(request))).fields) == [field]
+    assert (await loft.get_campaign(name)).state == State.DRAFT
+
+
+async def test_pace_can_be_changed_while_paused_and_nothing_else(loft: Loft) -> None:
+    name = await schedule(loft, 1, timedelta(hours=1))
+    update = loft.client.campaigns.UpdateCampaign
+    faster = campaigns_pb2.Campaign(name=name, messages_per_second=7, display_name="Other")
+    request = campaigns_pb2.UpdateCampaignRequest(campaign=faster, update_mask=FieldMask(paths=["messages_per_second"]))
+    assert (await update(request)).messages_per_second == 7
+    request.update_mask.paths.append("display_name")
+    assert (await refuse(update(request))).reason == "CAMPAIGN_STATE_WRONG"
+
+
+# Quiet hours and the frequency cap
+
+
+async def set_policy(loft: Loft, **fields: Any) -> apps_pb2.App:
+    app = apps_pb2.App(name=loft.client.parent, **fields)
+    mask = FieldMask(paths=["quiet_hours", "frequency_cap"])
+    return await loft.client.apps.UpdateApp(apps_pb2.UpdateAppRequest(app=app, update_mask=mask))
+
+
+def make_quiet(begin: timedelta, end: timedelta) -> apps_pb2.QuietHours:
+    now = datetime.now(UTC)
+    return apps_pb2.QuietHours(start=f"{now + begin:%H:%M}", end=f"{now + end:%H:%M}")
+
+
+async def test_people_in_quiet_hours_are_left_alone_until_they_end(loft: Loft) -> None:
+    await set_policy(loft, quiet_hours=make_quiet(timedelta(hours=-1), timedelta(hours=1)))
+    # It is noon there when it is midnight here.
+    far = "Pacific/Auckland"
+    name = await loft.launch(4, time_zones={"p1": far, "p2": far})
+    async with asyncio.timeout(20):
+        async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=name)):
+            if campaign.counts.signals["sent"] == 2:
+                break
+    assert {tree.partition("-")[0] for tree, _ in loft.channel.copies} == {"p1", "p2"}
+    assert (await loft.get_campaign(name)).state == State.SENDING
+    await set_policy(loft)
+    await pause(loft, name)
+    await resume(loft, name)
+    campaign = await wait_for(loft, name, State.SENT)
+    assert (campaign.counts.signals["sent"], set(loft.channel.copies.values())) == (4, {1})
+
+
+async def test_people_whose_quiet_hours_outlast_the_deadline_are_skipped(loft: Loft) -> None:
+    await set_policy(loft, quiet_hours=make_quiet(timedelta(hours=-1), timedelta(hours=2)))
+    name = await loft.draft(2)
+    await loft.client.campaigns.LaunchCampaign(
+        campaigns_pb2.LaunchCampaignRequest(name=name, send_by_time=to_timestamp(datetime.now(UTC) + timedelta(hours=1)))
+    )
+    campaign = await wait_for(loft, name, State.SENT)
+    assert [(r.reason_class, r.reason_code, r.count) for r in campaign.counts.reasons] == [("policy", "quiet_hours", 2)]
+    assert not loft.channel.handed
+
+
+async def test_transactional_campaign_goes_out_in_quiet_hours_and_over_the_cap(loft: Loft) -> None:
+    quiet = make_quiet(timedelta(hours=-1), timedelta(hours=1))
+    await set_policy(loft, quiet_hours=quiet, frequency_cap=apps_pb2.FrequencyCap(messages=1, hours=24))
+    for name in [await loft.launch(2, transactional=True), await loft.relaunch(transactional=True)]:
+        assert (await wait_for(loft, name, State.SENT)).counts.signals["sent"] == 2
+
+
+async def test_nobody_gets_more_than_the_cap_from_campaigns_at_once(loft: Loft) -> None:
+    await set_policy(loft, frequency_cap=apps_pb2.FrequencyCap(messages=2, hours=1))
+    names = [await loft.launch(50)] + [await loft.relaunch() for _ in range(4)]
+    campaigns = [await wait_for(loft, name, State.SENT) for name in names]
+    assert sum(campaign.counts.signals["sent"] for campaign in campaigns) == 100
+    by_person = Counter(tree for tree, _ in loft.channel.copies.elements())
+    assert set(by_person.values()) == {2}
+    reasons = {(r.signal, r.reason_class, r.reason_code) for campaign in campaigns for r in campaign.counts.reasons}
+    assert reasons == {("skipped", "policy", "frequency_cap")}
+    async with transaction(loft.world.core.engine) as conn:
+        await conn.execute(text("UPDATE contact_paces SET recent = ARRAY[recent[1] - interval '1 hour', recent[2]]"))
+    assert (await wait_for(loft, await loft.relaunch(), State.SENT)).counts.signals["sent"] == 50
+    assert (await wait_for(loft, await loft.relaunch(), State.SENT)).counts.signals["skipped"] == 50
+
+
+async def test_retries_count_once_against_the_cap(loft: Loft) -> None:
+    await set_policy(loft, frequency_cap=apps_pb2.FrequencyCap(messages=1, hours=1))
+    refused: set[str] = set()
+
+    async def refuse_first(messages: Messages) -> Sequence[Outcome]:
+        outcomes: list[Outcome] = []
+        for message in messages:
+            outcomes.append(Accepted() if message.token in refused else Refused(code="storm"))
+            refused.add(message.token)
+        return outcomes
+
+    loft.channel.script = refuse_first
+    assert (await wait_for(loft, await loft.launch(3), State.SENT)).counts.signals["sent"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"quiet_hours": apps_pb2.QuietHours(start="22:00", end="22:00")}, "app.quiet_hours.end"),
+        ({"quiet_hours": apps_pb2.QuietHours(start="24:00", end="08:00")}, "app.quiet_hours.start"),
+        (
+            {"quiet_hours": apps_pb2.QuietHours(start="22:00", end="08:00", default_time_zone="Mars/Base")},
+            "app.quiet_hours.default_time_zone",
+        ),
+        ({"frequency_cap": apps_pb2.FrequencyCap(messages=0, hours=1)}, "app.frequency_cap.messages"),
+        ({"frequency_cap": apps_pb2.FrequencyCap(messages=1, hours=721)}, "app.frequency_cap.hours"),
+    ],
+)
+async def test_impossible_policy_is_refused(loft: Loft, fields: dict[str, Any], field: str) -> None:
+    assert list((await refuse(set_policy(loft, **fields))).fields) == [field]
+
+
+# Test sends
+
+
+async def send_test(loft: Loft, name: str, person: str, **fields: Any) -> campaigns_pb2.SendTestResponse:
+    contact = f"{loft.client.parent}/contacts/{person}"
+    return await loft.client.campaigns.SendTest(campaigns_pb2.SendTestRequest(name=name, contact=contact, **fields))
+
+
+async def test_test_send_reaches_one_contact_and_counts_nowhere(loft: Loft) -> None:
+    name = await loft.draft(2, note="Hi {{ first_name | default: 'you' }}")
+
+    async def answer(messages: Messages) -> Sequence[Outcome]:
+        return [Accepted(message_id="m1")]
+
+    loft.channel.script = answer
+    response = await send_test(loft, name, "p1")
+    (outcome,) = response.outcomes
+    assert (outcome.result, outcome.message_id) == (campaigns_pb2.SendTestResponse.ACCEPTED, "m1")
+    assert response.content["text"] == "Hi you"
+    assert [message.address.tree for message in loft.channel.handed] == ["p1-0"]
+    assert (await loft.get_campaign(name)).state == State.DRAFT
+    loft.channel.script = accept_all
+    await loft.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+    assert (await wait_for(loft, name, State.SENT)).counts.signals["sent"] == 2
+
+
+async def test_test_send_says_what_the_provider_said(loft: Loft) -> None:
+    name = await loft.draft(1)
+
+    async def answer(messages: Messages) -> Sequence[Outcome]:
+        return [Refused(code="no_tree")]
+
+    loft.channel.script = answer
+    (outcome,) = (await send_test(loft, name, "p0")).outcomes
+    assert (outcome.result, outcome.reason_class, outcome.reason_code) == (
+        campaigns_pb2.SendTestResponse.REFUSED,
+        "recipient_gone",
+        "no_tree",
+    )
+
+
+async def test_test_send_to_nobody_is_refused(loft: Loft) -> None:
+    name = await loft.draft(2, note="Hi {{ first_name }}")
+    assert (await refuse(send_test(loft, name, "p9"))).reason == "RESOURCE_NOT_FOUND"
+    assert "contact" in (await refuse(send_test(loft, name, "p0"))).fields
+    await loft.opt_out("p1")
+    assert "contact" in (await refuse(send_test(loft, name, "p1"))).fields
+    assert not loft.channel.handed
