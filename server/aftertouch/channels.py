@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import cached_property
 from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict
 
@@ -187,7 +187,7 @@ class WebhookRequest:
     @cached_property
     def query(self) -> Mapping[str, str]:
         """The first value of every query parameter."""
-        return {name: values[0] for name, values in parse_qs(urlsplit(self.url).query, keep_blank_values=True).items()}
+        return dict(reversed(parse_qsl(self.url.partition("?")[2], keep_blank_values=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

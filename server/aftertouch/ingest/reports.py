@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from aftertouch.declarations import ChannelType
 from aftertouch.ingest.lookups import Lookups
 from aftertouch.ingest.tokens import TokenCodec
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, SLOT_SHIFT, Numbers, chunk_of, rank
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, SLOT_SHIFT, Numbers, chunk_of, members_of, rank
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
 from aftertouch.store.engine import transaction
@@ -159,7 +159,7 @@ async def place_reports(
     batch = EventBatch(
         slots=placing.campaign_ids << SLOT_SHIFT | chunks,
         positions=(placing.positions & (CHUNK - 1)).astype(np.int32),
-        members=np.minimum(recipients - (chunks << CHUNK_BITS), CHUNK).astype(np.int32),
+        members=members_of(recipients, chunks),
         kinds=kinds,
         times=times,
     )

@@ -58,9 +58,9 @@ def byte_length(members: int) -> int:
     return (members + 7) // 8
 
 
-def members_of(recipients: int, chunk: int) -> int:
-    """How many people a chunk of a roll with so many recipients holds."""
-    return max(0, min(CHUNK, recipients - chunk * CHUNK))
+def members_of(recipients: Numbers | int, chunks: Numbers) -> NDArray[np.int32]:
+    """How many people each chunk of a roll with so many recipients holds."""
+    return np.clip(recipients - (chunks << CHUNK_BITS), 0, CHUNK).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aftertouch.channels import InvalidSignature, InvalidWebhook, WebhookRequest
 from aftertouch.errors import AftertouchError
-from aftertouch.ingest.intake import Intake
-from aftertouch.ingest.ledger import TokenInvalid
+from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.spool import SpoolFull
 from aftertouch.plugins import Registry
 
@@ -81,7 +80,7 @@ def create_ingress(registry: Registry, intake: Intake, public_url: str) -> ASGIA
             log.exception("a channel failed", action="receive_webhook", channel=name)
             return PlainTextResponse("the channel failed on this request", 500)
         try:
-            await intake.take(name, webhook.receipts, webhook.unrecognized)
+            await intake.take(name, webhook)
         except TokenInvalid as error:
             return PlainTextResponse(str(error), 403)
         except (AftertouchError, SpoolFull) as error:
