@@ -196,11 +196,9 @@ async def _place_by_name(lookups: Lookups, app: App, targets: NamedTargets, plac
             placing.reject(targets.indexes[members], "CAMPAIGN_UNKNOWN")
             continue
         roll = await lookups.read_roll(campaigns[name].campaign_id)
-        # Searching in ascending order walks the roll once: 45 ns a look-up in 10 M people, in random order 1,000.
-        members = members[np.argsort(numbers[members])]
-        positions = np.minimum(np.searchsorted(roll, numbers[members]), len(roll) - 1)
-        is_found = roll[positions] == numbers[members]
-        placing.put(targets.indexes[members], campaigns[name].campaign_id, positions)
+        positions = roll.find(numbers[members])
+        is_found = positions >= 0
+        placing.put(targets.indexes[members[is_found]], campaigns[name].campaign_id, positions[is_found])
         placing.reject(targets.indexes[members[~is_found]], "NOT_A_RECIPIENT")
 
 

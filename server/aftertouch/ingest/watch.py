@@ -129,7 +129,7 @@ async def _name_people(
     numbers: list[int] = []
     for event in own:
         roll = await lookups.read_roll(event.slot >> SLOT_SHIFT)
-        numbers.append(int(roll[(event.slot & ((1 << SLOT_SHIFT) - 1)) * CHUNK + event.position]))
+        numbers.append(int(roll.numbers[(event.slot & ((1 << SLOT_SHIFT) - 1)) * CHUNK + event.position]))
     async with transaction(engine) as conn:
         external_ids = await find_external_ids(conn, app.app_id, np.array(sorted(set(numbers)), np.int64))
     return [
