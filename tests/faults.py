@@ -43,6 +43,8 @@ POSTMEN = 8
 PEOPLE = 50_000
 LONGEST_CUT = 20_000
 """Bytes that a connection may still carry before it is cut: a batch has about 5,000, a webhook 500."""
+PASSING = ("the database does not answer", "cannot listen on", "a server process ended while it started")
+"""Why a start may fail that succeeds later: PostgreSQL recovers, or processes that lost their supervisor have not ended yet."""
 REPLAY_SECONDS = 30.0
 """How long webhooks that were answered while the database was away may take into the receipts."""
 STATUSES = (("delivered", "delivered", None), ("undelivered", "failed", "30003"))
@@ -195,11 +197,58 @@ class Postman:
             await asyncio.sleep(self._chance.uniform(0.05, 0.5))
 
 
+class Manager:
+    """A process manager: it starts the server again whenever that is gone."""
+
+    def __init__(self, server: Child, chance: random.Random) -> None:
+        self._server = server
+        self._chance = chance
+        self._answers = asyncio.Event()
+        self._answers.set()
+
+    async def run(self) -> None:
+        """Keep it running until cancelled."""
+        while True:
+            await self._server.process.wait()
+            self._answers.clear()
+            while not self._answers.is_set():
+                try:
+                    await self._server.start()
+                    self._answers.set()
+                except ProcessFailed as error:
+                    if not any(reason in str(error) for reason in PASSING):
+                        raise
+
+    async def kill(self) -> None:
+        """kill -9, and with it none, some or all of the processes below it, which end by themselves when they are alone."""
+        await self._answers.wait()
+        below = list_servers(self._server)
+        self._answers.clear()
+        await self._server.kill()
+        for process in self._chance.sample(below, self._chance.randint(0, len(below))):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    async def wait(self) -> None:
+        """Wait until the server answers."""
+        await self._answers.wait()
+
+
+def list_servers(server: Child) -> list[psutil.Process]:
+    """The processes that serve below a supervisor; none where the server is only one."""
+    if server.process.returncode is not None:
+        return []
+    return [process for process in psutil.Process(server.process.pid).children() if "--lifeline" in process.cmdline()]
+
+
 class Trouble:
     """The faults, and how often each was made."""
 
-    def __init__(self, server: Child, database: Database, wires: list[Wire], chance: random.Random) -> None:
+    def __init__(
+        self, server: Child, manager: Manager, database: Database, wires: list[Wire], chance: random.Random, processes: int
+    ) -> None:
         self._server = server
+        self._manager = manager
         self._database = database
         self._wires = wires
         self._chance = chance
@@ -213,6 +262,8 @@ class Trouble:
             "server and postgres killed": (1, self._kill_both),
         }
         """Each with its weight: what is over sooner happens more often."""
+        if processes > 1:
+            self._kinds["one server process killed"] = (4, self._kill_one)
 
     async def make(self, seconds: float) -> None:
         """Make every kind of fault once, in any order, then any, for so long."""
@@ -231,17 +282,12 @@ class Trouble:
         self._chance.choice(self._wires).cut_soon()
 
     async def _kill_server(self) -> None:
-        await self._server.kill()
-        await self._start_server()
+        await self._manager.kill()
+        await self._manager.wait()
 
-    async def _start_server(self) -> None:
-        """As a process manager does: a server that finds the database in recovery says so and ends."""
-        while True:
-            try:
-                return await self._server.start()
-            except ProcessFailed as error:
-                if "the database does not answer" not in str(error):
-                    raise
+    async def _kill_one(self) -> None:
+        if below := list_servers(self._server):
+            self._chance.choice(below).kill()
 
     async def _crash_postgres(self) -> None:
         self._database.crash(self._chance)
@@ -257,9 +303,9 @@ class Trouble:
         await self._database.start()
 
     async def _kill_both(self) -> None:
-        await asyncio.gather(self._server.kill(), self._database.strike(signal.SIGKILL))
+        await asyncio.gather(self._manager.kill(), self._database.strike(signal.SIGKILL))
         await self._database.start()
-        await self._start_server()
+        await self._manager.wait()
 
 
 async def find_differences(engine: AsyncEngine, producers: list[Producer], streamed: Target) -> list[str]:
@@ -292,7 +338,7 @@ def compare(what: str, expected: dict[str, set[int]], found: dict[str, set[int]]
     ]
 
 
-async def main(directory: Path, seconds: float, seed: int) -> int:
+async def main(directory: Path, seconds: float, seed: int, processes: int) -> int:
     print(f"seed {seed}", flush=True)
     chance = random.Random(seed)
     async with AsyncExitStack() as stack:
@@ -313,6 +359,7 @@ async def main(directory: Path, seconds: float, seed: int) -> int:
             "AFTERTOUCH_GRPC_ADDRESS": addresses[0],
             "AFTERTOUCH_HTTP_ADDRESS": addresses[1],
             "AFTERTOUCH_PUBLIC_URL": PUBLIC_URL,
+            "AFTERTOUCH_PROCESSES": str(processes),
             "AFTERTOUCH_CHANNELS": "sms",
             "AFTERTOUCH_SMS_ACCOUNT_SID": "AC" + "0" * 32,
             "AFTERTOUCH_SMS_AUTH_TOKEN": AUTH_TOKEN,
@@ -323,16 +370,18 @@ async def main(directory: Path, seconds: float, seed: int) -> int:
         wires = [await stack.enter_async_context(Wire(address, chance).open()) for address in addresses]
         producers = [Producer(streamed, number) for number in range(PRODUCERS)]
         postmen = [Postman(told, number) for number in range(POSTMEN)]
-        trouble = Trouble(server, database, wires, chance)
+        manager = Manager(server, chance)
+        trouble = Trouble(server, manager, database, wires, chance, processes)
         done = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
-                for producer in producers:
-                    group.create_task(producer.run(wires[0].address, done))
-                for postman in postmen:
-                    group.create_task(postman.run(wires[1].address, done))
+                managing = group.create_task(manager.run())
+                bringing = [group.create_task(producer.run(wires[0].address, done)) for producer in producers]
+                bringing += [group.create_task(postman.run(wires[1].address, done)) for postman in postmen]
                 await trouble.make(seconds)
                 done.set()
+                await asyncio.gather(*bringing)
+                managing.cancel()
         except BaseException:
             print((directory / "server.log").read_text(errors="replace")[-5000:], file=sys.stderr)
             raise
@@ -343,6 +392,7 @@ async def main(directory: Path, seconds: float, seed: int) -> int:
         print(difference, file=sys.stderr)
     result = {
         "seed": seed,
+        "processes": processes,
         "faults": trouble.made.total(),
         "kinds of faults": dict(trouble.made),
         "connections cut": sum(wire.cuts for wire in wires),
@@ -360,8 +410,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=180.0, help="how long faults are made")
     parser.add_argument("--seed", type=int, default=None, help="of the faults, as printed by an earlier run")
+    parser.add_argument("--processes", type=int, default=1, help="of the server")
     given = parser.parse_args()
     seed_given = random.randrange(2**32) if given.seed is None else given.seed
     with tempfile.TemporaryDirectory(prefix="aftertouch-faults-") as made:
         Path(made).chmod(0o711)  # PostgreSQL runs as another user when we are root
-        sys.exit(asyncio.run(main(Path(made), given.seconds, seed_given)))
+        sys.exit(asyncio.run(main(Path(made), given.seconds, seed_given, given.processes)))

@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import cached_property
 from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict
 
@@ -210,7 +210,7 @@ class WebhookRequest:
     @cached_property
     def query(self) -> Mapping[str, str]:
         """The first value of every query parameter."""
-        return {name: values[0] for name, values in parse_qs(urlsplit(self.url).query, keep_blank_values=True).items()}
+        return dict(reversed(parse_qsl(self.url.partition("?")[2], keep_blank_values=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +335,11 @@ class Channel(ABC):
     def classify(cls, code: str) -> ReasonClass:
         """The class of a code; ``UNKNOWN`` for one that nobody has met yet."""
         return cls.reasons.get(code, ReasonClass.UNKNOWN)
+
+    @classmethod
+    def find_cap(cls, code: str) -> timedelta:
+        """How long a code of the class ``capped`` holds a person: 24 hours, where ``capped_for`` does not say."""
+        return cls.capped_for.get(code, timedelta(hours=24))
 
 
 def parse_retry_after(text: str | None) -> timedelta | None:

@@ -56,6 +56,8 @@ def main() -> None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
+    from uvicorn.loops.auto import auto_loop_factory
+
     from aftertouch.errors import AftertouchError
     from aftertouch.ingest.spool import SpoolUnusable
     from aftertouch.store.embedded import EmbeddedPostgresError
@@ -63,7 +65,9 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     from aftertouch.supervisor import ServersFailed
 
     try:
-        asyncio.run(work)
+        # uvloop where there is one: a fifth less CPU for a webhook, the same for events on a stream.
+        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+            runner.run(work)
     except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, ServersFailed, SpoolUnusable, OSError) as error:
         raise CommandFailed(str(error)) from error
     except KeyboardInterrupt:

@@ -38,6 +38,7 @@ from aftertouch.v1 import (
     options_pb2,
     retargeting_pb2,
 )
+from aftertouch.web import ingress
 from tests.fix_world import World
 from tests.refusals import Refusal, refuse
 
@@ -532,6 +533,17 @@ async def test_webhook_that_announces_more_than_the_limit_is_refused_before_it_i
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/webhooks/sms HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
     assert b" 413 " in await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_webhook_that_comes_byte_by_byte_is_given_up(untouched: Hooks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "BODY_SECONDS", 0.2)
+    host, _, port = untouched.world.addresses.http.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/webhooks/sms HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nx")
+    answer = await reader.read()
+    assert b" 408 " in answer.split(b"\r\n")[0]
     writer.close()
     await writer.wait_closed()
 

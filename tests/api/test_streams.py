@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ from aftertouch.rpc import events as events_service
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import events_pb2, events_pb2_grpc
-from tests.fix_world import World
+from tests.fix_world import OpenWorld, World
 
 PEOPLE = 1_000
 Reason = events_pb2.RejectedEvent.Reason
@@ -144,6 +144,25 @@ async def test_new_producer_begins_at_zero_and_an_old_one_where_it_was(world: Wo
         assert await stream.open() == 2
     async with connect(world) as stream:
         assert await stream.open("another") == 0
+
+
+async def test_streams_are_told_that_the_server_stops(open_world: OpenWorld) -> None:
+    async with AsyncExitStack() as stack:
+        world = await stack.enter_async_context(open_world())
+        campaign = await launch_quietly(world, "sale")
+        tokens = await make_tokens(world, campaign)
+        address, header = world.addresses.grpc, (("authorization", f"Bearer {world.secret}"),)
+        async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = events_pb2_grpc.EventsStub(channel)
+            stream = Stream(stub.StreamEvents(metadata=header))
+            await stream.open()
+            await stream.send(batch(1, delivered(tokens)))
+            await stream.read_until(1)
+            watch = Stream(stub.WatchEvents(events_pb2.WatchEventsRequest(parent="apps/acme"), metadata=header))
+            assert (await watch.call.read()).resume_token
+            await stack.aclose()
+            assert await stream.fail() == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+            assert await watch.fail() == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
 
 
 async def test_batches_are_acknowledged_in_order_and_counted(world: World) -> None:

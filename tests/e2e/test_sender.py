@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear
+from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, Webhook
 from aftertouch.delivery import calls
 from aftertouch.delivery import sender as sending
 from aftertouch.delivery.outcomes import MOST_TRIES
@@ -350,8 +350,8 @@ async def test_receipt_that_overtakes_our_own_outcome_counts(pigeons: Loft) -> N
     name = await pigeons.launch(2)
 
     async def report_first(messages: Messages) -> Sequence[Outcome]:
-        receipts = [Receipt(signal="delivered", token=message.token) for message in messages]
-        await pigeons.world.core.ledger.ingest_receipts("pigeon", receipts)
+        receipts = tuple(Receipt(signal="delivered", token=message.token) for message in messages)
+        await pigeons.world.core.ledger.ingest_webhooks("pigeon", [Webhook(receipts=receipts)])
         return [Accepted(), Unclear(detail="silence")]
 
     pigeons.channel.script = report_first

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -16,8 +17,8 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from aftertouch.channels import Receipt
-from aftertouch.ingest.intake import Intake
+from aftertouch.channels import Receipt, Webhook
+from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.spool import Spool
 from aftertouch.store.engine import transaction
 from tests.e2e.site import launch_campaigns, open_site, wait_until_sent
@@ -146,6 +147,32 @@ async def test_beacon_with_a_wrong_token_writes_nothing_to_disk(open_world: Open
     async with open_world(data_dir=tmp_path) as world, take_away(database_url):
         assert await click(world.addresses.http, ["A" * 24, "AQ" + "A" * 22, "x"]) == [403] * 3
         assert count_rows(tmp_path) == 0
+
+
+async def test_webhooks_that_arrive_together_are_stored_together(open_world: OpenWorld) -> None:
+    async with open_world() as world:
+        name, tokens = await launch_push(world)
+        before = await count_clicks(world, name)
+        assert set(await click(world.addresses.http, tokens * 5)) == {204}
+        async with transaction(world.core.engine) as conn:
+            statement = "SELECT count(*), count(DISTINCT commit_id) FROM events JOIN kinds USING (kind) WHERE signal = 'clicked'"
+            events, commits = (await conn.execute(text(statement))).one()
+        assert await count_clicks(world, name) == before + len(tokens)
+        assert commits - before < (events - before) // 2
+
+
+async def test_webhook_that_cannot_be_stored_spoils_it_for_no_other(open_world: OpenWorld) -> None:
+    async with open_world() as world:
+        name, tokens = await launch_push(world)
+        before = await count_clicks(world, name)
+        broken = Receipt(signal="clicked", token=tokens[0], time=cast("datetime", "yesterday"))
+        forged = Receipt(signal="clicked", token="A" * 24)
+        receipts = [*(Receipt(signal="clicked", token=token) for token in tokens), broken, forged]
+        async with Intake(world.core.ledger, world.core.registry.types, None) as intake:
+            takes = (intake.take("push", Webhook(receipts=(receipt,))) for receipt in receipts)
+            answers = await asyncio.gather(*takes, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [type(None)] * len(tokens) + [AttributeError, TokenInvalid]
+        assert await count_clicks(world, name) == before + len(tokens)
 
 
 async def test_full_spool_refuses_and_what_it_took_before_is_stored(

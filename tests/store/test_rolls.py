@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, group_bits, members_of, slot_of
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, byte_length, group_bits, members_of, slot_of
 from aftertouch.rolls.sql import (
     count_by_kind,
     count_expressions,
@@ -85,9 +85,8 @@ async def store(engine: AsyncEngine, history: History) -> int:
     campaign_id = next(_campaigns)
     facts = np.array([(kind, at) for kind, found in history.positions.items() for at in found], np.int64).reshape(-1, 2)
     chunks = facts[:, 1] >> CHUNK_BITS
-    members = np.array([members_of(history.size, chunk) for chunk in chunks.tolist()], np.int64)
     slots = np.array([slot_of(campaign_id, chunk) for chunk in chunks.tolist()], np.int64)
-    rows = group_bits(slots, facts[:, 0], facts[:, 1] & (CHUNK - 1), members)
+    rows = group_bits(slots, facts[:, 0], facts[:, 1] & (CHUNK - 1), members_of(history.size, chunks))
     async with transaction(engine) as conn:
         await upsert_receipts(conn, rows)
         await upsert_receipts(conn, rows)
@@ -137,13 +136,14 @@ async def test_receipts_are_only_ever_added_to(rolls_engine: AsyncEngine, first:
     async with transaction(rolls_engine) as conn:
         for kind, positions in second.positions.items():
             for at in positions:
-                chunk = at >> CHUNK_BITS
-                one = (slot_of(campaign_id, chunk), kind, at & (CHUNK - 1), members_of(size, chunk))
-                await upsert_receipts(conn, group_bits(*(np.array([value], np.int64) for value in one)))
+                chunk = np.array([at >> CHUNK_BITS])
+                slot, offset = slot_of(campaign_id, int(chunk[0])), at & (CHUNK - 1)
+                one = (np.array([slot]), np.array([kind]), np.array([offset]), members_of(size, chunk))
+                await upsert_receipts(conn, group_bits(*one))
         by_kind = await count_by_kind(conn, campaign_id)
         lengths = {len(bits) for bits in (await read_receipts(conn, slot_of(campaign_id, 0))).values()}
     assert by_kind == {kind: len(positions) for kind, positions in merged.positions.items() if positions}
-    assert lengths <= {(members_of(size, 0) + 7) // 8}
+    assert lengths <= {byte_length(min(size, CHUNK))}
 
 
 @pytest.mark.parametrize("size", SIZES)

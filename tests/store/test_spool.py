@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aftertouch.channels import Receipt
+from aftertouch.channels import Receipt, Webhook
 from aftertouch.ingest.spool import FILE, Spool, SpoolFull, SpoolUnusable
 
 ARRIVAL = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
@@ -25,9 +25,8 @@ async def test_rows_come_back_in_their_order_with_everything_they_hold(tmp_path:
         first, second = await spool.read_oldest()
         assert spool.waiting == 2
     assert (first.channel, second.channel) == ("push", "sms")
-    assert first.read_receipts() == [replace(CLICKED, time=ARRIVAL), FAILED]
-    assert first.read_unrecognized() == ["strange \ud83d"]
-    assert second.read_receipts() == []
+    assert first.read() == Webhook(receipts=(replace(CLICKED, time=ARRIVAL), FAILED), unrecognized=("strange \ud83d",))
+    assert second.read() == Webhook(unrecognized=("x",))
 
 
 async def test_deleted_rows_are_gone_and_make_room(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ async def test_servers_on_one_directory_see_each_others_rows(tmp_path: Path) -> 
         await other.delete(rows)
         await other.add("push", [], ["y" * 700], ARRIVAL)
         await spool.delete(rows)
-        assert [row.read_unrecognized() for row in await spool.read_oldest()] == [["y" * 700]]
+        assert [row.read() for row in await spool.read_oldest()] == [Webhook(unrecognized=("y" * 700,))]
 
 
 async def test_files_are_private(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aftertouch.rolls.chunks import (
     CHUNK,
+    Roll,
     block_of,
     blocks_of,
     byte_length,
@@ -66,7 +67,7 @@ def test_roll_is_cut_into_full_chunks_and_read_back(size: int) -> None:
     dice = np.random.default_rng(size)
     numbers = np.sort(dice.choice(10 * size + 1, size, replace=False)).astype(np.int64)
     chunks = list(cut_roll(3, numbers))
-    assert [len(chunk.numbers) for chunk in chunks] == [members_of(size, index) for index in range(len(chunks))]
+    assert [len(chunk.numbers) for chunk in chunks] == members_of(size, np.arange(len(chunks))).tolist()
     assert [chunk.slot for chunk in chunks] == [slot_of(3, index) for index in range(len(chunks))]
     parts = [decode_offsets(int(chunk.numbers[0]), chunk.encode_offsets()) for chunk in chunks]
     assert np.concatenate([np.empty(0, np.int64), *parts]).tolist() == numbers.tolist()
@@ -84,3 +85,14 @@ def test_slots_of_a_campaign_are_its_own(campaign_id: int, chunk: int) -> None:
 def test_blocks_of_many_are_the_blocks_of_each(app_id: int, numbers: list[int]) -> None:
     wanted = [block_of(app_id, number) for number in numbers]
     assert blocks_of(app_id, np.array(numbers, np.int64)).tolist() == wanted
+
+
+@given(
+    st.sets(st.integers(0, 300)) | st.sets(st.integers(0, 1 << 40), max_size=20),
+    st.lists(st.integers(-2, 310) | st.integers(0, 1 << 40), max_size=20),
+)
+def test_roll_finds_the_position_of_each_number(members: set[int], others: list[int]) -> None:
+    roll = Roll(np.array(sorted(members), np.int64))
+    expected = {number: position for position, number in enumerate(sorted(members))}
+    wanted = [*members, *others]
+    assert roll.find(np.array(wanted, np.int64)).tolist() == [expected.get(number, -1) for number in wanted]

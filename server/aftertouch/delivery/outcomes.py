@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass, Refused, Unclear
 from aftertouch.declarations import ChannelType
@@ -17,9 +17,6 @@ MOST_UNKNOWN_TRIES = 3
 """The same for a code that nobody knows: it is more likely to be final."""
 MOST_TRIES_IN_TROUBLE = 100
 """The same while nobody else gets through either: that is the provider's trouble and not the person's."""
-CAPPED_FOR = timedelta(hours=24)
-"""How long a person is left alone where the channel does not say (Meta: at least 24 hours after 131049)."""
-
 _STATES = {ReasonClass.RECIPIENT_GONE: "invalid", ReasonClass.OPTED_OUT: "opted_out"}
 
 
@@ -93,9 +90,4 @@ class Consequences:
             if reason_class in _STATES:
                 self.states.append((*address, _STATES[reason_class], f"{reason_class}/{outcome.code[:64]}"))
             elif reason_class is ReasonClass.CAPPED:
-                self.holds.append((*address, now + (outcome.retry_after or find_cap(channel, outcome.code))))
-
-
-def find_cap(channel: type[Channel], code: str) -> timedelta:
-    """How long a code of the class ``capped`` holds a person."""
-    return channel.capped_for.get(code, CAPPED_FOR)
+                self.holds.append((*address, now + (outcome.retry_after or channel.find_cap(outcome.code))))

@@ -12,21 +12,21 @@ import numpy as np
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from aftertouch.channels import ReasonClass, Receipt
+from aftertouch.channels import ReasonClass, Receipt, Webhook
 from aftertouch.declarations import ChannelType
 from aftertouch.errors import DatabaseUnavailable
 from aftertouch.ingest.batcher import RETRY_SECONDS, Batcher, Submission
 from aftertouch.ingest.lookups import Lookups
 from aftertouch.ingest.reports import Rejection, Reports, kind_of, place_reports
-from aftertouch.ingest.tokens import TokenCodec
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, SLOT_SHIFT
+from aftertouch.ingest.tokens import TEST_POSITION, TokenCodec
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, SLOT_SHIFT, Numbers, members_of
 from aftertouch.rolls.sql import read_roll_chunk
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
-from aftertouch.store.contacts import read_active_addresses, set_states
+from aftertouch.store.contacts import hold_addresses, read_active_addresses, set_states
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
-from aftertouch.store.logs import MICROSECONDS, Attempt, EventBatch, find_messages, keep_unrecognized, store_events
+from aftertouch.store.logs import MICROSECONDS, TEST_ROW, Attempt, EventBatch, find_messages, keep_unrecognized, store_events
 from aftertouch.store.producers import Stream
 
 log = structlog.get_logger()
@@ -51,10 +51,6 @@ class Tried:
     kind: Kind
     address_hash: bytes
     message_id: str
-
-
-class TokenInvalid(Exception):
-    """News whose only proof would have been its token, which is not one of ours."""
 
 
 def clean_text(text: str) -> str:
@@ -136,35 +132,49 @@ class Ledger:
         """
         return await self._batcher.submit(Submission(batch, stream=stream, position=position, is_patient=True))
 
-    async def ingest_receipts(self, channel: str, receipts: Sequence[Receipt], unrecognized: Sequence[str] = ()) -> None:
-        """Record what a provider reported on a channel, durably, with what follows for the subscriptions.
+    async def ingest_webhooks(self, channel: str, webhooks: Sequence[Webhook]) -> list[bool]:
+        """Record what a provider reported on a channel, durably and at once, with what follows for the subscriptions.
 
         What names no message of this channel is kept as unrecognized, if its origin is proven: the provider would only send it
-        again.
+        again. Where it is not, because the channel's webhooks prove nothing by themselves, nothing of the webhook is stored.
+
+        Returns:
+            For each webhook whether its origin is proven.
 
         Raises:
-            TokenInvalid: the channel's webhooks prove nothing by themselves; nothing was stored.
-            DatabaseUnavailable: it may or may not be durable.
+            DatabaseUnavailable: they may or may not be durable.
         """
         now = datetime.now(UTC)
-        targets = await self._find_targets(channel, receipts)
-        facts, strange = [], list(unrecognized)
-        for receipt, (campaign, position) in zip(receipts, targets, strict=True):
-            if campaign is None or receipt.signal not in self._channels[channel].evidence:
-                strange.append(f"{receipt.signal} of message {receipt.message_id or 'without id'}: no such message or signal")
-                continue
-            kind = kind_of(self.lookups, self._channels[channel], receipt.signal, clean_text(receipt.code or ""))
-            facts.append(Fact(campaign, position, kind, receipt.time or now))
-        if len(strange) > len(unrecognized) and not self._channels[channel].channel.capabilities.signed_webhooks:
-            raise TokenInvalid("the token is not one of ours")
+        declared = self._channels[channel]
+        targets = iter(await self._find_targets(channel, [receipt for webhook in webhooks for receipt in webhook.receipts]))
+        facts: list[Fact] = []
+        strange: list[str] = []
+        proven = []
+        for webhook in webhooks:
+            found, odd = [], []
+            # The receipts first: of an iterator that has come to its end, zip would have taken one more target.
+            for receipt, (campaign, position) in zip(webhook.receipts, targets, strict=False):
+                if position == TEST_POSITION:
+                    # News of a test send, which nobody counts.
+                    continue
+                if campaign is None or receipt.signal not in declared.evidence:
+                    odd.append(f"{receipt.signal} of message {receipt.message_id or 'without id'}: no such message or signal")
+                    continue
+                kind = kind_of(self.lookups, declared, receipt.signal, clean_text(receipt.code or ""))
+                found.append(Fact(campaign, position, kind, receipt.time or now))
+            proven.append(not odd or declared.channel.capabilities.signed_webhooks)
+            if proven[-1]:
+                facts += found
+                strange += (*webhook.unrecognized, *odd)
         if strange:
-            log.warning("receipts were not recognized", action="ingest_receipts", channel=channel, count=len(strange))
+            log.warning("receipts were not recognized", action="ingest_webhooks", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
                 await keep_unrecognized(conn, channel, [clean_text(item)[:10_000] for item in strange])
         if facts:
             numbers = await self.lookups.number_kinds({fact.kind for fact in facts})
             await (await self._batcher.submit(Submission(encode_facts(facts, numbers))))
         await self._follow(channel, facts)
+        return proven
 
     def are_tokens_ours(self, receipts: Sequence[Receipt]) -> bool:
         """True when every token of the receipts was made by us; needs no database."""
@@ -186,7 +196,9 @@ class Ledger:
             for index in by_message:
                 if attempt := attempts.get(receipts[index].message_id or ""):
                     chunk = attempt.slot & ((1 << SLOT_SHIFT) - 1)
-                    targets[index] = (attempt.slot >> SLOT_SHIFT, chunk * CHUNK + attempt.position)
+                    is_test = attempt.position == TEST_ROW
+                    position = TEST_POSITION if is_test else chunk * CHUNK + attempt.position
+                    targets[index] = (attempt.slot >> SLOT_SHIFT, position)
         launched = await self.lookups.read_launched(number for number, _ in targets if number)
         placed: list[tuple[Campaign | None, int]] = []
         for number, position in targets:
@@ -196,25 +208,34 @@ class Ledger:
         return placed
 
     async def _follow(self, channel: str, facts: Iterable[Fact]) -> None:
-        """Change the subscriptions of people whose failure says that they are gone or said stop."""
+        """Change the subscriptions of people whose failure says that they are gone, said stop, or are to be left alone."""
+        declared = self._channels[channel].channel
         standing = {ReasonClass.OPTED_OUT: "opted_out", ReasonClass.RECIPIENT_GONE: "invalid"}
         by_app: dict[int, list[Fact]] = defaultdict(list)
         for fact in facts:
-            if fact.kind.signal == "failed" and fact.kind.reason_class in standing:
+            if fact.kind.signal == "failed" and fact.kind.reason_class in (*standing, ReasonClass.CAPPED):
                 by_app[fact.campaign.app_id].append(fact)
         for app_id, group in by_app.items():
             async with transaction(self._engine) as conn:
                 changes = []
+                holds = []
+                rolls: dict[int, Numbers] = {}
                 for fact in group:
-                    roll = await read_roll_chunk(conn, fact.campaign.campaign_id << SLOT_SHIFT | fact.position >> CHUNK_BITS)
-                    number = int(roll[fact.position & (CHUNK - 1)])
+                    slot = fact.campaign.campaign_id << SLOT_SHIFT | fact.position >> CHUNK_BITS
+                    if slot not in rolls:
+                        rolls[slot] = await read_roll_chunk(conn, slot)
+                    number = int(rolls[slot][fact.position & (CHUNK - 1)])
                     addresses = await read_active_addresses(conn, app_id, channel, number)
+                    if fact.kind.reason_class == ReasonClass.CAPPED:
+                        until = fact.time + declared.find_cap(fact.kind.reason_code)
+                        holds += [(number, channel, address, until) for address in addresses]
                     # A receipt names a person, not one of their addresses. "Stop" holds for all of them; "gone" only when
                     # there is no doubt which one is meant.
-                    if fact.kind.reason_class == ReasonClass.OPTED_OUT or len(addresses) == 1:
+                    elif fact.kind.reason_class == ReasonClass.OPTED_OUT or len(addresses) == 1:
                         state = standing[ReasonClass(fact.kind.reason_class)]
                         changes += [(number, channel, address, state, fact.kind.reason) for address in addresses]
                 await set_states(conn, app_id, changes)
+                await hold_addresses(conn, app_id, holds)
 
     async def _number_patiently(self, kinds: set[Kind]) -> Mapping[Kind, int]:
         """The numbers of kinds, however long the database is away: what happened must not be forgotten."""
@@ -236,7 +257,7 @@ def encode_facts(facts: Sequence[Fact], numbers: Mapping[Kind, int]) -> EventBat
     return EventBatch(
         slots=campaigns << SLOT_SHIFT | chunks,
         positions=(positions & (CHUNK - 1)).astype(np.int32),
-        members=np.minimum(recipients - (chunks << CHUNK_BITS), CHUNK).astype(np.int32),
+        members=members_of(recipients, chunks),
         kinds=np.array([numbers[fact.kind] for fact in facts], np.int32),
         times=np.array([int(fact.time.timestamp() * MICROSECONDS) for fact in facts], np.int64),
     )

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from aftertouch.declarations import ChannelType
 from aftertouch.ingest.lookups import Lookups
 from aftertouch.ingest.tokens import TokenCodec
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, SLOT_SHIFT, Numbers, chunk_of, rank
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, SLOT_SHIFT, Numbers, chunk_of, members_of, rank
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
 from aftertouch.store.engine import transaction
@@ -159,7 +159,7 @@ async def place_reports(
     batch = EventBatch(
         slots=placing.campaign_ids << SLOT_SHIFT | chunks,
         positions=(placing.positions & (CHUNK - 1)).astype(np.int32),
-        members=np.minimum(recipients - (chunks << CHUNK_BITS), CHUNK).astype(np.int32),
+        members=members_of(recipients, chunks),
         kinds=kinds,
         times=times,
     )
@@ -196,11 +196,9 @@ async def _place_by_name(lookups: Lookups, app: App, targets: NamedTargets, plac
             placing.reject(targets.indexes[members], "CAMPAIGN_UNKNOWN")
             continue
         roll = await lookups.read_roll(campaigns[name].campaign_id)
-        # Searching in ascending order walks the roll once: 45 ns a look-up in 10 M people, in random order 1,000.
-        members = members[np.argsort(numbers[members])]
-        positions = np.minimum(np.searchsorted(roll, numbers[members]), len(roll) - 1)
-        is_found = roll[positions] == numbers[members]
-        placing.put(targets.indexes[members], campaigns[name].campaign_id, positions)
+        positions = roll.find(numbers[members])
+        is_found = positions >= 0
+        placing.put(targets.indexes[members[is_found]], campaigns[name].campaign_id, positions[is_found])
         placing.reject(targets.indexes[members[~is_found]], "NOT_A_RECIPIENT")
 
 

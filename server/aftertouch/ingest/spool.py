@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from aftertouch.channels import Receipt
+from aftertouch.channels import Receipt, Webhook
 
 FILE = "spool.sqlite"
 ROW_BYTES = 100
@@ -57,13 +57,13 @@ class Spooled:
     unrecognized: str
     size: int
 
-    def read_receipts(self) -> list[Receipt]:
-        """Its receipts; every one has a time."""
-        return [Receipt(**{**fields, "time": datetime.fromisoformat(fields["time"])}) for fields in json.loads(self.receipts)]
-
-    def read_unrecognized(self) -> list[str]:
-        """What its channel did not understand."""
-        return [str(item) for item in json.loads(self.unrecognized)]
+    def read(self) -> Webhook:
+        """What it said; every receipt has a time."""
+        receipts = json.loads(self.receipts)
+        return Webhook(
+            receipts=tuple(Receipt(**{**fields, "time": datetime.fromisoformat(fields["time"])}) for fields in receipts),
+            unrecognized=tuple(map(str, json.loads(self.unrecognized))),
+        )
 
 
 @dataclass

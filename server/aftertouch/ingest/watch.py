@@ -11,13 +11,14 @@ import asyncio
 import struct
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.errors import DatabaseUnavailable, FieldsInvalid, ResumeTokenTooOld, Violation
+from aftertouch.errors import DatabaseUnavailable, FieldsInvalid, ResumeTokenTooOld, ServerStopping, Violation
 from aftertouch.ingest.lookups import Lookups
 from aftertouch.rolls.chunks import CHUNK, SLOT_SHIFT, slot_range
 from aftertouch.store.apps import App
@@ -76,13 +77,20 @@ def decode_resume_token(token: str) -> tuple[int, int]:
 
 
 async def watch_events(
-    engine: AsyncEngine, lookups: Lookups, app: App, campaign: Campaign | None, signals: Collection[str], resume_token: str
+    engine: AsyncEngine,
+    lookups: Lookups,
+    app: App,
+    campaign: Campaign | None,
+    signals: Collection[str],
+    resume_token: str,
+    stopping: asyncio.Event,
 ) -> AsyncIterator[Page]:
-    """Pages of an app's events, for ever; an empty one at the beginning, and every 15 seconds while nothing happens.
+    """Pages of an app's events, until ``stopping``; an empty one at the beginning, and every 15 seconds while nothing happens.
 
     Raises:
         FieldsInvalid: the token is none.
         ResumeTokenTooOld: its events are no longer kept.
+        ServerStopping: they end, after whole pages.
     """
     slots = slot_range(campaign.campaign_id) if campaign else _ALL_SLOTS
     async with transaction(engine) as conn:
@@ -95,7 +103,7 @@ async def watch_events(
             after = (await read_horizon(conn), 0)
     # Without a token the first answer comes at once: whoever is cut off before the first event can still go on from here.
     silent_until = asyncio.get_running_loop().time() + (CHECKPOINT_SECONDS if resume_token else 0)
-    while True:
+    while not stopping.is_set():
         try:
             async with transaction(engine) as conn:
                 numbered = await load_kinds(conn)
@@ -104,7 +112,7 @@ async def watch_events(
                 horizon = await read_horizon(conn)
                 rows = await read_events(conn, after, horizon, slots, kinds, PAGE)
         except DatabaseUnavailable:
-            await asyncio.sleep(1)
+            await _pause(stopping, 1)
             continue
         if rows:
             events = await _name_people(engine, lookups, app, [event for _, event in rows], numbered)
@@ -117,7 +125,13 @@ async def watch_events(
             yield Page(events, encode_resume_token(*after))
             silent_until = asyncio.get_running_loop().time() + CHECKPOINT_SECONDS
         if len(rows) < PAGE:
-            await asyncio.sleep(POLL_SECONDS)
+            await _pause(stopping, POLL_SECONDS)
+    raise ServerStopping
+
+
+async def _pause(stopping: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stopping.wait(), seconds)
 
 
 async def _name_people(
@@ -129,7 +143,7 @@ async def _name_people(
     numbers: list[int] = []
     for event in own:
         roll = await lookups.read_roll(event.slot >> SLOT_SHIFT)
-        numbers.append(int(roll[(event.slot & ((1 << SLOT_SHIFT) - 1)) * CHUNK + event.position]))
+        numbers.append(int(roll.numbers[(event.slot & ((1 << SLOT_SHIFT) - 1)) * CHUNK + event.position]))
     async with transaction(engine) as conn:
         external_ids = await find_external_ids(conn, app.app_id, np.array(sorted(set(numbers)), np.int64))
     return [

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aftertouch.errors import FieldsInvalid, NotFound, PositionOutOfOrder, StreamNotOpened, Violation
+from aftertouch.errors import FieldsInvalid, NotFound, PositionOutOfOrder, ServerStopping, StreamNotOpened, Violation
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.reports import Rejection, Reports
 from aftertouch.ingest.watch import watch_events
@@ -30,6 +30,14 @@ class Events(events_pb2_grpc.EventsServicer):
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._stopping = asyncio.Event()
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def stop(self) -> None:
+        """End the streams, which would go on for ever: what was read of them is still acknowledged."""
+        self._stopping.set()
+        for reader in self._readers:
+            reader.cancel()
 
     async def IngestEvents(  # type: ignore[override]
         self, request: events_pb2.IngestEventsRequest, call: Call
@@ -58,6 +66,8 @@ class Events(events_pb2_grpc.EventsServicer):
         yield events_pb2.StreamEventsResponse(committed_position=position)
         window: asyncio.Queue[_Pending | None] = asyncio.Queue(WINDOW)
         reading = asyncio.create_task(self._read_batches(requests, call, stream, position, window))
+        self._readers.add(reading)
+        reading.add_done_callback(self._readers.discard)
         try:
             while ready := await _take_waiting(window):
                 for pending in ready:
@@ -99,6 +109,11 @@ class Events(events_pb2_grpc.EventsServicer):
         except Exception:
             await window.put(None)
             raise
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                raise
+            await window.put(None)
+            raise ServerStopping from None
         # Not when cancelled: nobody takes from the window any more, and in a full one this would wait for ever.
         await window.put(None)
 
@@ -113,7 +128,13 @@ class Events(events_pb2_grpc.EventsServicer):
             if campaign is None:
                 raise NotFound(request.campaign)
         pages = watch_events(
-            call.engine, self._ledger.lookups, call.app, campaign, frozenset(request.signals), request.resume_token
+            call.engine,
+            self._ledger.lookups,
+            call.app,
+            campaign,
+            frozenset(request.signals),
+            request.resume_token,
+            self._stopping,
         )
         async for page in pages:
             yield events_pb2.WatchEventsResponse(

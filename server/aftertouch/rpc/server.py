@@ -80,7 +80,8 @@ async def serve_grpc(
     channels_pb2_grpc.add_ChannelsServicer_to_server(Channels(registry), server)
     contacts_pb2_grpc.add_ContactsServicer_to_server(Contacts(registry), server)
     campaigns_pb2_grpc.add_CampaignsServicer_to_server(Campaigns(registry, ledger), server)
-    events_pb2_grpc.add_EventsServicer_to_server(Events(ledger), server)
+    events = Events(ledger)
+    events_pb2_grpc.add_EventsServicer_to_server(events, server)
     retargeting_pb2_grpc.add_RetargetingServicer_to_server(Retargeting(registry), server)
     names = [service.full_name for service in SERVICES]
     checker = health.aio.HealthServicer()
@@ -99,4 +100,5 @@ async def serve_grpc(
         yield port
     finally:
         await checker.enter_graceful_shutdown()
+        events.stop()
         await asyncio.shield(server.stop(GRACE_SECONDS))

@@ -27,6 +27,16 @@ class SchemaMismatch(Exception):
         """True when nothing has been migrated there yet."""
 
 
+_CONNECTION: dict[str, Any] = {
+    "connect_timeout": 5,
+    # A machine that is gone without a word would be waited for by a statement for 15 minutes, and by LISTEN for ever.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+
+
 def create_engine(database_url: str, *, pool_size: int = 10) -> AsyncEngine:
     """An engine for a libpq URL (``postgresql://user@host/name``). Connections that died are replaced before use."""
     return create_async_engine(
@@ -35,7 +45,7 @@ def create_engine(database_url: str, *, pool_size: int = 10) -> AsyncEngine:
         max_overflow=pool_size,
         pool_pre_ping=True,
         pool_timeout=10,
-        connect_args={"connect_timeout": 5, "application_name": "aftertouch", "options": "-c timezone=UTC"},
+        connect_args={**_CONNECTION, "application_name": "aftertouch", "options": "-c timezone=UTC"},
         # psycopg reports a foreign URL's password in no error, and neither do we: statements' values stay out of exceptions.
         hide_parameters=True,
     )
@@ -92,7 +102,7 @@ async def driver(conn: AsyncConnection) -> psycopg.AsyncConnection[Any]:
 async def connect_listener(engine: AsyncEngine) -> psycopg.AsyncConnection[Any]:
     """A connection of its own for LISTEN, in autocommit; close it."""
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    return await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
+    return await psycopg.AsyncConnection.connect(url, autocommit=True, **_CONNECTION)
 
 
 async def check_schema(engine: AsyncEngine) -> None:

@@ -8,6 +8,7 @@ It is a plain ASGI application: with two paths there is nothing for Starlette's 
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 
 import structlog
@@ -17,8 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aftertouch.channels import InvalidSignature, InvalidWebhook, WebhookRequest
 from aftertouch.errors import AftertouchError
-from aftertouch.ingest.intake import Intake
-from aftertouch.ingest.ledger import TokenInvalid
+from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.spool import SpoolFull
 from aftertouch.plugins import Registry
 
@@ -26,6 +26,9 @@ log = structlog.get_logger()
 
 LARGEST_BODY = 3 * 1024 * 1024 + 65_536
 """Meta's webhooks hold up to 3 MB (Cloud API: webhooks); other providers stay far below."""
+
+BODY_SECONDS = 30.0
+"""For a whole body to arrive; whoever sends it byte by byte would keep a connection and its memory for ever."""
 
 WEBHOOKS = "/v1/webhooks"
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS"})
@@ -54,9 +57,12 @@ def create_ingress(registry: Registry, intake: Intake, public_url: str) -> ASGIA
         # ASGI has the names in lower case.
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         try:
-            body = await _read_body(int(headers.get("content-length", 0)), receive)
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _read_body(int(headers.get("content-length", 0)), receive)
         except ClientDisconnect:
             return Response(status_code=400)
+        except TimeoutError:
+            return PlainTextResponse("the body took too long", 408, {"connection": "close"})
         if body is None:
             return PlainTextResponse(f"the body is larger than {LARGEST_BODY} bytes", 413)
         query = scope["query_string"].decode("latin-1")
@@ -81,7 +87,7 @@ def create_ingress(registry: Registry, intake: Intake, public_url: str) -> ASGIA
             log.exception("a channel failed", action="receive_webhook", channel=name)
             return PlainTextResponse("the channel failed on this request", 500)
         try:
-            await intake.take(name, webhook.receipts, webhook.unrecognized)
+            await intake.take(name, webhook)
         except TokenInvalid as error:
             return PlainTextResponse(str(error), 403)
         except (AftertouchError, SpoolFull) as error:

@@ -1,0 +1,48 @@
+"""The table of external_ids answers as a dict would."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aftertouch.ingest.identities import SMALLEST, WIDTH, Identities
+
+texts = st.text(max_size=4) | st.text(max_size=2 * WIDTH)
+pairs = st.dictionaries(texts.map(str.encode), st.integers(0, 1 << 33), max_size=50)
+
+
+@given(st.lists(pairs, max_size=4), st.lists(texts.map(str.encode), max_size=20))
+def test_identities_answer_as_a_dict_would(batches: list[dict[bytes, int]], others: list[bytes]) -> None:
+    identities = Identities()
+    expected: dict[bytes, int] = {}
+    for batch in batches:
+        new = {external_id: number for external_id, number in batch.items() if external_id not in expected}
+        expected |= new
+        identities.add(list(new), np.array(list(new.values()), np.int64))
+    asked = [*expected, *others]
+    assert identities.find(asked).tolist() == [expected.get(external_id, -1) for external_id in asked]
+    assert len(identities) == len(expected)
+
+
+def test_identities_are_still_known_after_growing() -> None:
+    identities = Identities()
+    external_ids = [f"person-{number}".encode() for number in range(8 * SMALLEST)]
+    for start in range(0, len(external_ids), 300):
+        part = external_ids[start : start + 300]
+        identities.add(part, np.arange(start, start + len(part)))
+    assert identities.find(external_ids).tolist() == list(range(len(external_ids)))
+    assert identities.find([b"person-", b"person-x"]).tolist() == [-1, -1]
+
+
+def test_identities_learned_twice_are_the_same() -> None:
+    identities = Identities()
+    for _ in range(3):
+        identities.add([b"a", b"a", b"b", b"x" * 100], np.array([1, 1, 2, 3]))
+    assert identities.find([b"a", b"b", b"x" * 100, b"x" * 99]).tolist() == [1, 2, 3, -1]
+
+
+def test_identity_with_a_zero_byte_is_nobody() -> None:
+    identities = Identities()
+    identities.add([b"a", b""], np.array([1, 2]))
+    assert identities.find([b"a\0", b"\0", b"a", b""]).tolist() == [-1, -1, 1, 2]
