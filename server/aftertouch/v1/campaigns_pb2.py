@@ -32,7 +32,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x66tertouch/v1/campaigns.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xeb\x05\n\x08\x43\x61mpaign\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\"\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x0c\xe2\x41\x01\x02\xbaH\x05r\x03\x18\xc8\x01\x12\x1d\n\x07\x63hannel\x18\x03 \x01(\tB\x0c\xe2\x41\x02\x02\x05\xbaH\x04r\x02\x18 \x12(\n\x07\x63ontent\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12)\n\x08\x61udience\x18\x05 \x01(\x0b\x32\x17.aftertouch.v1.Audience\x12\x32\n\x05state\x18\x06 \x01(\x0e\x32\x1d.aftertouch.v1.Campaign.StateB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cstate_reason\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12\x35\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0blaunch_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x66inish_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x33\n\x06\x63ounts\x18\r \x01(\x0b\x32\x1d.aftertouch.v1.CampaignCountsB\x04\xe2\x41\x01\x03\x12\x12\n\x04root\x18\x0e \x01(\tB\x04\xe2\x41\x01\x03\"u\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05\x44RAFT\x10\x01\x12\r\n\tSCHEDULED\x10\x02\x12\x0b\n\x07SENDING\x10\x03\x12\n\n\x06PAUSED\x10\x04\x12\x08\n\x04SENT\x10\x05\x12\x0c\n\x08\x43\x41NCELED\x10\x06\x12\n\n\x06\x46\x41ILED\x10\x07:9\xea\x41\x36\n\x13\x61\x66tertouch/Campaign\x12\x1f\x61pps/{app}/campaigns/{campaign}\"\xc1\x01\n\x08\x41udience\x12\x38\n\x0f\x61ll_subscribers\x18\x01 \x01(\x0b\x32\x1d.aftertouch.v1.AllSubscribersH\x00\x12\x36\n\x0egiven_contacts\x18\x02 \x01(\x0b\x32\x1c.aftertouch.v1.GivenContactsH\x00\x12\x34\n\x08retarget\x18\x03 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"\x10\n\x0e\x41llSubscribers\"0\n\rGivenContacts\x12\x1f\n\x08\x63ontacts\x18\x01 \x03(\tB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\x90N\"\x9f\x01\n\x11RetargetSelection\x12\x14\n\x06source\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1b\n\x06\x61\x63tion\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18@\x12\x1e\n\x0creason_codes\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x64\x12 \n\x0ereason_classes\x18\x04 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x14\x12\x15\n\rinclude_apart\x18\x05 \x01(\x08\"\xcf\x01\n\x0e\x43\x61mpaignCounts\x12\x12\n\nrecipients\x18\x01 \x01(\x03\x12;\n\x07signals\x18\x02 \x03(\x0b\x32*.aftertouch.v1.CampaignCounts.SignalsEntry\x12\x0f\n\x07unclear\x18\x03 \x01(\x03\x12+\n\x07reasons\x18\x04 \x03(\x0b\x32\x1a.aftertouch.v1.ReasonCount\x1a.\n\x0cSignalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"W\n\x0bReasonCount\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x14\n\x0creason_class\x18\x02 \x01(\t\x12\x13\n\x0breason_code\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\">\n\tRecipient\x12\x0f\n\x07\x63ontact\x18\x01 \x01(\t\x12\x0f\n\x07signals\x18\x02 \x03(\t\x12\x0f\n\x07reasons\x18\x03 \x03(\t\"\xc1\x01\n\x15\x43reateCampaignRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12/\n\x08\x63\x61mpaign\x18\x02 \x01(\x0b\x32\x17.aftertouch.v1.CampaignB\x04\xe2\x41\x01\x02\x12@\n\x0b\x63\x61mpaign_id\x18\x03 \x01(\tB+\xbaH(r#2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\xd8\x01\x01\x12\x1f\n\nrequest_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"(\n\x12GetCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\\\n\x14ListCampaignsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"\\\n\x15ListCampaignsResponse\x12*\n\tcampaigns\x18\x01 \x03(\x0b\x32\x17.aftertouch.v1.Campaign\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"y\n\x15UpdateCampaignRequest\x12/\n\x08\x63\x61mpaign\x18\x01 \x01(\x0b\x32\x17.aftertouch.v1.CampaignB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"9\n\x15\x44\x65leteCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"q\n\x15LaunchCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"Z\n\x15ResumeCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"]\n\x15ListRecipientsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"_\n\x16ListRecipientsResponse\x12,\n\nrecipients\x18\x01 \x03(\x0b\x32\x18.aftertouch.v1.Recipient\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xd5\x05\n\tCampaigns\x12U\n\x0e\x43reateCampaign\x12$.aftertouch.v1.CreateCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12O\n\x0bGetCampaign\x12!.aftertouch.v1.GetCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x01\x12`\n\rListCampaigns\x12#.aftertouch.v1.ListCampaignsRequest\x1a$.aftertouch.v1.ListCampaignsResponse\"\x04\x88\xca*\x01\x12U\n\x0eUpdateCampaign\x12$.aftertouch.v1.UpdateCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12T\n\x0e\x44\x65leteCampaign\x12$.aftertouch.v1.DeleteCampaignRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x03\x12U\n\x0eLaunchCampaign\x12$.aftertouch.v1.LaunchCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12U\n\x0eResumeCampaign\x12$.aftertouch.v1.ResumeCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12\x63\n\x0eListRecipients\x12$.aftertouch.v1.ListRecipientsRequest\x1a%.aftertouch.v1.ListRecipientsResponse\"\x04\x88\xca*\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x66tertouch/v1/campaigns.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xeb\x05\n\x08\x43\x61mpaign\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\"\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x0c\xe2\x41\x01\x02\xbaH\x05r\x03\x18\xc8\x01\x12\x1d\n\x07\x63hannel\x18\x03 \x01(\tB\x0c\xe2\x41\x02\x02\x05\xbaH\x04r\x02\x18 \x12(\n\x07\x63ontent\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12)\n\x08\x61udience\x18\x05 \x01(\x0b\x32\x17.aftertouch.v1.Audience\x12\x32\n\x05state\x18\x06 \x01(\x0e\x32\x1d.aftertouch.v1.Campaign.StateB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cstate_reason\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12\x35\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0blaunch_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x66inish_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x33\n\x06\x63ounts\x18\r \x01(\x0b\x32\x1d.aftertouch.v1.CampaignCountsB\x04\xe2\x41\x01\x03\x12\x12\n\x04root\x18\x0e \x01(\tB\x04\xe2\x41\x01\x03\"u\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05\x44RAFT\x10\x01\x12\r\n\tSCHEDULED\x10\x02\x12\x0b\n\x07SENDING\x10\x03\x12\n\n\x06PAUSED\x10\x04\x12\x08\n\x04SENT\x10\x05\x12\x0c\n\x08\x43\x41NCELED\x10\x06\x12\n\n\x06\x46\x41ILED\x10\x07:9\xea\x41\x36\n\x13\x61\x66tertouch/Campaign\x12\x1f\x61pps/{app}/campaigns/{campaign}\"\xd1\x01\n\x08\x41udience\x12\x38\n\x0f\x61ll_subscribers\x18\x01 \x01(\x0b\x32\x1d.aftertouch.v1.AllSubscribersH\x00\x12\x36\n\x0egiven_contacts\x18\x02 \x01(\x0b\x32\x1c.aftertouch.v1.GivenContactsH\x00\x12\x34\n\x08retarget\x18\x03 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionH\x00\x12\x0e\n\x04list\x18\x04 \x01(\tH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"\x10\n\x0e\x41llSubscribers\"0\n\rGivenContacts\x12\x1f\n\x08\x63ontacts\x18\x01 \x03(\tB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\x90N\"\x9f\x01\n\x11RetargetSelection\x12\x14\n\x06source\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1b\n\x06\x61\x63tion\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18@\x12\x1e\n\x0creason_codes\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x64\x12 \n\x0ereason_classes\x18\x04 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x14\x12\x15\n\rinclude_apart\x18\x05 \x01(\x08\"\xcf\x01\n\x0e\x43\x61mpaignCounts\x12\x12\n\nrecipients\x18\x01 \x01(\x03\x12;\n\x07signals\x18\x02 \x03(\x0b\x32*.aftertouch.v1.CampaignCounts.SignalsEntry\x12\x0f\n\x07unclear\x18\x03 \x01(\x03\x12+\n\x07reasons\x18\x04 \x03(\x0b\x32\x1a.aftertouch.v1.ReasonCount\x1a.\n\x0cSignalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"W\n\x0bReasonCount\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x14\n\x0creason_class\x18\x02 \x01(\t\x12\x13\n\x0breason_code\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\">\n\tRecipient\x12\x0f\n\x07\x63ontact\x18\x01 \x01(\t\x12\x0f\n\x07signals\x18\x02 \x03(\t\x12\x0f\n\x07reasons\x18\x03 \x03(\t\"\xc1\x01\n\x15\x43reateCampaignRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12/\n\x08\x63\x61mpaign\x18\x02 \x01(\x0b\x32\x17.aftertouch.v1.CampaignB\x04\xe2\x41\x01\x02\x12@\n\x0b\x63\x61mpaign_id\x18\x03 \x01(\tB+\xbaH(r#2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\xd8\x01\x01\x12\x1f\n\nrequest_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"(\n\x12GetCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\\\n\x14ListCampaignsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"\\\n\x15ListCampaignsResponse\x12*\n\tcampaigns\x18\x01 \x03(\x0b\x32\x17.aftertouch.v1.Campaign\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"y\n\x15UpdateCampaignRequest\x12/\n\x08\x63\x61mpaign\x18\x01 \x01(\x0b\x32\x17.aftertouch.v1.CampaignB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"9\n\x15\x44\x65leteCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"q\n\x15LaunchCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"Z\n\x15ResumeCampaignRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"]\n\x15ListRecipientsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"_\n\x16ListRecipientsResponse\x12,\n\nrecipients\x18\x01 \x03(\x0b\x32\x18.aftertouch.v1.Recipient\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xd5\x05\n\tCampaigns\x12U\n\x0e\x43reateCampaign\x12$.aftertouch.v1.CreateCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12O\n\x0bGetCampaign\x12!.aftertouch.v1.GetCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x01\x12`\n\rListCampaigns\x12#.aftertouch.v1.ListCampaignsRequest\x1a$.aftertouch.v1.ListCampaignsResponse\"\x04\x88\xca*\x01\x12U\n\x0eUpdateCampaign\x12$.aftertouch.v1.UpdateCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12T\n\x0e\x44\x65leteCampaign\x12$.aftertouch.v1.DeleteCampaignRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x03\x12U\n\x0eLaunchCampaign\x12$.aftertouch.v1.LaunchCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12U\n\x0eResumeCampaign\x12$.aftertouch.v1.ResumeCampaignRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12\x63\n\x0eListRecipients\x12$.aftertouch.v1.ListRecipientsRequest\x1a%.aftertouch.v1.ListRecipientsResponse\"\x04\x88\xca*\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -129,41 +129,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CAMPAIGN_STATE']._serialized_start=864
   _globals['_CAMPAIGN_STATE']._serialized_end=981
   _globals['_AUDIENCE']._serialized_start=1043
-  _globals['_AUDIENCE']._serialized_end=1236
-  _globals['_ALLSUBSCRIBERS']._serialized_start=1238
-  _globals['_ALLSUBSCRIBERS']._serialized_end=1254
-  _globals['_GIVENCONTACTS']._serialized_start=1256
-  _globals['_GIVENCONTACTS']._serialized_end=1304
-  _globals['_RETARGETSELECTION']._serialized_start=1307
-  _globals['_RETARGETSELECTION']._serialized_end=1466
-  _globals['_CAMPAIGNCOUNTS']._serialized_start=1469
-  _globals['_CAMPAIGNCOUNTS']._serialized_end=1676
-  _globals['_CAMPAIGNCOUNTS_SIGNALSENTRY']._serialized_start=1630
-  _globals['_CAMPAIGNCOUNTS_SIGNALSENTRY']._serialized_end=1676
-  _globals['_REASONCOUNT']._serialized_start=1678
-  _globals['_REASONCOUNT']._serialized_end=1765
-  _globals['_RECIPIENT']._serialized_start=1767
-  _globals['_RECIPIENT']._serialized_end=1829
-  _globals['_CREATECAMPAIGNREQUEST']._serialized_start=1832
-  _globals['_CREATECAMPAIGNREQUEST']._serialized_end=2025
-  _globals['_GETCAMPAIGNREQUEST']._serialized_start=2027
-  _globals['_GETCAMPAIGNREQUEST']._serialized_end=2067
-  _globals['_LISTCAMPAIGNSREQUEST']._serialized_start=2069
-  _globals['_LISTCAMPAIGNSREQUEST']._serialized_end=2161
-  _globals['_LISTCAMPAIGNSRESPONSE']._serialized_start=2163
-  _globals['_LISTCAMPAIGNSRESPONSE']._serialized_end=2255
-  _globals['_UPDATECAMPAIGNREQUEST']._serialized_start=2257
-  _globals['_UPDATECAMPAIGNREQUEST']._serialized_end=2378
-  _globals['_DELETECAMPAIGNREQUEST']._serialized_start=2380
-  _globals['_DELETECAMPAIGNREQUEST']._serialized_end=2437
-  _globals['_LAUNCHCAMPAIGNREQUEST']._serialized_start=2439
-  _globals['_LAUNCHCAMPAIGNREQUEST']._serialized_end=2552
-  _globals['_RESUMECAMPAIGNREQUEST']._serialized_start=2554
-  _globals['_RESUMECAMPAIGNREQUEST']._serialized_end=2644
-  _globals['_LISTRECIPIENTSREQUEST']._serialized_start=2646
-  _globals['_LISTRECIPIENTSREQUEST']._serialized_end=2739
-  _globals['_LISTRECIPIENTSRESPONSE']._serialized_start=2741
-  _globals['_LISTRECIPIENTSRESPONSE']._serialized_end=2836
-  _globals['_CAMPAIGNS']._serialized_start=2839
-  _globals['_CAMPAIGNS']._serialized_end=3564
+  _globals['_AUDIENCE']._serialized_end=1252
+  _globals['_ALLSUBSCRIBERS']._serialized_start=1254
+  _globals['_ALLSUBSCRIBERS']._serialized_end=1270
+  _globals['_GIVENCONTACTS']._serialized_start=1272
+  _globals['_GIVENCONTACTS']._serialized_end=1320
+  _globals['_RETARGETSELECTION']._serialized_start=1323
+  _globals['_RETARGETSELECTION']._serialized_end=1482
+  _globals['_CAMPAIGNCOUNTS']._serialized_start=1485
+  _globals['_CAMPAIGNCOUNTS']._serialized_end=1692
+  _globals['_CAMPAIGNCOUNTS_SIGNALSENTRY']._serialized_start=1646
+  _globals['_CAMPAIGNCOUNTS_SIGNALSENTRY']._serialized_end=1692
+  _globals['_REASONCOUNT']._serialized_start=1694
+  _globals['_REASONCOUNT']._serialized_end=1781
+  _globals['_RECIPIENT']._serialized_start=1783
+  _globals['_RECIPIENT']._serialized_end=1845
+  _globals['_CREATECAMPAIGNREQUEST']._serialized_start=1848
+  _globals['_CREATECAMPAIGNREQUEST']._serialized_end=2041
+  _globals['_GETCAMPAIGNREQUEST']._serialized_start=2043
+  _globals['_GETCAMPAIGNREQUEST']._serialized_end=2083
+  _globals['_LISTCAMPAIGNSREQUEST']._serialized_start=2085
+  _globals['_LISTCAMPAIGNSREQUEST']._serialized_end=2177
+  _globals['_LISTCAMPAIGNSRESPONSE']._serialized_start=2179
+  _globals['_LISTCAMPAIGNSRESPONSE']._serialized_end=2271
+  _globals['_UPDATECAMPAIGNREQUEST']._serialized_start=2273
+  _globals['_UPDATECAMPAIGNREQUEST']._serialized_end=2394
+  _globals['_DELETECAMPAIGNREQUEST']._serialized_start=2396
+  _globals['_DELETECAMPAIGNREQUEST']._serialized_end=2453
+  _globals['_LAUNCHCAMPAIGNREQUEST']._serialized_start=2455
+  _globals['_LAUNCHCAMPAIGNREQUEST']._serialized_end=2568
+  _globals['_RESUMECAMPAIGNREQUEST']._serialized_start=2570
+  _globals['_RESUMECAMPAIGNREQUEST']._serialized_end=2660
+  _globals['_LISTRECIPIENTSREQUEST']._serialized_start=2662
+  _globals['_LISTRECIPIENTSREQUEST']._serialized_end=2755
+  _globals['_LISTRECIPIENTSRESPONSE']._serialized_start=2757
+  _globals['_LISTRECIPIENTSRESPONSE']._serialized_end=2852
+  _globals['_CAMPAIGNS']._serialized_start=2855
+  _globals['_CAMPAIGNS']._serialized_end=3580
 # @@protoc_insertion_point(module_scope)
