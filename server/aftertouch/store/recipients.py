@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 
 import numpy as np
 import psycopg
@@ -104,30 +104,28 @@ async def read_logged(conn: AsyncConnection, place: Place, since: datetime, budg
     """
     pg = await driver(conn)
     found: list[Logged] = []
-    is_complete = True
-    deadline = datetime.now(since.tzinfo) + budget
-    for day in await list_days(conn, "events"):
-        if day < since.date() or len(found) >= MOST_ROWS:
-            continue
-        left = (deadline - datetime.now(since.tzinfo)) // timedelta(milliseconds=1)
-        try:
-            async with conn.begin_nested():
+    now = datetime.now(UTC)
+    days = [day for day in await list_days(conn, "events") if since.date() <= day <= now.date()]
+    try:
+        async with conn.begin_nested():
+            for day in days:
+                left = (now + budget - datetime.now(UTC)) // timedelta(milliseconds=1)
                 await pg.execute("SELECT set_config('statement_timeout', %b, true)", (str(max(left, 1)),))
                 rows = await pg.execute(
                     "SELECT kind, time, arrive_time FROM events WHERE arrive_time >= %b AND arrive_time < %b"
                     " AND slot = %b AND position = %b LIMIT %b",
-                    (*_span(day, since), place.slot, place.position, MOST_ROWS - len(found)),
+                    (*_span(day), place.slot, place.position, MOST_ROWS - len(found)),
                 )
                 found += [Logged(*row) for row in await rows.fetchall()]
-                await pg.execute("SET LOCAL statement_timeout TO DEFAULT")
-        except psycopg.errors.QueryCanceled:
-            is_complete = False
-            break
+            await pg.execute("SET LOCAL statement_timeout TO DEFAULT")
+        is_complete = True
+    except psycopg.errors.QueryCanceled:
+        is_complete = False
     return sorted(found, key=lambda event: (event.time, event.arrive_time, event.kind)), is_complete
 
 
-def _span(day: date, since: datetime) -> tuple[datetime, datetime]:
-    start = datetime(day.year, day.month, day.day, tzinfo=since.tzinfo)
+def _span(day: date) -> tuple[datetime, datetime]:
+    start = datetime.combine(day, time(), UTC)
     return start, start + timedelta(days=1)
 
 
