@@ -256,7 +256,7 @@ async def test_nobody_comes_back_by_what_happens_at_the_same_time(shared_world: 
             text(
                 "SELECT number FROM contacts LEFT JOIN contact_ids USING (external_id, number) WHERE app_id IS NULL"
                 " UNION SELECT number FROM subscriptions LEFT JOIN contacts USING (block, number) WHERE external_id IS NULL"
-                " UNION SELECT number FROM erasures JOIN contact_sets ON block = app_id << 20 | number >> 13"
+                " UNION SELECT number FROM erasures JOIN contact_sets ON block = (app_id << 20) | (number >> 13)"
                 "   AND get_bit(bits, (number & 8191)::int) = 1"
             )
         )

@@ -68,7 +68,7 @@ async def find_places(conn: AsyncConnection, number: int, campaign_ids: Sequence
         f"  WHERE slot >= c.campaign_id << {SLOT_SHIFT} AND slot < (c.campaign_id + 1) << {SLOT_SHIFT}"
         "  AND first <= %(number)s AND last >= %(number)s) AS r"
         " WHERE position(substring(int8send("
-        "(d & 255) << 24 | (d >> 8 & 255) << 16 | (d >> 16 & 255) << 8 | (d >> 24 & 255)) FROM 5) IN r.offsets) > 0"
+        "((d & 255) << 24) | (((d >> 8) & 255) << 16) | (((d >> 16) & 255) << 8) | ((d >> 24) & 255)) FROM 5) IN r.offsets) > 0"
         " ORDER BY c.place",
         {"campaigns": list(campaign_ids), "number": number},
     )

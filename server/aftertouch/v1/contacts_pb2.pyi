@@ -62,7 +62,7 @@ class Contact(_message.Message):
 
     @_builtins.property
     def campaigns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactCampaign]:
-        """The campaigns that the person is a recipient of, the last made first: at most 20, out of the app's last 500 that were
+        """The campaigns that the person is a recipient of, the last made first: at most 20, out of the app's last 200 that were
         launched. Only from GetContact; ListContactCampaigns has all.
         """
 
