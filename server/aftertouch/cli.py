@@ -7,8 +7,8 @@ import csv
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +30,16 @@ app = typer.Typer(
 apps = typer.Typer(help="Apps are tenants: everything belongs to one.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: what callers of an app authenticate with.", no_args_is_help=True)
 contacts = typer.Typer(help="The people of an app.", no_args_is_help=True)
+lists = typer.Typer(help="Named sets of people.", no_args_is_help=True)
 channels = typer.Typer(help="The installed channels, and what they lack.", invoke_without_command=True)
-for _group, _name in ((apps, "apps"), (keys, "keys"), (contacts, "contacts"), (channels, "channels")):
+for _group, _name in ((apps, "apps"), (keys, "keys"), (contacts, "contacts"), (lists, "lists"), (channels, "channels")):
     app.add_typer(_group, name=_name)
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+MOST_TOLD = 1_000
+"""Rows of a file that are named when they are left out."""
 
 
 class CommandFailed(Exception):
@@ -406,8 +410,101 @@ def import_contacts(
 
 
 async def _import_contacts(file: Path, app_name: str, key: str, address: str) -> None:
-    from aftertouch.client import CallError, Client
-    from aftertouch.contact_files import HeaderError, check_header, read_contacts
+    from aftertouch.client import Client
+    from aftertouch.contact_files import read_contacts
+
+    left_out = _LeftOut()
+    with _open_rows(file) as (rows, advance):
+        async with Client(address, api_key=key, app=app_name) as client:
+            with _told_as_failure():
+                result = await client.import_contacts(read_contacts(rows, left_out.add), advance)
+    for rejection in result.rejections:
+        left_out.add_answer(rejection.index, rejection.external_id, f"{rejection.field}: {rejection.description}")
+    rejected = result.rejected_count + left_out.read_count
+    out.print(f"{result.created_count:,} made, {result.updated_count:,} updated, {rejected:,} rejected", markup=False)
+    left_out.tell(rejected)
+
+
+@contacts.command("erase")
+def erase_contact(
+    external_id: Annotated[str, typer.Argument(help="Who.")],
+    app_name: Annotated[str, typer.Option("--app", help="The app.")],
+    key: Annotated[str, typer.Option(envvar="AFTERTOUCH_API_KEY", help="An API key that may manage.", show_default=False)],
+    address: Annotated[str, typer.Option(help="The server's gRPC address.")] = "127.0.0.1:7070",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Erase a person for good, and say what was removed. The counts of campaigns stay as they are."""
+    if not yes:
+        typer.confirm(f"Erase {external_id} of {app_name} for good?", abort=True)
+    _run(_erase_contact(external_id, app_name, key, address))
+
+
+async def _erase_contact(external_id: str, app_name: str, key: str, address: str) -> None:
+    from aftertouch.client import Client
+    from aftertouch.v1.contacts_pb2 import EraseContactRequest
+
+    async with Client(address, api_key=key, app=app_name) as client:
+        with _told_as_failure():
+            erased = await client.contacts.EraseContact(EraseContactRequest(name=client.name("contacts", external_id)))
+    out.print(
+        f"erased, with {erased.subscription_count:,} addresses; taken out of {erased.list_count:,} lists and"
+        f" {erased.audience_count:,} audiences; {erased.attempt_count:,} attempts blanked;"
+        f" {erased.unrecognized_receipt_count:,} receipts that nobody understood deleted",
+        markup=False,
+    )
+
+
+@lists.command("import")
+def import_list(
+    file: Annotated[Path, typer.Argument(help="CSV with a column external_id.", exists=True, dir_okay=False)],
+    name: Annotated[str, typer.Option("--list", help="The list: lower-case letters, digits and hyphens.")],
+    app_name: Annotated[str, typer.Option("--app", help="The app.")],
+    key: Annotated[str, typer.Option(envvar="AFTERTOUCH_API_KEY", help="An API key that may manage.", show_default=False)],
+    display_name: Annotated[str | None, typer.Option(help="For people, when the list is made.")] = None,
+    address: Annotated[str, typer.Option(help="The server's gRPC address.")] = "127.0.0.1:7070",
+) -> None:
+    """Add the people of a CSV file to a list, which is made when it is new, and report the rows that cannot be added.
+
+    People have to be contacts: `aftertouch contacts import` takes the same file. Importing a file again changes nothing.
+    """
+    _run(_import_list(file, name, app_name, key, display_name or name, address))
+
+
+async def _import_list(file: Path, name: str, app_name: str, key: str, display_name: str, address: str) -> None:
+    from aftertouch.client import Client
+    from aftertouch.contact_files import read_external_ids
+
+    left_out = _LeftOut()
+    with _open_rows(file) as (rows, advance):
+        async with Client(address, api_key=key, app=app_name) as client:
+            with _told_as_failure():
+                await _make_list(client, name, display_name)
+                ids = read_external_ids(rows, left_out.add)
+                result = await client.import_list_contacts(client.name("lists", name), ids, advance)
+    for rejection in result.rejections:
+        left_out.add_answer(rejection.index, rejection.contact, rejection.description)
+    rejected = result.rejected_count + left_out.read_count
+    out.print(f"{result.added_count:,} added, {result.present_count:,} in it already, {rejected:,} rejected", markup=False)
+    left_out.tell(rejected)
+
+
+async def _make_list(client: Any, name: str, display_name: str) -> None:
+    """Make the list, unless it is there."""
+    from aftertouch.client import CallError, read_reason
+    from aftertouch.v1.lists_pb2 import CreateListRequest, List
+
+    made = CreateListRequest(parent=client.parent, list_id=name, list=List(display_name=display_name))
+    try:
+        await client.lists.CreateList(made)
+    except CallError as error:
+        if read_reason(error)[0] != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def _open_rows(file: Path) -> Iterator[tuple[Any, Callable[[int], None]]]:
+    """The rows of a CSV file with a header, and what to tell how many have left, for the progress that is shown."""
+    from aftertouch.contact_files import HeaderError, check_header
 
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
@@ -421,18 +518,48 @@ async def _import_contacts(file: Path, app_name: str, key: str, address: str) ->
         raise CommandFailed(str(error)) from error
     with Progress(console=err, transient=True) as progress, file.open(newline="", encoding="utf-8-sig") as lines:
         task = progress.add_task("importing", total=total)
-        async with Client(address, api_key=key, app=app_name) as client:
-            try:
-                result = await client.import_contacts(
-                    read_contacts(csv.DictReader(lines)), lambda sent: progress.update(task, completed=sent)
-                )
-            except CallError as error:
-                raise CommandFailed(f"the server answered {error.code().name}: {error.details()}") from error
-    out.print(
-        f"{result.created_count:,} made, {result.updated_count:,} updated, {result.rejected_count:,} rejected", markup=False
-    )
-    for rejection in result.rejections:
-        place = f"row {rejection.index + 1} ({rejection.external_id or 'no external_id'})"
-        err.print(f"{place}: {rejection.field}: {rejection.description}", markup=False)
-    if result.rejected_count:
-        raise CommandFailed(f"{result.rejected_count:,} rows were rejected; the others are stored")
+        yield csv.DictReader(lines), lambda sent: progress.update(task, completed=sent)
+
+
+@contextmanager
+def _told_as_failure() -> Iterator[None]:
+    from aftertouch.client import CallError
+
+    try:
+        yield
+    except CallError as error:
+        raise CommandFailed(f"the server answered {error.code().name}: {error.details()}") from error
+
+
+class _LeftOut:
+    """The rows of a file that were left out: some when it was read, which the server never saw and did not count."""
+
+    def __init__(self) -> None:
+        self._unread: list[int] = []
+        self._told: dict[int, str] = {}
+
+    @property
+    def read_count(self) -> int:
+        """How many were left out when the file was read."""
+        return len(self._unread)
+
+    def add(self, index: int, external_id: str, text: str) -> None:
+        """Leave out a row, by its place in the file."""
+        self._unread.append(index)
+        if len(self._unread) <= MOST_TOLD:
+            self._told[index] = f"({external_id or 'no external_id'}): {text}"
+
+    def add_answer(self, index: int, external_id: str, text: str) -> None:
+        """Leave out a row, by its place in what was sent."""
+        for unread in self._unread:
+            if unread > index:
+                break
+            index += 1
+        self._told[index] = f"({external_id or 'no external_id'}): {text}"
+
+    def tell(self, count: int) -> None:
+        """Print them in the order of the file, and fail if there are any."""
+        for index, text in sorted(self._told.items()):
+            err.print(f"row {index + 1} {text}", markup=False)
+        if count:
+            raise CommandFailed(f"{count:,} rows were rejected; the others are stored")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
-from itertools import count
+from itertools import count, islice
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +20,8 @@ from aftertouch.v1 import (
     contacts_pb2_grpc,
     events_pb2,
     events_pb2_grpc,
+    lists_pb2,
+    lists_pb2_grpc,
     retargeting_pb2_grpc,
 )
 
@@ -30,6 +32,8 @@ Contacts = Iterable[contacts_pb2.Contact] | AsyncIterable[contacts_pb2.Contact]
 
 IMPORT_SIZE = 500
 """Contacts in one message of an import."""
+LIST_IMPORT_SIZE = 5_000
+"""Contacts in one message of an import into a list."""
 MOST_EVENTS = 10_000
 """Events in one batch; the server refuses more."""
 MOST_UNACKNOWLEDGED = 64
@@ -94,6 +98,7 @@ class Client:
         self.apps = apps_pb2_grpc.AppsStub(self._channel)
         self.channels = channels_pb2_grpc.ChannelsStub(self._channel)
         self.contacts = contacts_pb2_grpc.ContactsStub(self._channel)
+        self.lists = lists_pb2_grpc.ListsStub(self._channel)
         self.campaigns = campaigns_pb2_grpc.CampaignsStub(self._channel)
         self.events = events_pb2_grpc.EventsStub(self._channel)
         self.retargeting = retargeting_pb2_grpc.RetargetingStub(self._channel)
@@ -129,6 +134,22 @@ class Client:
             on_sent(sent + len(batch))
 
         return await self.contacts.ImportContacts(pack())
+
+    async def import_list_contacts(
+        self, name: str, contacts: Iterable[str], on_sent: Callable[[int], None] = lambda _: None
+    ) -> lists_pb2.AddListContactsResponse:
+        """Add any number of contacts to a list, each by external_id or name; ``on_sent`` is told how many have left so far."""
+
+        async def pack() -> AsyncIterator[lists_pb2.ImportListContactsRequest]:
+            yield lists_pb2.ImportListContactsRequest(name=name)
+            sent = 0
+            left = iter(contacts)
+            while batch := list(islice(left, LIST_IMPORT_SIZE)):
+                yield lists_pb2.ImportListContactsRequest(contacts=batch)
+                sent += len(batch)
+                on_sent(sent)
+
+        return await self.lists.ImportListContacts(pack())
 
     def stream_events(self, producer: str, on_rejected: Callable[[events_pb2.RejectedBatch], None] | None = None) -> EventStream:
         """A stream of events from a producer; enter it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import json_format
@@ -27,13 +27,41 @@ def check_header(columns: Sequence[str]) -> None:
             raise HeaderError(f"the column {column!r} has no name; leave it out or name it")
 
 
-async def read_contacts(rows: Iterable[Mapping[str, str]]) -> AsyncIterator[contacts_pb2.Contact]:
-    """The contact of each row, for an import. Empty cells are left out; the header was checked."""
-    for row in rows:
+class RowError(ValueError):
+    """A row cannot be read; the text says why."""
+
+
+OnRejected = Callable[[int, str, str], None]
+"""Told of a row that is left out: its place from 0, its external_id, and why."""
+
+
+def read_external_ids(rows: Iterable[Mapping[str, str]], on_rejected: OnRejected) -> Iterator[str]:
+    """The external_id of each row; other columns are passed over."""
+    for index, row in enumerate(rows):
+        if text := _find_fault(row):
+            on_rejected(index, row.get("external_id") or "", text)
+        else:
+            yield row["external_id"]
+
+
+async def read_contacts(
+    rows: Iterable[Mapping[str, str]], on_rejected: OnRejected | None = None
+) -> AsyncIterator[contacts_pb2.Contact]:
+    """The contact of each row, for an import. Empty cells are left out; the header was checked.
+
+    Raises:
+        RowError: a row has more cells than the header, and nobody is to be told of it.
+    """
+    for index, row in enumerate(rows):
+        if text := _find_fault(row):
+            if on_rejected is None:
+                raise RowError(f"row {index + 1} {text}")
+            on_rejected(index, row.get("external_id") or "", text)
+            continue
         attributes: dict[str, str] = {}
         addresses: dict[str, dict[str, Any]] = {}
         for column, value in row.items():
-            if column in ("external_id", "time_zone") or column is None or not value:
+            if column in ("external_id", "time_zone") or not value:
                 continue
             channel, dot, path = column.partition(".")
             if not dot:
@@ -49,3 +77,8 @@ async def read_contacts(rows: Iterable[Mapping[str, str]]) -> AsyncIterator[cont
         for channel, address in addresses.items():
             json_format.ParseDict(address, contact.subscriptions.add(channel=channel).address)
         yield contact
+
+
+def _find_fault(row: Mapping[str, str]) -> str:
+    """Why a row of ``csv.DictReader`` cannot be read; empty when it can. Cells beyond the header stand under no name."""
+    return "has more cells than the header; is a text with a comma not quoted?" if None in row else ""

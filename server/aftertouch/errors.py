@@ -229,6 +229,24 @@ class ResumeTokenTooOld(AftertouchError):
         )
 
 
+class ListInUse(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "LIST_IN_USE"
+
+    def __init__(self, contact_list: str, campaign: str) -> None:
+        super().__init__(
+            f"{campaign} is for {contact_list} and was not launched yet; give it another audience, or delete it",
+            list=contact_list,
+            campaign=campaign,
+        )
+
+
+class ListLimitReached(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "LIST_LIMIT_REACHED"
+
+    def __init__(self, app: str, limit: int) -> None:
+        super().__init__(f"{app} has {limit} lists, as many as it may have; delete one", app=app, limit=str(limit))
+
+
 class MethodUnknown(AftertouchError):
     code, reason = "UNIMPLEMENTED", "METHOD_UNKNOWN"
 

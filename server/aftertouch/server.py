@@ -33,6 +33,7 @@ from aftertouch.rpc.server import serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
+from aftertouch.store.erasures import blank_late_attempts
 from aftertouch.store.paces import forget_limits
 from aftertouch.store.partitions import create_partitions, drop_partitions, lock_partitions
 from aftertouch.store.requests import forget_requests
@@ -154,7 +155,7 @@ async def open_core(
 
 
 async def keep_house(engine: AsyncEngine) -> None:
-    """Make partitions ahead, drop those that no app keeps any longer, and forget old requests."""
+    """Make partitions ahead, drop those that no app keeps any longer; forget old requests, and what came late of the erased."""
     today = datetime.now(UTC).date()
     async with transaction(engine) as conn:
         await lock_partitions(conn)
@@ -162,6 +163,8 @@ async def keep_house(engine: AsyncEngine) -> None:
         kept = max((app.retention_days for app in await list_apps(conn)), default=DEFAULT_RETENTION_DAYS)
         for day in await drop_partitions(conn, today - timedelta(days=kept)):
             log.info("a day's events are kept no longer", action="drop_partitions", day=day.isoformat())
+        if blanked := await blank_late_attempts(conn):
+            log.info("messages of people who were erased meanwhile were blanked", action="erase_contact", count=blanked)
         await forget_requests(conn)
         await forget_limits(conn)
 

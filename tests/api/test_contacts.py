@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aftertouch.cli import CommandFailed, app
+from aftertouch.contact_files import RowError, read_contacts
 from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.rpc.values import to_struct
 from aftertouch.v1 import campaigns_pb2, contacts_pb2
@@ -189,8 +191,24 @@ async def test_upserts_at_once_neither_fail_nor_lose_anything(shared_world: Worl
     assert await count_reachable(shared_world, *(f"crowd-{i}" for i in range(20))) == 20
 
 
-GOOD_IDS = ["0", "Ünïcödé", "美咲", "🙂" * 200, "a b", "a%2Fb", "a@b.example", "..", "-", "'; drop table contacts; --", "x" * 200]
+GOOD_IDS = [
+    "0",
+    "Ünïcödé",
+    "美咲",
+    "🙂" * 200,
+    "a b",
+    "a\xa0b",
+    "a\u3000b",
+    "a%2Fb",
+    "a@b.example",
+    "..",
+    "-",
+    "'; drop table contacts; --",
+    "x" * 200,
+]
 BAD_IDS = ["", " ", " a", "a ", "a/b", "/", "a\tb", "a\nb", "\x7f", "a\0b", "x" * 201]
+BAD_IDS += ["\xa0", "\xa0a", "a\xa0", "a\u2003", "\u3000a", "a\u2028", "\x80", "a\x85b", "\x9fa", "a\x9b"]
+"""Blanks that are not ASCII's, and the control characters from U+0080 to U+009F."""
 
 
 @pytest.mark.parametrize("external_id", GOOD_IDS, ids=range(len(GOOD_IDS)))
@@ -435,6 +453,34 @@ async def test_command_names_the_rows_it_left_out(shared_world: World, tmp_path:
     assert "2 rows were rejected; the others are stored" in str(failed.value)
     assert "Traceback" not in str(failed.value)
     assert (await get(shared_world, "csv-3")).external_id == "csv-3"
+
+
+async def test_command_rejects_a_row_with_more_cells_than_the_header(shared_world: World, tmp_path: Path) -> None:
+    """Its comma may have split any cell, so none of it can be trusted; and it moves no other row's place."""
+    file = tmp_path / "people.csv"
+    rows = ["more-1,Ada", "more-2,Bob,Ross", "more-3,Cy", ",Di", "more-5,E,F,", "more-6,Fay,", "/,G", 'more-8,"H, I"', "more-9"]
+    file.write_text("\n".join(["external_id,first_name", *rows, "", "more-11,K"]))
+    with pytest.raises(ProcessFailed) as failed:
+        await run_import(shared_world, file, "acme", shared_world.secret)
+    told = str(failed.value)
+    for row, name, text in [
+        (2, "more-2", "has more cells than the header"),
+        (4, "no external_id", "external_id: is required"),
+        (5, "more-5", "has more cells than the header"),
+        (6, "more-6", "has more cells than the header"),
+        (7, "/", "external_id: "),
+    ]:
+        assert f"row {row} ({name}): {text}" in told
+    assert "5 rows were rejected; the others are stored" in told
+    assert read_attributes(await get(shared_world, "more-8")) == {"first_name": "H, I"}
+    assert read_attributes(await get(shared_world, "more-11")) == {"first_name": "K"}
+    assert (await refuse(get(shared_world, "more-2"))).reason == "RESOURCE_NOT_FOUND"
+
+
+async def test_rows_with_more_cells_are_never_dropped_silently() -> None:
+    rows = list(csv.DictReader(["external_id,x", "a,1", "b,1,2"]))
+    with pytest.raises(RowError, match="row 2 has more cells than the header"):
+        _ = [contact async for contact in read_contacts(rows)]
 
 
 FAULTY_FILES = {

@@ -35,6 +35,7 @@ from aftertouch.v1 import (
     campaigns_pb2,
     contacts_pb2,
     events_pb2,
+    lists_pb2,
     options_pb2,
     retargeting_pb2,
 )
@@ -161,9 +162,13 @@ async def rival(shared_world: World) -> AsyncIterator[Rival]:
             parent=owner.parent, api_key=apps_pb2.ApiKey(display_name="victim", scopes=[options_pb2.SCOPE_READ])
         )
     )
+    members = await owner.lists.CreateList(
+        lists_pb2.CreateListRequest(parent=owner.parent, list_id="victims", list=lists_pb2.List(display_name="Victims"))
+    )
     (contact,) = (await owner.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent=owner.parent, page_size=1))).contacts
     secret = await shared_world.create_key("rival", "admin")
     names = {"app": owner.parent, "campaign": campaign.name, "draft": draft.name, "key": key.name, "contact": contact.name}
+    names["list"] = members.name
     async with shared_world.connect("rival", secret) as client:
         yield Rival(client, names)
 
@@ -175,7 +180,9 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
     campaign = campaigns_pb2.Campaign(display_name="x", channel="sms")
     key = apps_pb2.ApiKey(display_name="x", scopes=[options_pb2.SCOPE_READ])
     contact = contacts_pb2.Contact(external_id="intruder")
-
+    question = contacts_pb2.ExplainContactRequest(name=names["contact"], campaign=sent)
+    made = lists_pb2.CreateListRequest(parent=app, list_id="intruder", list=lists_pb2.List(display_name="x"))
+    members = {"name": names["list"], "contacts": ["intruder"]}
     rows = contacts_pb2.ImportContactsRequest(parent=app, contacts=[contact])
     opening = events_pb2.StreamEventsRequest(open=events_pb2.OpenStream(parent=app, producer="intruder"))
     return {
@@ -187,6 +194,18 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "UpsertContacts": client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=app, contacts=[contact])),
         "GetContact": client.contacts.GetContact(contacts_pb2.GetContactRequest(name=names["contact"])),
         "ListContacts": client.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent=app)),
+        "ListContactCampaigns": client.contacts.ListContactCampaigns(
+            contacts_pb2.ListContactCampaignsRequest(parent=names["contact"])
+        ),
+        "ExplainContact": client.contacts.ExplainContact(question),
+        "EraseContact": client.contacts.EraseContact(contacts_pb2.EraseContactRequest(name=names["contact"])),
+        "CreateList": client.lists.CreateList(made),
+        "GetList": client.lists.GetList(lists_pb2.GetListRequest(name=names["list"])),
+        "ListLists": client.lists.ListLists(lists_pb2.ListListsRequest(parent=app)),
+        "DeleteList": client.lists.DeleteList(lists_pb2.DeleteListRequest(name=names["list"])),
+        "AddListContacts": client.lists.AddListContacts(lists_pb2.AddListContactsRequest(**members)),
+        "ImportListContacts": client.lists.ImportListContacts(iter([lists_pb2.ImportListContactsRequest(**members)])),
+        "RemoveListContacts": client.lists.RemoveListContacts(lists_pb2.RemoveListContactsRequest(**members)),
         "CreateCampaign": client.campaigns.CreateCampaign(campaigns_pb2.CreateCampaignRequest(parent=app, campaign=campaign)),
         "GetCampaign": client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=sent)),
         "ListCampaigns": client.campaigns.ListCampaigns(campaigns_pb2.ListCampaignsRequest(parent=app)),
@@ -202,6 +221,7 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         ),
         "StreamEvents": client.events.StreamEvents(iter([opening])).read(),
         "WatchEvents": client.events.WatchEvents(events_pb2.WatchEventsRequest(parent=app)).read(),
+        "GetActivity": client.events.GetActivity(events_pb2.GetActivityRequest(campaign=sent)),
         "ListActions": client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=sent)),
         "PreviewRetarget": client.retargeting.PreviewRetarget(
             retargeting_pb2.PreviewRetargetRequest(selection=selection, channel="sms")
@@ -226,7 +246,11 @@ async def test_names_of_another_app_do_not_exist_inside_an_audience(rival: Rival
     client = rival.client
     given = campaigns_pb2.GivenContacts(contacts=[rival.names["contact"]])
     retarget = campaigns_pb2.RetargetSelection(source=rival.names["campaign"], action="delivered")
-    for audience in (campaigns_pb2.Audience(given_contacts=given), campaigns_pb2.Audience(retarget=retarget)):
+    for audience in (
+        campaigns_pb2.Audience(given_contacts=given),
+        campaigns_pb2.Audience(retarget=retarget),
+        campaigns_pb2.Audience(list=rival.names["list"]),
+    ):
         campaign = campaigns_pb2.Campaign(display_name="x", channel="sms", audience=audience)
         call = client.campaigns.CreateCampaign(campaigns_pb2.CreateCampaignRequest(parent=client.parent, campaign=campaign))
         assert (await refuse(call)).reason == "RESOURCE_NOT_FOUND"
@@ -283,7 +307,7 @@ def list_text_fields(message: Message) -> list[str]:
     return [field.name for field in message.DESCRIPTOR.fields if field.type == field.TYPE_STRING and not field.is_repeated]
 
 
-@pytest.mark.parametrize("path", [path for path in METHODS if not path.endswith("/ImportContacts")])
+@pytest.mark.parametrize("path", [path for path in METHODS if not path.endswith(("/ImportContacts", "/ImportListContacts"))])
 async def test_nul_in_any_text_is_refused_and_never_a_defect(raw: RawCaller, shared_world: World, path: str) -> None:
     request_class = GetMessageClass(METHODS[path].input_type)
     for field in list_text_fields(request_class()):

@@ -16,6 +16,7 @@ from aftertouch.v1 import (
     contacts_pb2,
     errors_pb2,
     events_pb2,
+    lists_pb2,
     options_pb2,
     retargeting_pb2,
 )
@@ -25,7 +26,7 @@ PROTOS = ROOT / "protos" / "aftertouch" / "v1"
 VALUE = re.compile(r"(?P<comment>(?:^  //.*\n)+)  (?P<name>[A-Z_]+) = \d+;", re.MULTILINE)
 COMMENTS = {match["name"]: match["comment"] for match in VALUE.finditer((PROTOS / "errors.proto").read_text())}
 REASONS = set(errors_pb2.ErrorReason.keys()) - {"ERROR_REASON_UNSPECIFIED"}
-FILES = (apps_pb2, campaigns_pb2, channels_pb2, contacts_pb2, events_pb2, retargeting_pb2)
+FILES = (apps_pb2, campaigns_pb2, channels_pb2, contacts_pb2, events_pb2, lists_pb2, retargeting_pb2)
 METHODS = [
     pytest.param(method, id=f"{service.name}.{method.name}")
     for file in FILES

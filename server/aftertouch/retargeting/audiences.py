@@ -17,6 +17,7 @@ from aftertouch.rolls.sql import filter_by_set, read_set
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign, find_campaign
 from aftertouch.store.contacts import find_numbers, standing_set
+from aftertouch.store.lists import find_list
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,15 @@ class GivenContacts:
     external_ids: tuple[str, ...]
 
 
-Audience = AllSubscribers | GivenContacts | Selection
+@dataclass(frozen=True)
+class ListMembers:
+    """Everybody who is in a list."""
+
+    list: str
+    """The list's id."""
+
+
+Audience = AllSubscribers | GivenContacts | ListMembers | Selection
 
 
 def encode_audience(audience: Audience) -> dict[str, Any]:
@@ -41,6 +50,8 @@ def encode_audience(audience: Audience) -> dict[str, Any]:
             return {"kind": "all_subscribers"}
         case GivenContacts():
             return {"kind": "given_contacts", "external_ids": list(audience.external_ids)}
+        case ListMembers():
+            return {"kind": "list", "list": audience.list}
         case Selection():
             return {
                 "kind": "retarget",
@@ -59,6 +70,8 @@ def decode_audience(stored: Mapping[str, Any]) -> Audience:
             return AllSubscribers()
         case "given_contacts":
             return GivenContacts(tuple(stored["external_ids"]))
+        case "list":
+            return ListMembers(stored["list"])
         case _:
             return Selection(
                 stored["source"],
@@ -93,6 +106,7 @@ async def evaluate_audience(
     """The contact numbers of those of an audience who can be reached on a channel now; sorted and distinct.
 
     Raises:
+        NotFound: there is no such list.
         what ``find_source`` raises, for a selection.
     """
     active = standing_set("active", channel)
@@ -102,6 +116,11 @@ async def evaluate_audience(
         case GivenContacts():
             found = await find_numbers(conn, app.app_id, audience.external_ids)
             numbers = np.array(sorted(found.values()), np.int64)
+        case ListMembers():
+            members = await find_list(conn, app.app_id, audience.list)
+            if members is None:
+                raise NotFound(f"{app.name}/lists/{audience.list}")
+            numbers = await read_set(conn, app.app_id, members.set_name)
         case Selection():
             source, source_channel = await find_source(conn, app, channels, audience, "audience.retarget")
             numbers = await select_numbers(conn, source, source_channel, audience)

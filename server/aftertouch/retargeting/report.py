@@ -15,7 +15,7 @@ from aftertouch.store.campaigns import Campaign
 from aftertouch.store.contacts import find_external_ids
 from aftertouch.store.kinds import Kind, group_evidence, load_kinds
 
-_CORE_EVIDENCE = close_implications(CORE_IMPLICATIONS)
+CORE_EVIDENCE = close_implications(CORE_IMPLICATIONS)
 """What is known of a channel whose plugin is gone."""
 
 
@@ -42,7 +42,7 @@ class Recipient:
 
 async def count_campaign(conn: AsyncConnection, campaign: Campaign, channel: ChannelType | None) -> Counts:
     """Count everything that is known of a launched campaign."""
-    evidence = channel.evidence if channel else _CORE_EVIDENCE
+    evidence = channel.evidence if channel else CORE_EVIDENCE
     numbered = await load_kinds(conn)
     expressions: dict[str, Expression] = {signal: Expression("name", name=signal) for signal in evidence}
     expressions[""] = parse("attempted & ~sent & ~failed & ~skipped", evidence)
@@ -58,7 +58,7 @@ async def list_recipients(
     conn: AsyncConnection, campaign: Campaign, channel: ChannelType | None, start: int, end: int
 ) -> list[Recipient]:
     """The people at the positions from ``start`` up to ``end`` of a campaign's roll."""
-    evidence = channel.evidence if channel else _CORE_EVIDENCE
+    evidence = channel.evidence if channel else CORE_EVIDENCE
     numbered = await load_kinds(conn)
     people: list[Recipient] = []
     end = min(end, campaign.recipients)

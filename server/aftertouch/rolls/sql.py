@@ -19,8 +19,11 @@ from aftertouch.rolls.chunks import (
     BitRows,
     Bits,
     Numbers,
+    block_of,
+    blocks_of,
     cut_roll,
     decode_offsets,
+    pack_positions,
     slot_range,
     unpack_positions,
 )
@@ -188,6 +191,109 @@ async def filter_by_set(conn: AsyncConnection, app_id: int, name: str, numbers: 
             packed[at : at + CHUNK_BYTES] = np.frombuffer(bits, np.uint8)
     found: NDArray[np.bool_] = (packed[numbers >> 3] >> (7 - (numbers & 7)).astype(np.uint8) & 1).astype(np.bool_)
     return found
+
+
+async def page_set(conn: AsyncConnection, app_id: int, name: str, after: int, limit: int) -> Numbers:
+    """Contact numbers in a contact set that are larger than ``after``, ascending, at most ``limit``."""
+    block, end = block_of(app_id, max(after, 0)), (app_id + 1) << SLOT_SHIFT
+    found: list[Numbers] = []
+    while sum(map(len, found)) < limit:
+        rows = await _rows(
+            conn,
+            "SELECT block, bits FROM contact_sets WHERE block >= %s AND block < %s AND name = %s ORDER BY block LIMIT 16",
+            (block, end, name),
+        )
+        if not rows:
+            break
+        numbers = _expand((block - (app_id << SLOT_SHIFT), bits) for block, bits in rows)
+        found.append(numbers[numbers > after])
+        block = rows[-1][0] + 1
+    return np.concatenate(found)[:limit] if found else np.empty(0, np.int64)
+
+
+async def count_sets(conn: AsyncConnection, app_id: int, names: list[str]) -> dict[str, int]:
+    """How many contacts are in each of these sets; one that has none is left out."""
+    return dict(
+        await _rows(
+            conn,
+            "SELECT name, sum(bit_count(bits))::bigint FROM contact_sets"
+            " WHERE block >= %s AND block < %s AND name = ANY(%s) GROUP BY name",
+            (app_id << SLOT_SHIFT, (app_id + 1) << SLOT_SHIFT, names),
+        )
+    )
+
+
+async def add_to_set(conn: AsyncConnection, app_id: int, name: str, numbers: Numbers) -> int:
+    """Put contact numbers, sorted and distinct, into a set, and return how many were not in it.
+
+    The caller sees to it that nobody else adds to this set meanwhile, and that nobody of them is erased.
+    """
+    before = await _lock_set(conn, app_id, name, numbers)
+    wanted = dict(_pack_blocks(app_id, numbers))
+    pg = await driver(conn)
+    await pg.execute(
+        "INSERT INTO contact_sets AS s (block, name, bits)"
+        " SELECT block, %b, bits FROM unnest(%b::bigint[], %b::varbit[]) AS new (block, bits) ORDER BY block"
+        " ON CONFLICT (block, name) DO UPDATE SET bits = s.bits | excluded.bits",
+        (name, list(wanted), BitStrings([bits.tobytes() for bits in wanted.values()])),
+    )
+    return len(numbers) - _count_common(wanted, before)
+
+
+async def remove_from_set(conn: AsyncConnection, app_id: int, name: str, numbers: Numbers) -> int:
+    """Take contact numbers, sorted and distinct, out of a set, and return how many were in it."""
+    before = await _lock_set(conn, app_id, name, numbers)
+    unwanted = dict(_pack_blocks(app_id, numbers))
+    pg = await driver(conn)
+    await pg.execute(
+        "UPDATE contact_sets AS s SET bits = s.bits & ~ old.bits"
+        " FROM unnest(%b::bigint[], %b::varbit[]) AS old (block, bits) WHERE s.block = old.block AND s.name = %b",
+        (list(unwanted), BitStrings([bits.tobytes() for bits in unwanted.values()]), name),
+    )
+    return _count_common(unwanted, before)
+
+
+async def drop_set(conn: AsyncConnection, app_id: int, name: str) -> None:
+    """Delete a contact set."""
+    pg = await driver(conn)
+    await pg.execute(
+        "DELETE FROM contact_sets WHERE block >= %b AND block < %b AND name = %b",
+        (app_id << SLOT_SHIFT, (app_id + 1) << SLOT_SHIFT, name),
+    )
+
+
+async def clear_from_sets(conn: AsyncConnection, app_id: int, number: int) -> list[str]:
+    """Take a contact out of all sets, and return their names. The caller holds the block's lock (``lock_blocks``)."""
+    place = {"block": block_of(app_id, number), "offset": number % CHUNK}
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "WITH held AS (SELECT name FROM contact_sets WHERE block = %(block)s AND get_bit(bits, %(offset)s) = 1"
+        " ORDER BY name FOR NO KEY UPDATE)"
+        " UPDATE contact_sets AS s SET bits = set_bit(s.bits, %(offset)s, 0) FROM held"
+        " WHERE s.block = %(block)s AND s.name = held.name RETURNING s.name",
+        place,
+    )
+    return sorted(name for (name,) in await rows.fetchall())
+
+
+async def _lock_set(conn: AsyncConnection, app_id: int, name: str, numbers: Numbers) -> dict[int, Bits]:
+    """The rows of a set that these contacts are in, as they are until the transaction ends."""
+    rows = await _rows(
+        conn,
+        "SELECT block, bits FROM contact_sets WHERE block = ANY(%s) AND name = %s ORDER BY block FOR NO KEY UPDATE",
+        (np.unique(blocks_of(app_id, numbers)).tolist(), name),
+    )
+    return {block: np.frombuffer(bits, np.uint8) for block, bits in rows}
+
+
+def _pack_blocks(app_id: int, numbers: Numbers) -> Iterable[tuple[int, Bits]]:
+    blocks = blocks_of(app_id, numbers)
+    for block in np.unique(blocks).tolist():
+        yield block, pack_positions(numbers[blocks == block] % CHUNK, CHUNK)
+
+
+def _count_common(some: Mapping[int, Bits], others: Mapping[int, Bits]) -> int:
+    return sum(int(np.bitwise_count(bits & others[block]).sum()) for block, bits in some.items() if block in others)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from aftertouch.retargeting.audiences import (
     AllSubscribers,
     Audience,
     GivenContacts,
+    ListMembers,
     decode_audience,
     encode_audience,
     find_source,
@@ -34,6 +35,7 @@ from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import read_timestamp, to_struct, to_timestamp
 from aftertouch.store import campaigns as store
+from aftertouch.store.lists import find_list
 from aftertouch.store.units import has_units
 from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
 
@@ -209,7 +211,9 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         return campaigns_pb2.ListRecipientsResponse(
             recipients=[
                 campaigns_pb2.Recipient(
-                    contact=f"{call.app.name}/contacts/{person.external_id}", signals=person.signals, reasons=person.reasons
+                    contact=f"{call.app.name}/contacts/{person.external_id}" if person.external_id else "",
+                    signals=person.signals,
+                    reasons=person.reasons,
                 )
                 for person in people
             ],
@@ -245,6 +249,10 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
                         await call.begin(), call.app, self._registry.types, audience, "campaign.audience.retarget"
                     )
                     values["root_id"] = source.root_id or source.campaign_id
+                if isinstance(audience, ListMembers) and not await find_list(
+                    await call.begin(), call.app.app_id, audience.list, hold=True
+                ):
+                    raise NotFound(given.audience.list)
                 values["audience"] = encode_audience(audience)
         return values
 
@@ -322,6 +330,8 @@ def read_audience(call: Call, audience: campaigns_pb2.Audience) -> Audience:
             return GivenContacts(tuple(dict.fromkeys(ids)))
         case "retarget":
             return read_selection(call, audience.retarget, "campaign.audience.retarget")
+        case "list":
+            return ListMembers(read_name(call, audience.list, "lists", "campaign.audience.list"))
         case _:
             return AllSubscribers()
 
@@ -384,6 +394,8 @@ def _to_audience(call: Call, audience: Audience) -> campaigns_pb2.Audience:
         case GivenContacts():
             names = [f"{call.app.name}/contacts/{external_id}" for external_id in audience.external_ids]
             return campaigns_pb2.Audience(given_contacts=campaigns_pb2.GivenContacts(contacts=names))
+        case ListMembers():
+            return campaigns_pb2.Audience(list=f"{call.app.name}/lists/{audience.list}")
         case Selection():
             return campaigns_pb2.Audience(
                 retarget=campaigns_pb2.RetargetSelection(

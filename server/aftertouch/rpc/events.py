@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from aftertouch.errors import FieldsInvalid, NotFound, PositionOutOfOrder, ServerStopping, StreamNotOpened, Violation
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.reports import Rejection, Reports
 from aftertouch.ingest.watch import watch_events
+from aftertouch.rpc.campaigns import find
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.reports import MOST_EVENTS, read_batch, read_reports
 from aftertouch.rpc.validation import check_message
 from aftertouch.rpc.values import to_timestamp
+from aftertouch.store.activity import read_activity
 from aftertouch.store.engine import transaction
+from aftertouch.store.kinds import load_kinds
 from aftertouch.store.producers import Stream, open_stream
 from aftertouch.v1 import events_pb2, events_pb2_grpc
 
 WINDOW = 256
 """Batches of one stream that may wait for their commit; then the client is held back by HTTP/2's flow control. With the
 usual 1,000 events in each a stream can fill two commits; the batcher bounds all streams of a process together."""
+
+MOST_BUCKETS = 2_000
+"""In one answer about activity."""
+LONGEST_BUCKET = timedelta(days=366)
+MINUTE = timedelta(minutes=1)
 
 
 class Events(events_pb2_grpc.EventsServicer):
@@ -151,6 +161,46 @@ class Events(events_pb2_grpc.EventsServicer):
                 ],
                 resume_token=page.resume_token,
             )
+
+    async def GetActivity(self, request: events_pb2.GetActivityRequest, call: Call) -> events_pb2.Activity:  # type: ignore[override]
+        campaign = await find(call, request.campaign, field="campaign")
+        start, end, bucket = _read_span(request, campaign.launch_time or campaign.create_time)
+        conn = await call.begin()
+        numbered = await load_kinds(conn)
+        counts: dict[str, dict[datetime, int]] = defaultdict(lambda: defaultdict(int))
+        for time, kind, count in await read_activity(conn, campaign.campaign_id, start, end, bucket):
+            counts[numbered[kind].signal][time] += count
+        answer = events_pb2.Activity(start_time=to_timestamp(start), end_time=to_timestamp(end))
+        answer.bucket.FromTimedelta(bucket)
+        for signal in sorted(counts):
+            series = answer.series.add(signal=signal)
+            for time, count in counts[signal].items():
+                series.buckets.add(start_time=to_timestamp(time), count=count)
+        return answer
+
+
+def _read_span(request: events_pb2.GetActivityRequest, launch_time: datetime) -> tuple[datetime, datetime, timedelta]:
+    """From when, until when, and in buckets of what length.
+
+    Raises:
+        FieldsInvalid.
+    """
+    start = request.start_time.ToDatetime(UTC) if request.HasField("start_time") else launch_time
+    start = start.replace(second=0, microsecond=0)
+    end = request.end_time.ToDatetime(UTC) if request.HasField("end_time") else datetime.now(UTC)
+    if end <= start:
+        raise FieldsInvalid([Violation("end_time", "is not after start_time")])
+    if not request.HasField("bucket"):
+        return start, end, -((start - end) // MOST_BUCKETS // MINUTE) * MINUTE
+    seconds = request.bucket.seconds
+    if request.bucket.nanos or seconds % 60 or not 60 <= seconds <= LONGEST_BUCKET.total_seconds():
+        raise FieldsInvalid([Violation("bucket", f"is not a number of whole minutes up to {LONGEST_BUCKET.days} days")])
+    bucket = timedelta(seconds=seconds)
+    if end - start > MOST_BUCKETS * bucket:
+        raise FieldsInvalid(
+            [Violation("bucket", f"makes more than {MOST_BUCKETS:,} buckets; ask for longer ones, or for less time")]
+        )
+    return start, end, bucket
 
 
 def _parse_batch(call: Call, data: bytes) -> tuple[int, Reports]:

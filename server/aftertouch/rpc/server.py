@@ -20,6 +20,7 @@ from aftertouch.rpc.channels import Channels
 from aftertouch.rpc.contacts import Contacts
 from aftertouch.rpc.events import Events
 from aftertouch.rpc.interceptor import LARGEST_REQUEST, Interceptor, Method
+from aftertouch.rpc.lists import Lists
 from aftertouch.rpc.retargeting import Retargeting
 from aftertouch.v1 import (
     apps_pb2,
@@ -32,6 +33,8 @@ from aftertouch.v1 import (
     contacts_pb2_grpc,
     events_pb2,
     events_pb2_grpc,
+    lists_pb2,
+    lists_pb2_grpc,
     retargeting_pb2,
     retargeting_pb2_grpc,
 )
@@ -45,6 +48,7 @@ SERVICES = tuple(
         (apps_pb2.DESCRIPTOR, "Apps"),
         (channels_pb2.DESCRIPTOR, "Channels"),
         (contacts_pb2.DESCRIPTOR, "Contacts"),
+        (lists_pb2.DESCRIPTOR, "Lists"),
         (campaigns_pb2.DESCRIPTOR, "Campaigns"),
         (events_pb2.DESCRIPTOR, "Events"),
         (retargeting_pb2.DESCRIPTOR, "Retargeting"),
@@ -79,6 +83,7 @@ async def serve_grpc(
     apps_pb2_grpc.add_AppsServicer_to_server(Apps(), server)
     channels_pb2_grpc.add_ChannelsServicer_to_server(Channels(registry), server)
     contacts_pb2_grpc.add_ContactsServicer_to_server(Contacts(registry), server)
+    lists_pb2_grpc.add_ListsServicer_to_server(Lists(), server)
     campaigns_pb2_grpc.add_CampaignsServicer_to_server(Campaigns(registry, ledger), server)
     events = Events(ledger)
     events_pb2_grpc.add_EventsServicer_to_server(events, server)

@@ -117,6 +117,19 @@ async def lock_due_campaign(conn: AsyncConnection, channels: Collection[str]) ->
     return _campaign(row) if row else None
 
 
+async def list_launched(conn: AsyncConnection, app_id: int, before: int | None, limit: int) -> list[int]:
+    """The numbers of launched campaigns, newest first, those made before the campaign with this number."""
+    statement = (
+        select(campaigns.c.campaign_id)
+        .where(campaigns.c.app_id == app_id, campaigns.c.launch_time.is_not(None))
+        .order_by(campaigns.c.campaign_id.desc())
+        .limit(limit)
+    )
+    if before is not None:
+        statement = statement.where(campaigns.c.campaign_id < before)
+    return list((await conn.execute(statement)).scalars())
+
+
 async def update_campaign(conn: AsyncConnection, campaign_id: int, **values: Any) -> Campaign:
     """Change a campaign; its version and update_time move on. The caller holds its lock."""
     statement = (

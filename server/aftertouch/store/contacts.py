@@ -8,6 +8,7 @@ the transaction that changes the subscriptions.
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,13 +68,15 @@ class Contact:
     update_time: datetime | None = None
 
 
-async def find_numbers(conn: AsyncConnection, app_id: int, external_ids: Sequence[str]) -> dict[str, int]:
-    """The contact numbers of those external_ids that exist."""
+async def find_numbers(conn: AsyncConnection, app_id: int, external_ids: Sequence[str], *, hold: bool = False) -> dict[str, int]:
+    """The contact numbers of those external_ids that exist; with ``hold``, nobody erases them until the transaction ends."""
     if not external_ids:
         return {}
     pg = await driver(conn)
     rows = await pg.execute(
-        "SELECT external_id, number FROM contact_ids WHERE app_id = %b AND external_id = ANY(%b)", (app_id, list(external_ids))
+        "SELECT external_id, number FROM contact_ids WHERE app_id = %b AND external_id = ANY(%b)"
+        + (" FOR KEY SHARE" if hold else ""),
+        (app_id, list(external_ids)),
     )
     return dict(await rows.fetchall())
 
@@ -94,10 +97,52 @@ async def page_numbers(conn: AsyncConnection, app_id: int, after: str, limit: in
     return await rows.fetchall()
 
 
+async def page_prefix(conn: AsyncConnection, app_id: int, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
+    """External_ids that begin with ``prefix``, with their contact numbers, in order, those after ``after``."""
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT external_id, number FROM contact_ids WHERE app_id = %b AND external_id >= %b AND external_id > %b"
+        " AND (external_id < %b OR %b) ORDER BY external_id LIMIT %b",
+        (app_id, prefix, after, end := _end_of(prefix), not end, limit),
+    )
+    return await rows.fetchall()
+
+
+def _end_of(prefix: str) -> str:
+    """The first text that sorts after all that begin with ``prefix``; empty when nothing does."""
+    head = prefix.rstrip(chr(sys.maxunicode))
+    if not head:
+        return ""
+    following = ord(head[-1]) + 1
+    # Surrogates are no characters, and PostgreSQL takes none.
+    return head[:-1] + chr(0xE000 if following == 0xD800 else following)
+
+
+async def page_address(
+    conn: AsyncConnection, app_id: int, channel: str, address_hash: bytes, after: int, limit: int
+) -> list[int]:
+    """The numbers of contacts who have an address on a channel, ascending, those after ``after``."""
+    columns = subscriptions.c
+    rows = await conn.execute(
+        select(columns.number)
+        .where(
+            columns.address_hash == address_hash,
+            columns.channel == channel,
+            columns.block >= block_of(app_id, max(after, 0)),
+            columns.block < (app_id + 1) << SLOT_SHIFT,
+            columns.number > after,
+        )
+        .order_by(columns.number)
+        .limit(limit)
+    )
+    return [row.number for row in rows]
+
+
 async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable[str]) -> tuple[dict[str, int], set[str]]:
     """The contact numbers of all these external_ids, and those that had to be made."""
     wanted = list(dict.fromkeys(external_ids))
-    numbers = await find_numbers(conn, app_id, wanted)
+    # Held: whoever is erased in between would come back to life under the old number.
+    numbers = await find_numbers(conn, app_id, wanted, hold=True)
     if len(numbers) == len(wanted):
         return numbers, set()
     # The counter's row is locked until the end of the transaction, so the second look sees all that others made, and numbers
@@ -106,7 +151,7 @@ async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable
     start = (
         await conn.execute(select(contact_counters.c.next_number).where(contact_counters.c.app_id == app_id).with_for_update())
     ).scalar_one()
-    numbers = await find_numbers(conn, app_id, wanted)
+    numbers = await find_numbers(conn, app_id, wanted, hold=True)
     new = [external_id for external_id in wanted if external_id not in numbers]
     if new:
         await conn.execute(

@@ -96,9 +96,20 @@ contact_ids = Table(
     "contact_ids",
     metadata,
     Column("app_id", BigInteger, nullable=False),
-    Column("external_id", Text, nullable=False),
+    # By code points, so that the index finds a prefix, and is sorted the same whatever the system's locales become.
+    Column("external_id", Text(collation="C"), nullable=False),
     Column("number", BigInteger, nullable=False),
     PrimaryKeyConstraint("app_id", "external_id"),
+)
+
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("app_id", BigInteger, nullable=False),
+    _time("erase_time", default=True),
+    Column("number", BigInteger, nullable=False),
+    PrimaryKeyConstraint("app_id", "erase_time", "number"),
+    comment="contact numbers that lead to nobody any more",
 )
 
 contacts = Table(
@@ -129,6 +140,8 @@ subscriptions = Table(
     PrimaryKeyConstraint("block", "number", "channel", "address_hash"),
     # Few are ever held, and the funnel asks for all of them.
     Index(None, "block", "channel", "held_until", postgresql_where=text("held_until IS NOT NULL")),
+    # Whose address is this? Equality only, so a hash index: half the size of a tree over 16 random bytes.
+    Index(None, "address_hash", postgresql_using="hash"),
 )
 
 contact_paces = Table(
@@ -147,9 +160,22 @@ contact_sets = Table(
     "contact_sets",
     metadata,
     Column("block", BigInteger, nullable=False),
-    Column("name", Text, nullable=False, comment="as in active/sms"),
+    Column("name", Text, nullable=False, comment="as in active/sms, list/7"),
     Column("bits", BIT(varying=True), nullable=False, comment="8,192 bits by contact number"),
     PrimaryKeyConstraint("block", "name"),
+)
+
+lists = Table(
+    "lists",
+    metadata,
+    Column("list_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("app_id", BigInteger, ForeignKey(apps.c.app_id), nullable=False),
+    Column("list", Text, nullable=False, comment="last part of the resource name"),
+    Column("display_name", Text, nullable=False),
+    _time("create_time", default=True),
+    _time("update_time", default=True),
+    UniqueConstraint("app_id", "list"),
+    comment="the members are the contact set list/<list_id>",
 )
 
 campaigns = Table(

@@ -189,6 +189,11 @@ class Audience(_message.Message):
     ALL_SUBSCRIBERS_FIELD_NUMBER: _builtins.int
     GIVEN_CONTACTS_FIELD_NUMBER: _builtins.int
     RETARGET_FIELD_NUMBER: _builtins.int
+    LIST_FIELD_NUMBER: _builtins.int
+    list: _builtins.str
+    """A list, `apps/{app}/lists/{list}`: its members when the campaign is launched. A list is for campaigns that begin a
+    chain: who is retargeted is said by a selection alone.
+    """
     @_builtins.property
     def all_subscribers(self) -> Global___AllSubscribers:
         """Everybody with an active subscription on the campaign's channel."""
@@ -207,12 +212,13 @@ class Audience(_message.Message):
         all_subscribers: Global___AllSubscribers | None = ...,
         given_contacts: Global___GivenContacts | None = ...,
         retarget: Global___RetargetSelection | None = ...,
+        list: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "given_contacts", b"given_contacts", "kind", b"kind", "retarget", b"retarget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "given_contacts", b"given_contacts", "kind", b"kind", "list", b"list", "retarget", b"retarget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "given_contacts", b"given_contacts", "kind", b"kind", "retarget", b"retarget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "given_contacts", b"given_contacts", "kind", b"kind", "list", b"list", "retarget", b"retarget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["all_subscribers", "given_contacts", "retarget"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["all_subscribers", "given_contacts", "retarget", "list"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -405,7 +411,7 @@ class Recipient(_message.Message):
     SIGNALS_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     contact: _builtins.str
-    """`apps/{app}/contacts/{external_id}`."""
+    """`apps/{app}/contacts/{external_id}`; empty when the person was erased."""
     @_builtins.property
     def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What is true of them, implied signals included, sorted."""

@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from aftertouch.v1 import campaigns_pb2 as aftertouch_dot_v1_dot_campaigns__pb2
 from aftertouch.v1 import options_pb2 as aftertouch_dot_v1_dot_options__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
@@ -30,7 +31,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66tertouch/v1/contacts.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x04\n\x07\x43ontact\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\xcc\x01\n\x0b\x65xternal_id\x18\x02 \x01(\tB\xb6\x01\xe2\x41\x01\x02\xbaH\xae\x01r\x03\x18\xc8\x01\xba\x01\xa5\x01\n\x0b\x65xternal_id\x12\x43must have no slash, no control characters and no blanks at the ends\x1aQthis.matches(\'^[^\\\\s/[:cntrl:]]([^/[:cntrl:]]*[^\\\\s/[:cntrl:]])?$\') || this == \'\'\x12+\n\nattributes\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x1a\n\ttime_zone\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12<\n\rsubscriptions\x18\x05 \x03(\x0b\x32\x1b.aftertouch.v1.SubscriptionB\x08\xbaH\x05\x92\x01\x02\x10\x14\x12\x35\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03:6\xea\x41\x33\n\x12\x61\x66tertouch/Contact\x12\x1d\x61pps/{app}/contacts/{contact}\"\xad\x02\n\x0cSubscription\x12\x1c\n\x07\x63hannel\x18\x01 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12.\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x02\x12:\n\x05state\x18\x03 \x01(\x0e\x32!.aftertouch.v1.Subscription.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x14\n\x06reason\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\"F\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06\x41\x43TIVE\x10\x01\x12\r\n\tOPTED_OUT\x10\x02\x12\x0b\n\x07INVALID\x10\x03\"\\\n\x15ImportContactsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x33\n\x08\x63ontacts\x18\x02 \x03(\x0b\x32\x16.aftertouch.v1.ContactB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\"\xf8\x01\n\x16ImportContactsResponse\x12\x15\n\rcreated_count\x18\x01 \x01(\x03\x12\x15\n\rupdated_count\x18\x02 \x01(\x03\x12\x16\n\x0erejected_count\x18\x03 \x01(\x03\x12\x43\n\nrejections\x18\x04 \x03(\x0b\x32/.aftertouch.v1.ImportContactsResponse.Rejection\x1aS\n\tRejection\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x13\n\x0b\x65xternal_id\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\"f\n\x15UpsertContactsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x37\n\x08\x63ontacts\x18\x02 \x03(\x0b\x32\x16.aftertouch.v1.ContactB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\xe8\x07\"F\n\x16UpsertContactsResponse\x12\x15\n\rcreated_count\x18\x01 \x01(\x03\x12\x15\n\rupdated_count\x18\x02 \x01(\x03\"\'\n\x11GetContactRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"[\n\x13ListContactsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x14ListContactsResponse\x12(\n\x08\x63ontacts\x18\x01 \x03(\x0b\x32\x16.aftertouch.v1.Contact\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x83\x03\n\x08\x43ontacts\x12\x65\n\x0eImportContacts\x12$.aftertouch.v1.ImportContactsRequest\x1a%.aftertouch.v1.ImportContactsResponse\"\x04\x88\xca*\x03(\x01\x12\x63\n\x0eUpsertContacts\x12$.aftertouch.v1.UpsertContactsRequest\x1a%.aftertouch.v1.UpsertContactsResponse\"\x04\x88\xca*\x03\x12L\n\nGetContact\x12 .aftertouch.v1.GetContactRequest\x1a\x16.aftertouch.v1.Contact\"\x04\x88\xca*\x01\x12]\n\x0cListContacts\x12\".aftertouch.v1.ListContactsRequest\x1a#.aftertouch.v1.ListContactsResponse\"\x04\x88\xca*\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66tertouch/v1/contacts.proto\x12\raftertouch.v1\x1a\x1d\x61\x66tertouch/v1/campaigns.proto\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x04\n\x07\x43ontact\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\xd2\x01\n\x0b\x65xternal_id\x18\x02 \x01(\tB\xbc\x01\xe2\x41\x01\x02\xbaH\xb4\x01r\x03\x18\xc8\x01\xba\x01\xab\x01\n\x0b\x65xternal_id\x12\x43must have no slash, no control characters and no blanks at the ends\x1aWthis.matches(\'^[^\\\\s\\\\p{Z}\\\\p{Cc}/]([^\\\\p{Cc}/]*[^\\\\s\\\\p{Z}\\\\p{Cc}/])?$\') || this == \'\'\x12+\n\nattributes\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x1a\n\ttime_zone\x18\x04 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12<\n\rsubscriptions\x18\x05 \x03(\x0b\x32\x1b.aftertouch.v1.SubscriptionB\x08\xbaH\x05\x92\x01\x02\x10\x14\x12\x35\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x37\n\tcampaigns\x18\x08 \x03(\x0b\x32\x1e.aftertouch.v1.ContactCampaignB\x04\xe2\x41\x01\x03:6\xea\x41\x33\n\x12\x61\x66tertouch/Contact\x12\x1d\x61pps/{app}/contacts/{contact}\"\x9d\x01\n\x0f\x43ontactCampaign\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x03 \x01(\t\x12/\n\x0blaunch_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07signals\x18\x05 \x03(\t\x12\x0f\n\x07reasons\x18\x06 \x03(\t\"\xad\x02\n\x0cSubscription\x12\x1c\n\x07\x63hannel\x18\x01 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12.\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x02\x12:\n\x05state\x18\x03 \x01(\x0e\x32!.aftertouch.v1.Subscription.StateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x14\n\x06reason\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\"F\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06\x41\x43TIVE\x10\x01\x12\r\n\tOPTED_OUT\x10\x02\x12\x0b\n\x07INVALID\x10\x03\"\\\n\x15ImportContactsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x33\n\x08\x63ontacts\x18\x02 \x03(\x0b\x32\x16.aftertouch.v1.ContactB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07\"\xf8\x01\n\x16ImportContactsResponse\x12\x15\n\rcreated_count\x18\x01 \x01(\x03\x12\x15\n\rupdated_count\x18\x02 \x01(\x03\x12\x16\n\x0erejected_count\x18\x03 \x01(\x03\x12\x43\n\nrejections\x18\x04 \x03(\x0b\x32/.aftertouch.v1.ImportContactsResponse.Rejection\x1aS\n\tRejection\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x13\n\x0b\x65xternal_id\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\"f\n\x15UpsertContactsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x37\n\x08\x63ontacts\x18\x02 \x03(\x0b\x32\x16.aftertouch.v1.ContactB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\xe8\x07\"F\n\x16UpsertContactsResponse\x12\x15\n\rcreated_count\x18\x01 \x01(\x03\x12\x15\n\rupdated_count\x18\x02 \x01(\x03\"\'\n\x11GetContactRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x89\x01\n\x13ListContactsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\x12,\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x1c.aftertouch.v1.ContactFilter\"\xbc\x01\n\rContactFilter\x12(\n\x12\x65xternal_id_prefix\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01H\x00\x12/\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x1c.aftertouch.v1.AddressFilterH\x00\x12\x31\n\x08standing\x18\x03 \x01(\x0b\x32\x1d.aftertouch.v1.StandingFilterH\x00\x12\x0e\n\x04list\x18\x04 \x01(\tH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"]\n\rAddressFilter\x12\x1c\n\x07\x63hannel\x18\x01 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12.\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x02\"n\n\x0eStandingFilter\x12\x1c\n\x07\x63hannel\x18\x01 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12>\n\x05state\x18\x02 \x01(\x0e\x32!.aftertouch.v1.Subscription.StateB\x0c\xe2\x41\x01\x02\xbaH\x05\x82\x01\x02\x10\x01\"Y\n\x14ListContactsResponse\x12(\n\x08\x63ontacts\x18\x01 \x03(\x0b\x32\x16.aftertouch.v1.Contact\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"c\n\x1bListContactCampaignsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"j\n\x1cListContactCampaignsResponse\x12\x31\n\tcampaigns\x18\x01 \x03(\x0b\x32\x1e.aftertouch.v1.ContactCampaign\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x87\x01\n\x15\x45xplainContactRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x12\n\x08\x63\x61mpaign\x18\x02 \x01(\tH\x00\x12\x33\n\x08retarget\x18\x03 \x01(\x0b\x32\x1f.aftertouch.v1.RetargetQuestionH\x00\x42\x11\n\x08question\x12\x05\xbaH\x02\x08\x01\"k\n\x10RetargetQuestion\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \"\xf5\t\n\x12\x43ontactExplanation\x12\x0f\n\x07\x63ontact\x18\x01 \x01(\t\x12\x10\n\x08\x63\x61mpaign\x18\x02 \x01(\t\x12<\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32*.aftertouch.v1.ContactExplanation.Decision\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x35\n\x05steps\x18\x05 \x03(\x0b\x32&.aftertouch.v1.ContactExplanation.Step\x12\x0f\n\x07signals\x18\x06 \x03(\t\x12\x0f\n\x07reasons\x18\x07 \x03(\t\x12>\n\x07\x61\x63tions\x18\x08 \x03(\x0b\x32-.aftertouch.v1.ContactExplanation.ActionTruth\x12=\n\x06\x65vents\x18\t \x03(\x0b\x32-.aftertouch.v1.ContactExplanation.PersonEvent\x12\x19\n\x11\x65vents_incomplete\x18\n \x01(\x08\x12\x41\n\x08\x61ttempts\x18\x0b \x03(\x0b\x32/.aftertouch.v1.ContactExplanation.PersonAttempt\x12.\n\nas_of_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\\\n\x04Step\x12\x36\n\x05\x63heck\x18\x01 \x01(\x0e\x32\'.aftertouch.v1.ContactExplanation.Check\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0c\n\x04text\x18\x03 \x01(\t\x1aj\n\x0b\x41\x63tionTruth\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nexpression\x18\x03 \x01(\t\x12\x0f\n\x07matches\x18\x04 \x01(\x08\x12\x10\n\x08is_apart\x18\x05 \x01(\x08\x1a\x88\x01\n\x0bPersonEvent\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61rrive_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1au\n\rPersonAttempt\x12\x0f\n\x07outcome\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nmessage_id\x18\x03 \x01(\t\x12/\n\x0b\x61rrive_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xca\x01\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x13\n\x0fNOT_IN_AUDIENCE\x10\x01\x12\x0b\n\x07WAITING\x10\x02\x12\x0b\n\x07SKIPPED\x10\x03\x12\x15\n\x11TO_BE_TRIED_AGAIN\x10\x04\x12\x0b\n\x07UNCLEAR\x10\x05\x12\x11\n\rNOT_DELIVERED\x10\x06\x12\x0c\n\x08MESSAGED\x10\x07\x12\x15\n\x11WOULD_BE_MESSAGED\x10\x08\x12\x19\n\x15WOULD_NOT_BE_MESSAGED\x10\t\"q\n\x05\x43heck\x12\x15\n\x11\x43HECK_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ONTACT_MADE_IN_TIME\x10\x01\x12\x17\n\x13RECIPIENT_OF_SOURCE\x10\x02\x12\x0f\n\x0bIN_AUDIENCE\x10\x03\x12\r\n\tREACHABLE\x10\x04\"J\n\x13\x45raseContactRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1f\n\nrequest_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"\xc9\x01\n\x14\x45raseContactResponse\x12.\n\nerase_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12subscription_count\x18\x02 \x01(\x03\x12\x12\n\nlist_count\x18\x03 \x01(\x03\x12\x16\n\x0e\x61udience_count\x18\x04 \x01(\x03\x12\x15\n\rattempt_count\x18\x05 \x01(\x03\x12\"\n\x1aunrecognized_receipt_count\x18\x06 \x01(\x03\x32\xba\x05\n\x08\x43ontacts\x12\x65\n\x0eImportContacts\x12$.aftertouch.v1.ImportContactsRequest\x1a%.aftertouch.v1.ImportContactsResponse\"\x04\x88\xca*\x03(\x01\x12\x63\n\x0eUpsertContacts\x12$.aftertouch.v1.UpsertContactsRequest\x1a%.aftertouch.v1.UpsertContactsResponse\"\x04\x88\xca*\x03\x12L\n\nGetContact\x12 .aftertouch.v1.GetContactRequest\x1a\x16.aftertouch.v1.Contact\"\x04\x88\xca*\x01\x12]\n\x0cListContacts\x12\".aftertouch.v1.ListContactsRequest\x1a#.aftertouch.v1.ListContactsResponse\"\x04\x88\xca*\x01\x12u\n\x14ListContactCampaigns\x12*.aftertouch.v1.ListContactCampaignsRequest\x1a+.aftertouch.v1.ListContactCampaignsResponse\"\x04\x88\xca*\x01\x12_\n\x0e\x45xplainContact\x12$.aftertouch.v1.ExplainContactRequest\x1a!.aftertouch.v1.ContactExplanation\"\x04\x88\xca*\x01\x12]\n\x0c\x45raseContact\x12\".aftertouch.v1.EraseContactRequest\x1a#.aftertouch.v1.EraseContactResponse\"\x04\x88\xca*\x03\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTACT'].fields_by_name['name']._loaded_options = None
   _globals['_CONTACT'].fields_by_name['name']._serialized_options = b'\342A\001\003'
   _globals['_CONTACT'].fields_by_name['external_id']._loaded_options = None
-  _globals['_CONTACT'].fields_by_name['external_id']._serialized_options = b'\342A\001\002\272H\256\001r\003\030\310\001\272\001\245\001\n\013external_id\022Cmust have no slash, no control characters and no blanks at the ends\032Qthis.matches(\'^[^\\\\s/[:cntrl:]]([^/[:cntrl:]]*[^\\\\s/[:cntrl:]])?$\') || this == \'\''
+  _globals['_CONTACT'].fields_by_name['external_id']._serialized_options = b'\342A\001\002\272H\264\001r\003\030\310\001\272\001\253\001\n\013external_id\022Cmust have no slash, no control characters and no blanks at the ends\032Wthis.matches(\'^[^\\\\s\\\\p{Z}\\\\p{Cc}/]([^\\\\p{Cc}/]*[^\\\\s\\\\p{Z}\\\\p{Cc}/])?$\') || this == \'\''
   _globals['_CONTACT'].fields_by_name['time_zone']._loaded_options = None
   _globals['_CONTACT'].fields_by_name['time_zone']._serialized_options = b'\272H\004r\002\030@'
   _globals['_CONTACT'].fields_by_name['subscriptions']._loaded_options = None
@@ -50,6 +51,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTACT'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
   _globals['_CONTACT'].fields_by_name['update_time']._loaded_options = None
   _globals['_CONTACT'].fields_by_name['update_time']._serialized_options = b'\342A\001\003'
+  _globals['_CONTACT'].fields_by_name['campaigns']._loaded_options = None
+  _globals['_CONTACT'].fields_by_name['campaigns']._serialized_options = b'\342A\001\003'
   _globals['_CONTACT']._loaded_options = None
   _globals['_CONTACT']._serialized_options = b'\352A3\n\022aftertouch/Contact\022\035apps/{app}/contacts/{contact}'
   _globals['_SUBSCRIPTION'].fields_by_name['channel']._loaded_options = None
@@ -74,6 +77,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCONTACTSREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
   _globals['_LISTCONTACTSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTCONTACTSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_CONTACTFILTER'].oneofs_by_name['kind']._loaded_options = None
+  _globals['_CONTACTFILTER'].oneofs_by_name['kind']._serialized_options = b'\272H\002\010\001'
+  _globals['_CONTACTFILTER'].fields_by_name['external_id_prefix']._loaded_options = None
+  _globals['_CONTACTFILTER'].fields_by_name['external_id_prefix']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_ADDRESSFILTER'].fields_by_name['channel']._loaded_options = None
+  _globals['_ADDRESSFILTER'].fields_by_name['channel']._serialized_options = b'\342A\001\002\272H\004r\002\030 '
+  _globals['_ADDRESSFILTER'].fields_by_name['address']._loaded_options = None
+  _globals['_ADDRESSFILTER'].fields_by_name['address']._serialized_options = b'\342A\001\002'
+  _globals['_STANDINGFILTER'].fields_by_name['channel']._loaded_options = None
+  _globals['_STANDINGFILTER'].fields_by_name['channel']._serialized_options = b'\342A\001\002\272H\004r\002\030 '
+  _globals['_STANDINGFILTER'].fields_by_name['state']._loaded_options = None
+  _globals['_STANDINGFILTER'].fields_by_name['state']._serialized_options = b'\342A\001\002\272H\005\202\001\002\020\001'
+  _globals['_LISTCONTACTCAMPAIGNSREQUEST'].fields_by_name['parent']._loaded_options = None
+  _globals['_LISTCONTACTCAMPAIGNSREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
+  _globals['_LISTCONTACTCAMPAIGNSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTCONTACTCAMPAIGNSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_EXPLAINCONTACTREQUEST'].oneofs_by_name['question']._loaded_options = None
+  _globals['_EXPLAINCONTACTREQUEST'].oneofs_by_name['question']._serialized_options = b'\272H\002\010\001'
+  _globals['_EXPLAINCONTACTREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_EXPLAINCONTACTREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_RETARGETQUESTION'].fields_by_name['selection']._loaded_options = None
+  _globals['_RETARGETQUESTION'].fields_by_name['selection']._serialized_options = b'\342A\001\002'
+  _globals['_RETARGETQUESTION'].fields_by_name['channel']._loaded_options = None
+  _globals['_RETARGETQUESTION'].fields_by_name['channel']._serialized_options = b'\342A\001\002\272H\004r\002\030 '
+  _globals['_ERASECONTACTREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_ERASECONTACTREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_ERASECONTACTREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_ERASECONTACTREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_CONTACTS'].methods_by_name['ImportContacts']._loaded_options = None
   _globals['_CONTACTS'].methods_by_name['ImportContacts']._serialized_options = b'\210\312*\003'
   _globals['_CONTACTS'].methods_by_name['UpsertContacts']._loaded_options = None
@@ -82,28 +113,68 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTACTS'].methods_by_name['GetContact']._serialized_options = b'\210\312*\001'
   _globals['_CONTACTS'].methods_by_name['ListContacts']._loaded_options = None
   _globals['_CONTACTS'].methods_by_name['ListContacts']._serialized_options = b'\210\312*\001'
-  _globals['_CONTACT']._serialized_start=229
-  _globals['_CONTACT']._serialized_end=766
-  _globals['_SUBSCRIPTION']._serialized_start=769
-  _globals['_SUBSCRIPTION']._serialized_end=1070
-  _globals['_SUBSCRIPTION_STATE']._serialized_start=1000
-  _globals['_SUBSCRIPTION_STATE']._serialized_end=1070
-  _globals['_IMPORTCONTACTSREQUEST']._serialized_start=1072
-  _globals['_IMPORTCONTACTSREQUEST']._serialized_end=1164
-  _globals['_IMPORTCONTACTSRESPONSE']._serialized_start=1167
-  _globals['_IMPORTCONTACTSRESPONSE']._serialized_end=1415
-  _globals['_IMPORTCONTACTSRESPONSE_REJECTION']._serialized_start=1332
-  _globals['_IMPORTCONTACTSRESPONSE_REJECTION']._serialized_end=1415
-  _globals['_UPSERTCONTACTSREQUEST']._serialized_start=1417
-  _globals['_UPSERTCONTACTSREQUEST']._serialized_end=1519
-  _globals['_UPSERTCONTACTSRESPONSE']._serialized_start=1521
-  _globals['_UPSERTCONTACTSRESPONSE']._serialized_end=1591
-  _globals['_GETCONTACTREQUEST']._serialized_start=1593
-  _globals['_GETCONTACTREQUEST']._serialized_end=1632
-  _globals['_LISTCONTACTSREQUEST']._serialized_start=1634
-  _globals['_LISTCONTACTSREQUEST']._serialized_end=1725
-  _globals['_LISTCONTACTSRESPONSE']._serialized_start=1727
-  _globals['_LISTCONTACTSRESPONSE']._serialized_end=1816
-  _globals['_CONTACTS']._serialized_start=1819
-  _globals['_CONTACTS']._serialized_end=2206
+  _globals['_CONTACTS'].methods_by_name['ListContactCampaigns']._loaded_options = None
+  _globals['_CONTACTS'].methods_by_name['ListContactCampaigns']._serialized_options = b'\210\312*\001'
+  _globals['_CONTACTS'].methods_by_name['ExplainContact']._loaded_options = None
+  _globals['_CONTACTS'].methods_by_name['ExplainContact']._serialized_options = b'\210\312*\001'
+  _globals['_CONTACTS'].methods_by_name['EraseContact']._loaded_options = None
+  _globals['_CONTACTS'].methods_by_name['EraseContact']._serialized_options = b'\210\312*\003'
+  _globals['_CONTACT']._serialized_start=260
+  _globals['_CONTACT']._serialized_end=860
+  _globals['_CONTACTCAMPAIGN']._serialized_start=863
+  _globals['_CONTACTCAMPAIGN']._serialized_end=1020
+  _globals['_SUBSCRIPTION']._serialized_start=1023
+  _globals['_SUBSCRIPTION']._serialized_end=1324
+  _globals['_SUBSCRIPTION_STATE']._serialized_start=1254
+  _globals['_SUBSCRIPTION_STATE']._serialized_end=1324
+  _globals['_IMPORTCONTACTSREQUEST']._serialized_start=1326
+  _globals['_IMPORTCONTACTSREQUEST']._serialized_end=1418
+  _globals['_IMPORTCONTACTSRESPONSE']._serialized_start=1421
+  _globals['_IMPORTCONTACTSRESPONSE']._serialized_end=1669
+  _globals['_IMPORTCONTACTSRESPONSE_REJECTION']._serialized_start=1586
+  _globals['_IMPORTCONTACTSRESPONSE_REJECTION']._serialized_end=1669
+  _globals['_UPSERTCONTACTSREQUEST']._serialized_start=1671
+  _globals['_UPSERTCONTACTSREQUEST']._serialized_end=1773
+  _globals['_UPSERTCONTACTSRESPONSE']._serialized_start=1775
+  _globals['_UPSERTCONTACTSRESPONSE']._serialized_end=1845
+  _globals['_GETCONTACTREQUEST']._serialized_start=1847
+  _globals['_GETCONTACTREQUEST']._serialized_end=1886
+  _globals['_LISTCONTACTSREQUEST']._serialized_start=1889
+  _globals['_LISTCONTACTSREQUEST']._serialized_end=2026
+  _globals['_CONTACTFILTER']._serialized_start=2029
+  _globals['_CONTACTFILTER']._serialized_end=2217
+  _globals['_ADDRESSFILTER']._serialized_start=2219
+  _globals['_ADDRESSFILTER']._serialized_end=2312
+  _globals['_STANDINGFILTER']._serialized_start=2314
+  _globals['_STANDINGFILTER']._serialized_end=2424
+  _globals['_LISTCONTACTSRESPONSE']._serialized_start=2426
+  _globals['_LISTCONTACTSRESPONSE']._serialized_end=2515
+  _globals['_LISTCONTACTCAMPAIGNSREQUEST']._serialized_start=2517
+  _globals['_LISTCONTACTCAMPAIGNSREQUEST']._serialized_end=2616
+  _globals['_LISTCONTACTCAMPAIGNSRESPONSE']._serialized_start=2618
+  _globals['_LISTCONTACTCAMPAIGNSRESPONSE']._serialized_end=2724
+  _globals['_EXPLAINCONTACTREQUEST']._serialized_start=2727
+  _globals['_EXPLAINCONTACTREQUEST']._serialized_end=2862
+  _globals['_RETARGETQUESTION']._serialized_start=2864
+  _globals['_RETARGETQUESTION']._serialized_end=2971
+  _globals['_CONTACTEXPLANATION']._serialized_start=2974
+  _globals['_CONTACTEXPLANATION']._serialized_end=4243
+  _globals['_CONTACTEXPLANATION_STEP']._serialized_start=3465
+  _globals['_CONTACTEXPLANATION_STEP']._serialized_end=3557
+  _globals['_CONTACTEXPLANATION_ACTIONTRUTH']._serialized_start=3559
+  _globals['_CONTACTEXPLANATION_ACTIONTRUTH']._serialized_end=3665
+  _globals['_CONTACTEXPLANATION_PERSONEVENT']._serialized_start=3668
+  _globals['_CONTACTEXPLANATION_PERSONEVENT']._serialized_end=3804
+  _globals['_CONTACTEXPLANATION_PERSONATTEMPT']._serialized_start=3806
+  _globals['_CONTACTEXPLANATION_PERSONATTEMPT']._serialized_end=3923
+  _globals['_CONTACTEXPLANATION_DECISION']._serialized_start=3926
+  _globals['_CONTACTEXPLANATION_DECISION']._serialized_end=4128
+  _globals['_CONTACTEXPLANATION_CHECK']._serialized_start=4130
+  _globals['_CONTACTEXPLANATION_CHECK']._serialized_end=4243
+  _globals['_ERASECONTACTREQUEST']._serialized_start=4245
+  _globals['_ERASECONTACTREQUEST']._serialized_end=4319
+  _globals['_ERASECONTACTRESPONSE']._serialized_start=4322
+  _globals['_ERASECONTACTRESPONSE']._serialized_end=4523
+  _globals['_CONTACTS']._serialized_start=4526
+  _globals['_CONTACTS']._serialized_end=5224
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from aftertouch.v1 import campaigns_pb2 as _campaigns_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -34,10 +35,13 @@ class Contact(_message.Message):
     SUBSCRIPTIONS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    CAMPAIGNS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/contacts/{external_id}`."""
     external_id: _builtins.str
-    """Your own name for the person: 1 to 200 characters, no slash, no control characters, no blanks at the ends."""
+    """Your own name for the person: 1 to 200 characters, no slash, no control characters (U+0080
+    to U+009F included), no blanks of any kind at the ends.
+    """
     time_zone: _builtins.str
     """The person's IANA time zone, as in Europe/Madrid; empty when not known."""
     @_builtins.property
@@ -56,6 +60,12 @@ class Contact(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it last changed."""
 
+    @_builtins.property
+    def campaigns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactCampaign]:
+        """The campaigns that the person is a recipient of, the last made first: at most 20, out of the app's last 200 that were
+        launched. Only from GetContact; ListContactCampaigns has all.
+        """
+
     def __init__(
         self,
         *,
@@ -66,14 +76,63 @@ class Contact(_message.Message):
         subscriptions: _abc.Iterable[Global___Subscription] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        campaigns: _abc.Iterable[Global___ContactCampaign] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "create_time", b"create_time", "external_id", b"external_id", "name", b"name", "subscriptions", b"subscriptions", "time_zone", b"time_zone", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "campaigns", b"campaigns", "create_time", b"create_time", "external_id", b"external_id", "name", b"name", "subscriptions", b"subscriptions", "time_zone", b"time_zone", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Contact: _TypeAlias = Contact  # noqa: Y015
+
+@_typing.final
+class ContactCampaign(_message.Message):
+    """A campaign that a person is a recipient of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAMPAIGN_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    LAUNCH_TIME_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    campaign: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    display_name: _builtins.str
+    """For people, as in "Summer Sale"."""
+    channel: _builtins.str
+    """The campaign's channel."""
+    @_builtins.property
+    def launch_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was launched."""
+
+    @_builtins.property
+    def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is true of the person in it, implied signals included, sorted."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the person failed or was skipped, as in "recipient_gone/30005", sorted."""
+
+    def __init__(
+        self,
+        *,
+        campaign: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        channel: _builtins.str = ...,
+        launch_time: _timestamp_pb2.Timestamp | None = ...,
+        signals: _abc.Iterable[_builtins.str] | None = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["launch_time", b"launch_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "channel", b"channel", "display_name", b"display_name", "launch_time", b"launch_time", "reasons", b"reasons", "signals", b"signals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContactCampaign: _TypeAlias = ContactCampaign  # noqa: Y015
 
 @_typing.final
 class Subscription(_message.Message):
@@ -325,26 +384,128 @@ class ListContactsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """`apps/{app}`."""
     page_size: _builtins.int
     """At most this many; 0 means 50, the most is 1000."""
     page_token: _builtins.str
     """From the last answer."""
+    @_builtins.property
+    def filter(self) -> Global___ContactFilter:
+        """Only these; everybody when it is not set."""
+
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: Global___ContactFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListContactsRequest: _TypeAlias = ListContactsRequest  # noqa: Y015
+
+@_typing.final
+class ContactFilter(_message.Message):
+    """Which contacts to list: exactly one of these."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXTERNAL_ID_PREFIX_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    LIST_FIELD_NUMBER: _builtins.int
+    external_id_prefix: _builtins.str
+    """Whose external_id begins with this, upper and lower case told apart; in the order of code points."""
+    list: _builtins.str
+    """Who is in this list, `apps/{app}/lists/{list}`."""
+    @_builtins.property
+    def address(self) -> Global___AddressFilter:
+        """Who has this address."""
+
+    @_builtins.property
+    def standing(self) -> Global___StandingFilter:
+        """Who stands so on a channel."""
+
+    def __init__(
+        self,
+        *,
+        external_id_prefix: _builtins.str = ...,
+        address: Global___AddressFilter | None = ...,
+        standing: Global___StandingFilter | None = ...,
+        list: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "external_id_prefix", b"external_id_prefix", "kind", b"kind", "list", b"list", "standing", b"standing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "external_id_prefix", b"external_id_prefix", "kind", b"kind", "list", b"list", "standing", b"standing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["external_id_prefix", "address", "standing", "list"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___ContactFilter: _TypeAlias = ContactFilter  # noqa: Y015
+
+@_typing.final
+class AddressFilter(_message.Message):
+    """Who has an address, however it is written: "+34 600 111 222" finds "+34600111222"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """The channel's id, as in "sms"."""
+    @_builtins.property
+    def address(self) -> _struct_pb2.Struct:
+        """The whole address, as the channel's address_schema wants it."""
+
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        address: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "channel", b"channel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddressFilter: _TypeAlias = AddressFilter  # noqa: Y015
+
+@_typing.final
+class StandingFilter(_message.Message):
+    """Who stands so on a channel. Of somebody with several subscriptions there ACTIVE counts before OPTED_OUT, and that before
+    INVALID.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """The channel's id, as in "sms"."""
+    state: Global___Subscription.State.ValueType
+    """The standing."""
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        state: Global___Subscription.State.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StandingFilter: _TypeAlias = StandingFilter  # noqa: Y015
 
 @_typing.final
 class ListContactsResponse(_message.Message):
@@ -373,3 +534,493 @@ class ListContactsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListContactsResponse: _TypeAlias = ListContactsResponse  # noqa: Y015
+
+@_typing.final
+class ListContactCampaignsRequest(_message.Message):
+    """Request of ListContactCampaigns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`apps/{app}/contacts/{external_id}`."""
+    page_size: _builtins.int
+    """At most this many; 0 means 50, the most is 1000."""
+    page_token: _builtins.str
+    """From the last answer."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListContactCampaignsRequest: _TypeAlias = ListContactCampaignsRequest  # noqa: Y015
+
+@_typing.final
+class ListContactCampaignsResponse(_message.Message):
+    """Response of ListContactCampaigns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAMPAIGNS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty when there are no more."""
+    @_builtins.property
+    def campaigns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactCampaign]:
+        """A page of campaigns."""
+
+    def __init__(
+        self,
+        *,
+        campaigns: _abc.Iterable[Global___ContactCampaign] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaigns", b"campaigns", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListContactCampaignsResponse: _TypeAlias = ListContactCampaignsResponse  # noqa: Y015
+
+@_typing.final
+class ExplainContactRequest(_message.Message):
+    """Request of ExplainContact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CAMPAIGN_FIELD_NUMBER: _builtins.int
+    RETARGET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/contacts/{external_id}`."""
+    campaign: _builtins.str
+    """A campaign, launched or not: `apps/{app}/campaigns/{campaign}`."""
+    @_builtins.property
+    def retarget(self) -> Global___RetargetQuestion:
+        """A retarget that nobody made yet."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        campaign: _builtins.str = ...,
+        retarget: Global___RetargetQuestion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "question", b"question", "retarget", b"retarget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "name", b"name", "question", b"question", "retarget", b"retarget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_question: _TypeAlias = _typing.Literal["campaign", "retarget"]  # noqa: Y015
+    _WhichOneofArgType_question: _TypeAlias = _typing.Literal["question", b"question"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_question) -> _WhichOneofReturnType_question | None: ...
+
+Global___ExplainContactRequest: _TypeAlias = ExplainContactRequest  # noqa: Y015
+
+@_typing.final
+class RetargetQuestion(_message.Message):
+    """A retarget that nobody made yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTION_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """On which channel, as in "sms"."""
+    @_builtins.property
+    def selection(self) -> _campaigns_pb2.RetargetSelection:
+        """Who."""
+
+    def __init__(
+        self,
+        *,
+        selection: _campaigns_pb2.RetargetSelection | None = ...,
+        channel: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "selection", b"selection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetargetQuestion: _TypeAlias = RetargetQuestion  # noqa: Y015
+
+@_typing.final
+class ContactExplanation(_message.Message):
+    """Why a person was, or was not, messaged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Decision:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ContactExplanation._Decision.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DECISION_UNSPECIFIED: ContactExplanation._Decision.ValueType  # 0
+        """Never sent."""
+        NOT_IN_AUDIENCE: ContactExplanation._Decision.ValueType  # 1
+        """The campaign was launched, and not for this person."""
+        WAITING: ContactExplanation._Decision.ValueType  # 2
+        """The person's turn is still to come."""
+        SKIPPED: ContactExplanation._Decision.ValueType  # 3
+        """The person's turn came, and there was nothing that could be sent: see the reasons."""
+        TO_BE_TRIED_AGAIN: ContactExplanation._Decision.ValueType  # 4
+        """The provider refused, and will be tried again."""
+        UNCLEAR: ContactExplanation._Decision.ValueType  # 5
+        """The message was handed to the provider, and nobody knows what became of it."""
+        NOT_DELIVERED: ContactExplanation._Decision.ValueType  # 6
+        """The message did not reach the person: see the reasons."""
+        MESSAGED: ContactExplanation._Decision.ValueType  # 7
+        """The provider took the message; see the signals for what is known since."""
+        WOULD_BE_MESSAGED: ContactExplanation._Decision.ValueType  # 8
+        """The person would be messaged, if it were launched now."""
+        WOULD_NOT_BE_MESSAGED: ContactExplanation._Decision.ValueType  # 9
+        """The person would not be messaged, if it were launched now."""
+
+    class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
+        """What was, or would be, decided."""
+
+    DECISION_UNSPECIFIED: ContactExplanation.Decision.ValueType  # 0
+    """Never sent."""
+    NOT_IN_AUDIENCE: ContactExplanation.Decision.ValueType  # 1
+    """The campaign was launched, and not for this person."""
+    WAITING: ContactExplanation.Decision.ValueType  # 2
+    """The person's turn is still to come."""
+    SKIPPED: ContactExplanation.Decision.ValueType  # 3
+    """The person's turn came, and there was nothing that could be sent: see the reasons."""
+    TO_BE_TRIED_AGAIN: ContactExplanation.Decision.ValueType  # 4
+    """The provider refused, and will be tried again."""
+    UNCLEAR: ContactExplanation.Decision.ValueType  # 5
+    """The message was handed to the provider, and nobody knows what became of it."""
+    NOT_DELIVERED: ContactExplanation.Decision.ValueType  # 6
+    """The message did not reach the person: see the reasons."""
+    MESSAGED: ContactExplanation.Decision.ValueType  # 7
+    """The provider took the message; see the signals for what is known since."""
+    WOULD_BE_MESSAGED: ContactExplanation.Decision.ValueType  # 8
+    """The person would be messaged, if it were launched now."""
+    WOULD_NOT_BE_MESSAGED: ContactExplanation.Decision.ValueType  # 9
+    """The person would not be messaged, if it were launched now."""
+
+    class _Check:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _CheckEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ContactExplanation._Check.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        CHECK_UNSPECIFIED: ContactExplanation._Check.ValueType  # 0
+        """Never sent."""
+        CONTACT_MADE_IN_TIME: ContactExplanation._Check.ValueType  # 1
+        """The person was there when the campaign was launched."""
+        RECIPIENT_OF_SOURCE: ContactExplanation._Check.ValueType  # 2
+        """The person is a recipient of the campaign that is retargeted."""
+        IN_AUDIENCE: ContactExplanation._Check.ValueType  # 3
+        """The audience, or the action of a retarget, names the person."""
+        REACHABLE: ContactExplanation._Check.ValueType  # 4
+        """The person has an active subscription on the channel."""
+
+    class Check(_Check, metaclass=_CheckEnumTypeWrapper):
+        """What is asked of a person before they are in an audience."""
+
+    CHECK_UNSPECIFIED: ContactExplanation.Check.ValueType  # 0
+    """Never sent."""
+    CONTACT_MADE_IN_TIME: ContactExplanation.Check.ValueType  # 1
+    """The person was there when the campaign was launched."""
+    RECIPIENT_OF_SOURCE: ContactExplanation.Check.ValueType  # 2
+    """The person is a recipient of the campaign that is retargeted."""
+    IN_AUDIENCE: ContactExplanation.Check.ValueType  # 3
+    """The audience, or the action of a retarget, names the person."""
+    REACHABLE: ContactExplanation.Check.ValueType  # 4
+    """The person has an active subscription on the channel."""
+
+    @_typing.final
+    class Step(_message.Message):
+        """Something that an audience asks for."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CHECK_FIELD_NUMBER: _builtins.int
+        PASSED_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        check: Global___ContactExplanation.Check.ValueType
+        """What is asked."""
+        passed: _builtins.bool
+        """True when the person meets it."""
+        text: _builtins.str
+        """In words, with what was found."""
+        def __init__(
+            self,
+            *,
+            check: Global___ContactExplanation.Check.ValueType = ...,
+            passed: _builtins.bool = ...,
+            text: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "passed", b"passed", "text", b"text"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ActionTruth(_message.Message):
+        """An action, and whether it is true of the person."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ACTION_FIELD_NUMBER: _builtins.int
+        DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+        EXPRESSION_FIELD_NUMBER: _builtins.int
+        MATCHES_FIELD_NUMBER: _builtins.int
+        IS_APART_FIELD_NUMBER: _builtins.int
+        action: _builtins.str
+        """As in "not_read"."""
+        display_name: _builtins.str
+        """As in "Didn't read"."""
+        expression: _builtins.str
+        """Over signals, as in "delivered & ~read"."""
+        matches: _builtins.bool
+        """True when the person matches. A person who is counted apart does not."""
+        is_apart: _builtins.bool
+        """True when the answer cannot be known (yet)."""
+        def __init__(
+            self,
+            *,
+            action: _builtins.str = ...,
+            display_name: _builtins.str = ...,
+            expression: _builtins.str = ...,
+            matches: _builtins.bool = ...,
+            is_apart: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "display_name", b"display_name", "expression", b"expression", "is_apart", b"is_apart", "matches", b"matches"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PersonEvent(_message.Message):
+        """An event of the person."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SIGNAL_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        TIME_FIELD_NUMBER: _builtins.int
+        ARRIVE_TIME_FIELD_NUMBER: _builtins.int
+        signal: _builtins.str
+        """As in "read"."""
+        reason: _builtins.str
+        """Why, as in "recipient_gone/30005"; of an attempt, the number of the try; empty without one."""
+        @_builtins.property
+        def time(self) -> _timestamp_pb2.Timestamp:
+            """When it happened."""
+
+        @_builtins.property
+        def arrive_time(self) -> _timestamp_pb2.Timestamp:
+            """When it became durable."""
+
+        def __init__(
+            self,
+            *,
+            signal: _builtins.str = ...,
+            reason: _builtins.str = ...,
+            time: _timestamp_pb2.Timestamp | None = ...,
+            arrive_time: _timestamp_pb2.Timestamp | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["arrive_time", b"arrive_time", "time", b"time"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arrive_time", b"arrive_time", "reason", b"reason", "signal", b"signal", "time", b"time"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PersonAttempt(_message.Message):
+        """A message that was handed to a provider."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        OUTCOME_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        MESSAGE_ID_FIELD_NUMBER: _builtins.int
+        ARRIVE_TIME_FIELD_NUMBER: _builtins.int
+        outcome: _builtins.str
+        """What the provider answered: sent, failed, or attempted when that is not known."""
+        reason: _builtins.str
+        """Why it failed, as in "recipient_gone/30005"."""
+        message_id: _builtins.str
+        """The provider's id for the message; empty where there is none."""
+        @_builtins.property
+        def arrive_time(self) -> _timestamp_pb2.Timestamp:
+            """When the answer became durable."""
+
+        def __init__(
+            self,
+            *,
+            outcome: _builtins.str = ...,
+            reason: _builtins.str = ...,
+            message_id: _builtins.str = ...,
+            arrive_time: _timestamp_pb2.Timestamp | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["arrive_time", b"arrive_time"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arrive_time", b"arrive_time", "message_id", b"message_id", "outcome", b"outcome", "reason", b"reason"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CONTACT_FIELD_NUMBER: _builtins.int
+    CAMPAIGN_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    EVENTS_INCOMPLETE_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    contact: _builtins.str
+    """`apps/{app}/contacts/{external_id}`."""
+    campaign: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`: the campaign that was asked about, or the one that a retarget asks."""
+    decision: Global___ContactExplanation.Decision.ValueType
+    """What was, or would be, decided."""
+    text: _builtins.str
+    """The same in words."""
+    events_incomplete: _builtins.bool
+    """True when the log was too large to look through all of it within three seconds: events may be missing. Signals,
+    reasons, actions and the decision do not depend on it.
+    """
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactExplanation.Step]:
+        """What an audience asks for, in the order in which it is asked, when the person is not on the campaign's roll. Judged by
+        what is true now: a subscription that was changed after the launch is told with the time of the change.
+        """
+
+    @_builtins.property
+    def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is true of the person in the campaign, implied signals included, sorted."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the person failed or was skipped, as in "recipient_gone/30005", sorted."""
+
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactExplanation.ActionTruth]:
+        """Every action of the campaign's channel, and whether it is true of the person."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactExplanation.PersonEvent]:
+        """The events of the person in the campaign by time, the first 1,000."""
+
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactExplanation.PersonAttempt]:
+        """The messages that were handed to a provider by time, the first 1,000."""
+
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment of which all this is true."""
+
+    def __init__(
+        self,
+        *,
+        contact: _builtins.str = ...,
+        campaign: _builtins.str = ...,
+        decision: Global___ContactExplanation.Decision.ValueType = ...,
+        text: _builtins.str = ...,
+        steps: _abc.Iterable[Global___ContactExplanation.Step] | None = ...,
+        signals: _abc.Iterable[_builtins.str] | None = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        actions: _abc.Iterable[Global___ContactExplanation.ActionTruth] | None = ...,
+        events: _abc.Iterable[Global___ContactExplanation.PersonEvent] | None = ...,
+        events_incomplete: _builtins.bool = ...,
+        attempts: _abc.Iterable[Global___ContactExplanation.PersonAttempt] | None = ...,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "as_of_time", b"as_of_time", "attempts", b"attempts", "campaign", b"campaign", "contact", b"contact", "decision", b"decision", "events", b"events", "events_incomplete", b"events_incomplete", "reasons", b"reasons", "signals", b"signals", "steps", b"steps", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContactExplanation: _TypeAlias = ContactExplanation  # noqa: Y015
+
+@_typing.final
+class EraseContactRequest(_message.Message):
+    """Request of EraseContact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/contacts/{external_id}`."""
+    request_id: _builtins.str
+    """A UUID that makes a repeat within 24 hours return the same answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseContactRequest: _TypeAlias = EraseContactRequest  # noqa: Y015
+
+@_typing.final
+class EraseContactResponse(_message.Message):
+    """Response of EraseContact: what was removed. It names nobody, so it can be kept as a record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERASE_TIME_FIELD_NUMBER: _builtins.int
+    SUBSCRIPTION_COUNT_FIELD_NUMBER: _builtins.int
+    LIST_COUNT_FIELD_NUMBER: _builtins.int
+    AUDIENCE_COUNT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_COUNT_FIELD_NUMBER: _builtins.int
+    UNRECOGNIZED_RECEIPT_COUNT_FIELD_NUMBER: _builtins.int
+    subscription_count: _builtins.int
+    """Addresses that were deleted."""
+    list_count: _builtins.int
+    """Lists that the person was in."""
+    audience_count: _builtins.int
+    """Audiences of given contacts that named the person."""
+    attempt_count: _builtins.int
+    """Attempts in the log whose address hash and message id were blanked."""
+    unrecognized_receipt_count: _builtins.int
+    """Receipts that nobody understood, and that had one of the addresses or message ids in them; deleted."""
+    @_builtins.property
+    def erase_time(self) -> _timestamp_pb2.Timestamp:
+        """When the person was erased."""
+
+    def __init__(
+        self,
+        *,
+        erase_time: _timestamp_pb2.Timestamp | None = ...,
+        subscription_count: _builtins.int = ...,
+        list_count: _builtins.int = ...,
+        audience_count: _builtins.int = ...,
+        attempt_count: _builtins.int = ...,
+        unrecognized_receipt_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["erase_time", b"erase_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_count", b"attempt_count", "audience_count", b"audience_count", "erase_time", b"erase_time", "list_count", b"list_count", "subscription_count", b"subscription_count", "unrecognized_receipt_count", b"unrecognized_receipt_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseContactResponse: _TypeAlias = EraseContactResponse  # noqa: Y015

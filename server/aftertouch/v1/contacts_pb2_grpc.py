@@ -56,6 +56,21 @@ class ContactsStub:
                 request_serializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactsRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactsResponse.FromString,
                 _registered_method=True)
+        self.ListContactCampaigns = channel.unary_unary(
+                '/aftertouch.v1.Contacts/ListContactCampaigns',
+                request_serializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactCampaignsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactCampaignsResponse.FromString,
+                _registered_method=True)
+        self.ExplainContact = channel.unary_unary(
+                '/aftertouch.v1.Contacts/ExplainContact',
+                request_serializer=aftertouch_dot_v1_dot_contacts__pb2.ExplainContactRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_contacts__pb2.ContactExplanation.FromString,
+                _registered_method=True)
+        self.EraseContact = channel.unary_unary(
+                '/aftertouch.v1.Contacts/EraseContact',
+                request_serializer=aftertouch_dot_v1_dot_contacts__pb2.EraseContactRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_contacts__pb2.EraseContactResponse.FromString,
+                _registered_method=True)
 
 
 class ContactsServicer:
@@ -81,14 +96,46 @@ class ContactsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetContact(self, request, context):
-        """Returns one contact. Reasons: RESOURCE_NOT_FOUND.
+        """Returns one contact, with the campaigns that it was in lately. Reasons: RESOURCE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListContacts(self, request, context):
-        """Lists contacts in the order in which they were made.
+        """Lists contacts in the order in which they were made, or finds some: see the filter. Reasons: FIELDS_INVALID,
+        RESOURCE_NOT_FOUND for a list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListContactCampaigns(self, request, context):
+        """Lists the campaigns that a person is a recipient of, the last made first, with what is true of the person in each. A
+        page is looked for in 1,000 launched campaigns at the most, so it may be short, or empty, and still not the last one.
+        Reasons: RESOURCE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainContact(self, request, context):
+        """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
+        or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
+        RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
+        SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseContact(self, request, context):
+        """Erases a person for good: external_id, attributes, addresses, membership in lists, the hashes of addresses and the
+        providers' message ids in the log of attempts, and the name in audiences. Campaigns keep a bare number that leads to
+        nobody, so their counts stay as they were, and receipts that are still to come are taken and counted. Nothing more is
+        sent to the person; a message that is with the provider at this moment cannot be called back. Whoever is imported
+        under the same external_id later is somebody new. Reasons: RESOURCE_NOT_FOUND, also for somebody who is erased
+        already; REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +163,21 @@ def add_ContactsServicer_to_server(servicer, server):
                     servicer.ListContacts,
                     request_deserializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactsRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactsResponse.SerializeToString,
+            ),
+            'ListContactCampaigns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListContactCampaigns,
+                    request_deserializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactCampaignsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_contacts__pb2.ListContactCampaignsResponse.SerializeToString,
+            ),
+            'ExplainContact': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainContact,
+                    request_deserializer=aftertouch_dot_v1_dot_contacts__pb2.ExplainContactRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_contacts__pb2.ContactExplanation.SerializeToString,
+            ),
+            'EraseContact': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseContact,
+                    request_deserializer=aftertouch_dot_v1_dot_contacts__pb2.EraseContactRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_contacts__pb2.EraseContactResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -228,6 +290,87 @@ class Contacts:
             '/aftertouch.v1.Contacts/ListContacts',
             aftertouch_dot_v1_dot_contacts__pb2.ListContactsRequest.SerializeToString,
             aftertouch_dot_v1_dot_contacts__pb2.ListContactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListContactCampaigns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Contacts/ListContactCampaigns',
+            aftertouch_dot_v1_dot_contacts__pb2.ListContactCampaignsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_contacts__pb2.ListContactCampaignsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainContact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Contacts/ExplainContact',
+            aftertouch_dot_v1_dot_contacts__pb2.ExplainContactRequest.SerializeToString,
+            aftertouch_dot_v1_dot_contacts__pb2.ContactExplanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseContact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Contacts/EraseContact',
+            aftertouch_dot_v1_dot_contacts__pb2.EraseContactRequest.SerializeToString,
+            aftertouch_dot_v1_dot_contacts__pb2.EraseContactResponse.FromString,
             options,
             channel_credentials,
             insecure,

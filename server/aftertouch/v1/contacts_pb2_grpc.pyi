@@ -45,9 +45,30 @@ class ContactsStub:
     added or updated by their address; what is not mentioned stays. Idempotent. Reasons: FIELDS_INVALID.
     """
     GetContact: _grpc.UnaryUnaryMultiCallable[_contacts_pb2.GetContactRequest, _contacts_pb2.Contact]
-    """Returns one contact. Reasons: RESOURCE_NOT_FOUND."""
+    """Returns one contact, with the campaigns that it was in lately. Reasons: RESOURCE_NOT_FOUND."""
     ListContacts: _grpc.UnaryUnaryMultiCallable[_contacts_pb2.ListContactsRequest, _contacts_pb2.ListContactsResponse]
-    """Lists contacts in the order in which they were made."""
+    """Lists contacts in the order in which they were made, or finds some: see the filter. Reasons: FIELDS_INVALID,
+    RESOURCE_NOT_FOUND for a list.
+    """
+    ListContactCampaigns: _grpc.UnaryUnaryMultiCallable[_contacts_pb2.ListContactCampaignsRequest, _contacts_pb2.ListContactCampaignsResponse]
+    """Lists the campaigns that a person is a recipient of, the last made first, with what is true of the person in each. A
+    page is looked for in 1,000 launched campaigns at the most, so it may be short, or empty, and still not the last one.
+    Reasons: RESOURCE_NOT_FOUND.
+    """
+    ExplainContact: _grpc.UnaryUnaryMultiCallable[_contacts_pb2.ExplainContactRequest, _contacts_pb2.ContactExplanation]
+    """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
+    or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
+    RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
+    SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+    """
+    EraseContact: _grpc.UnaryUnaryMultiCallable[_contacts_pb2.EraseContactRequest, _contacts_pb2.EraseContactResponse]
+    """Erases a person for good: external_id, attributes, addresses, membership in lists, the hashes of addresses and the
+    providers' message ids in the log of attempts, and the name in audiences. Campaigns keep a bare number that leads to
+    nobody, so their counts stay as they were, and receipts that are still to come are taken and counted. Nothing more is
+    sent to the person; a message that is with the provider at this moment cannot be called back. Whoever is imported
+    under the same external_id later is somebody new. Reasons: RESOURCE_NOT_FOUND, also for somebody who is erased
+    already; REQUEST_ID_REUSED.
+    """
 
 @_typing.type_check_only
 class ContactsAsyncStub(ContactsStub):
@@ -66,9 +87,30 @@ class ContactsAsyncStub(ContactsStub):
     added or updated by their address; what is not mentioned stays. Idempotent. Reasons: FIELDS_INVALID.
     """
     GetContact: _aio.UnaryUnaryMultiCallable[_contacts_pb2.GetContactRequest, _contacts_pb2.Contact]  # type: ignore[assignment]
-    """Returns one contact. Reasons: RESOURCE_NOT_FOUND."""
+    """Returns one contact, with the campaigns that it was in lately. Reasons: RESOURCE_NOT_FOUND."""
     ListContacts: _aio.UnaryUnaryMultiCallable[_contacts_pb2.ListContactsRequest, _contacts_pb2.ListContactsResponse]  # type: ignore[assignment]
-    """Lists contacts in the order in which they were made."""
+    """Lists contacts in the order in which they were made, or finds some: see the filter. Reasons: FIELDS_INVALID,
+    RESOURCE_NOT_FOUND for a list.
+    """
+    ListContactCampaigns: _aio.UnaryUnaryMultiCallable[_contacts_pb2.ListContactCampaignsRequest, _contacts_pb2.ListContactCampaignsResponse]  # type: ignore[assignment]
+    """Lists the campaigns that a person is a recipient of, the last made first, with what is true of the person in each. A
+    page is looked for in 1,000 launched campaigns at the most, so it may be short, or empty, and still not the last one.
+    Reasons: RESOURCE_NOT_FOUND.
+    """
+    ExplainContact: _aio.UnaryUnaryMultiCallable[_contacts_pb2.ExplainContactRequest, _contacts_pb2.ContactExplanation]  # type: ignore[assignment]
+    """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
+    or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
+    RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
+    SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+    """
+    EraseContact: _aio.UnaryUnaryMultiCallable[_contacts_pb2.EraseContactRequest, _contacts_pb2.EraseContactResponse]  # type: ignore[assignment]
+    """Erases a person for good: external_id, attributes, addresses, membership in lists, the hashes of addresses and the
+    providers' message ids in the log of attempts, and the name in audiences. Campaigns keep a bare number that leads to
+    nobody, so their counts stay as they were, and receipts that are still to come are taken and counted. Nothing more is
+    sent to the person; a message that is with the provider at this moment cannot be called back. Whoever is imported
+    under the same external_id later is somebody new. Reasons: RESOURCE_NOT_FOUND, also for somebody who is erased
+    already; REQUEST_ID_REUSED.
+    """
 
 class ContactsServicer(metaclass=_abc_1.ABCMeta):
     """Contacts are the people of an app, known to callers by their external_id. All subscriptions of a contact belong
@@ -102,7 +144,7 @@ class ContactsServicer(metaclass=_abc_1.ABCMeta):
         request: _contacts_pb2.GetContactRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_contacts_pb2.Contact, _abc.Awaitable[_contacts_pb2.Contact]]:
-        """Returns one contact. Reasons: RESOURCE_NOT_FOUND."""
+        """Returns one contact, with the campaigns that it was in lately. Reasons: RESOURCE_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListContacts(
@@ -110,6 +152,45 @@ class ContactsServicer(metaclass=_abc_1.ABCMeta):
         request: _contacts_pb2.ListContactsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_contacts_pb2.ListContactsResponse, _abc.Awaitable[_contacts_pb2.ListContactsResponse]]:
-        """Lists contacts in the order in which they were made."""
+        """Lists contacts in the order in which they were made, or finds some: see the filter. Reasons: FIELDS_INVALID,
+        RESOURCE_NOT_FOUND for a list.
+        """
+
+    @_abc_1.abstractmethod
+    def ListContactCampaigns(
+        self,
+        request: _contacts_pb2.ListContactCampaignsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_contacts_pb2.ListContactCampaignsResponse, _abc.Awaitable[_contacts_pb2.ListContactCampaignsResponse]]:
+        """Lists the campaigns that a person is a recipient of, the last made first, with what is true of the person in each. A
+        page is looked for in 1,000 launched campaigns at the most, so it may be short, or empty, and still not the last one.
+        Reasons: RESOURCE_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainContact(
+        self,
+        request: _contacts_pb2.ExplainContactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_contacts_pb2.ContactExplanation, _abc.Awaitable[_contacts_pb2.ContactExplanation]]:
+        """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
+        or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
+        RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
+        SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+        """
+
+    @_abc_1.abstractmethod
+    def EraseContact(
+        self,
+        request: _contacts_pb2.EraseContactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_contacts_pb2.EraseContactResponse, _abc.Awaitable[_contacts_pb2.EraseContactResponse]]:
+        """Erases a person for good: external_id, attributes, addresses, membership in lists, the hashes of addresses and the
+        providers' message ids in the log of attempts, and the name in audiences. Campaigns keep a bare number that leads to
+        nobody, so their counts stay as they were, and receipts that are still to come are taken and counted. Nothing more is
+        sent to the person; a message that is with the provider at this moment cannot be called back. Whoever is imported
+        under the same external_id later is somebody new. Reasons: RESOURCE_NOT_FOUND, also for somebody who is erased
+        already; REQUEST_ID_REUSED.
+        """
 
 def add_ContactsServicer_to_server(servicer: ContactsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -82,6 +82,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION {}: the first message of a stream must open it, and no other may."""
     RESUME_TOKEN_TOO_OLD: _ErrorReason.ValueType  # 25
     """OUT_OF_RANGE {"kept_since": "…"}: list what you need again, then watch without a token."""
+    LIST_IN_USE: _ErrorReason.ValueType  # 50
+    """FAILED_PRECONDITION {"list": "apps/acme/lists/vip", "campaign": "apps/acme/campaigns/summer"}: a campaign that is not
+    launched yet is for this list. Give it another audience, or delete it.
+    """
+    LIST_LIMIT_REACHED: _ErrorReason.ValueType  # 51
+    """FAILED_PRECONDITION {"app": "acme", "limit": "1000"}: the app has as many lists as it may have. Delete one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that every error carries, with the domain
@@ -149,4 +155,10 @@ STREAM_NOT_OPENED: ErrorReason.ValueType  # 24
 """FAILED_PRECONDITION {}: the first message of a stream must open it, and no other may."""
 RESUME_TOKEN_TOO_OLD: ErrorReason.ValueType  # 25
 """OUT_OF_RANGE {"kept_since": "…"}: list what you need again, then watch without a token."""
+LIST_IN_USE: ErrorReason.ValueType  # 50
+"""FAILED_PRECONDITION {"list": "apps/acme/lists/vip", "campaign": "apps/acme/campaigns/summer"}: a campaign that is not
+launched yet is for this list. Give it another audience, or delete it.
+"""
+LIST_LIMIT_REACHED: ErrorReason.ValueType  # 51
+"""FAILED_PRECONDITION {"app": "acme", "limit": "1000"}: the app has as many lists as it may have. Delete one."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -50,6 +50,11 @@ class EventsStub:
                 request_serializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.GetActivity = channel.unary_unary(
+                '/aftertouch.v1.Events/GetActivity',
+                request_serializer=aftertouch_dot_v1_dot_events__pb2.GetActivityRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_events__pb2.Activity.FromString,
+                _registered_method=True)
 
 
 class EventsServicer:
@@ -85,6 +90,13 @@ class EventsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetActivity(self, request, context):
+        """Counts a campaign's events over time, by signal: what a chart of it shows. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -102,6 +114,11 @@ def add_EventsServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_events__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'GetActivity': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetActivity,
+                    request_deserializer=aftertouch_dot_v1_dot_events__pb2.GetActivityRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_events__pb2.Activity.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -186,6 +203,33 @@ class Events:
             '/aftertouch.v1.Events/WatchEvents',
             aftertouch_dot_v1_dot_events__pb2.WatchEventsRequest.SerializeToString,
             aftertouch_dot_v1_dot_events__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetActivity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Events/GetActivity',
+            aftertouch_dot_v1_dot_events__pb2.GetActivityRequest.SerializeToString,
+            aftertouch_dot_v1_dot_events__pb2.Activity.FromString,
             options,
             channel_credentials,
             insecure,

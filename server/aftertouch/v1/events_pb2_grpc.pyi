@@ -50,6 +50,8 @@ class EventsStub:
     answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
     when its events are no longer kept.
     """
+    GetActivity: _grpc.UnaryUnaryMultiCallable[_events_pb2.GetActivityRequest, _events_pb2.Activity]
+    """Counts a campaign's events over time, by signal: what a chart of it shows. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID."""
 
 @_typing.type_check_only
 class EventsAsyncStub(EventsStub):
@@ -73,6 +75,8 @@ class EventsAsyncStub(EventsStub):
     answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
     when its events are no longer kept.
     """
+    GetActivity: _aio.UnaryUnaryMultiCallable[_events_pb2.GetActivityRequest, _events_pb2.Activity]  # type: ignore[assignment]
+    """Counts a campaign's events over time, by signal: what a chart of it shows. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID."""
 
 class EventsServicer(metaclass=_abc_1.ABCMeta):
     """Events say what happened to messages. Providers' webhooks become the same events."""
@@ -111,5 +115,13 @@ class EventsServicer(metaclass=_abc_1.ABCMeta):
         answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
         when its events are no longer kept.
         """
+
+    @_abc_1.abstractmethod
+    def GetActivity(
+        self,
+        request: _events_pb2.GetActivityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_events_pb2.Activity, _abc.Awaitable[_events_pb2.Activity]]:
+        """Counts a campaign's events over time, by signal: what a chart of it shows. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID."""
 
 def add_EventsServicer_to_server(servicer: EventsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

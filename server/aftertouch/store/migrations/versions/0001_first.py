@@ -70,7 +70,7 @@ def upgrade() -> None:
     op.create_table(
         "contact_ids",
         sa.Column("app_id", sa.BigInteger(), nullable=False),
-        sa.Column("external_id", sa.Text(), nullable=False),
+        sa.Column("external_id", sa.Text(collation="C"), nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("app_id", "external_id", name=op.f("contact_ids_pkey")),
     )
@@ -96,9 +96,17 @@ def upgrade() -> None:
         postgresql_where=sa.text("full_until IS NOT NULL"),
     )
     op.create_table(
+        "erasures",
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("erase_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("app_id", "erase_time", "number", name=op.f("erasures_pkey")),
+        comment="contact numbers that lead to nobody any more",
+    )
+    op.create_table(
         "contact_sets",
         sa.Column("block", sa.BigInteger(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False, comment="as in active/sms"),
+        sa.Column("name", sa.Text(), nullable=False, comment="as in active/sms, list/7"),
         sa.Column("bits", postgresql.BIT(varying=True), nullable=False, comment="8,192 bits by contact number"),
         sa.PrimaryKeyConstraint("block", "name", name=op.f("contact_sets_pkey")),
     )
@@ -227,6 +235,9 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("held_until IS NOT NULL"),
     )
+    op.create_index(
+        op.f("subscriptions_address_hash_idx"), "subscriptions", ["address_hash"], unique=False, postgresql_using="hash"
+    )
     op.create_table(
         "unrecognized_receipts",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
@@ -249,6 +260,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("api_key", name=op.f("api_keys_pkey")),
     )
     op.create_index(op.f("api_keys_app_id_idx"), "api_keys", ["app_id"], unique=False)
+    op.create_table(
+        "lists",
+        sa.Column("list_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("list", sa.Text(), nullable=False, comment="last part of the resource name"),
+        sa.Column("display_name", sa.Text(), nullable=False),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("lists_app_id_fkey")),
+        sa.PrimaryKeyConstraint("list_id", name=op.f("lists_pkey")),
+        sa.UniqueConstraint("app_id", "list", name=op.f("lists_app_id_list_key")),
+        comment="the members are the contact set list/<list_id>",
+    )
     op.create_table(
         "campaigns",
         sa.Column("campaign_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),

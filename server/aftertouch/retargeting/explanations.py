@@ -1,0 +1,287 @@
+"""Explanations: why one person was, or was not, messaged, from the same receipts and rules that decided it.
+
+Nothing is written down for this. Whoever is on a roll was in the audience when it was evaluated, and the receipts say what
+became of them; whoever is not is asked again, by what is true now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.channels import Action
+from aftertouch.declarations import ChannelType, CompiledAction
+from aftertouch.retargeting.audiences import AllSubscribers, Audience, GivenContacts, ListMembers, decode_audience, find_source
+from aftertouch.retargeting.history import Known, find_evidence, weigh_kinds
+from aftertouch.retargeting.selections import Selection
+from aftertouch.rolls.sql import filter_by_set
+from aftertouch.signals import Expression
+from aftertouch.store.apps import App
+from aftertouch.store.campaigns import Campaign, find_campaign
+from aftertouch.store.contacts import STANDINGS, Contact
+from aftertouch.store.kinds import Kind, load_kinds
+from aftertouch.store.lists import find_list
+from aftertouch.store.recipients import Logged, Place, Tried, find_places, read_logged, read_tried, read_true_kinds
+
+LONGEST_LOOK = timedelta(seconds=3)
+"""Into the event log, for one explanation."""
+EARLIEST = timedelta(minutes=5)
+"""How long before the launch an event may have arrived: clocks differ."""
+
+_NOTHING = weigh_kinds((), {})
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that an audience asks for."""
+
+    check: str
+    """A name of ``ContactExplanation.Check``."""
+    passed: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class ActionTruth:
+    """An action, and whether it is true of the person."""
+
+    action: Action
+    matches: bool
+    is_apart: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a person in a campaign, with everything that the logs have."""
+
+    known: Known = _NOTHING
+    actions: Sequence[ActionTruth] = ()
+    events: Sequence[tuple[Kind, Logged]] = ()
+    events_incomplete: bool = False
+    attempts: Sequence[tuple[Kind, Tried]] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a person was, or was not, messaged."""
+
+    campaign: Campaign
+    decision: str
+    """A name of ``ContactExplanation.Decision``."""
+    text: str
+    steps: Sequence[Step] = ()
+    findings: Findings = field(default_factory=Findings)
+
+
+async def explain_campaign(
+    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], campaign: Campaign, contact: Contact
+) -> Explanation:
+    """Why this person was, or was not, messaged by a campaign, or would be if it were launched now.
+
+    Raises:
+        what ``find_source`` raises, for a wave that is not launched yet.
+    """
+    audience = decode_audience(campaign.audience) if campaign.audience else None
+    if campaign.launch_time is None:
+        if isinstance(audience, Selection):
+            await find_source(conn, app, channels, audience, "audience.retarget")
+        steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
+        return Explanation(campaign, *_foretell(steps), steps)
+    places = await find_places(conn, contact.number, [campaign.campaign_id])
+    if places:
+        findings = await _look_up(conn, channels, campaign, places[0])
+        return Explanation(campaign, *_judge(campaign, findings, find_evidence(channels, campaign)), (), findings)
+    steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
+    if contact.create_time is not None and contact.create_time > campaign.launch_time:
+        text = f"was made at {_tell(contact.create_time)}, after the launch at {_tell(campaign.launch_time)}"
+        steps.insert(0, Step("CONTACT_MADE_IN_TIME", False, text))
+    missed = next((step for step in steps if not step.passed), None)
+    if missed:
+        text = f"Not messaged: was not in the audience at the launch at {_tell(campaign.launch_time)}, and now {missed.text}."
+        if missed.check == "CONTACT_MADE_IN_TIME":
+            text = f"Not messaged: {missed.text}."
+    else:
+        text = (
+            f"Not messaged: was not in the audience at the launch at {_tell(campaign.launch_time)}. By what is true now the"
+            " person would be, so something changed since."
+        )
+    return Explanation(campaign, "NOT_IN_AUDIENCE", text, steps)
+
+
+async def explain_retarget(
+    conn: AsyncConnection,
+    app: App,
+    channels: Mapping[str, ChannelType],
+    selection: Selection,
+    target: str,
+    contact: Contact,
+) -> Explanation:
+    """Whether a retarget would message this person, and why.
+
+    Raises:
+        what ``find_source`` raises.
+    """
+    source, _ = await find_source(conn, app, channels, selection, "retarget.selection")
+    steps = await _ask_audience(conn, app, channels, selection, target, contact)
+    places = await find_places(conn, contact.number, [source.campaign_id])
+    findings = await _look_up(conn, channels, source, places[0]) if places else Findings()
+    return Explanation(source, *_foretell(steps), steps, findings)
+
+
+async def _look_up(conn: AsyncConnection, channels: Mapping[str, ChannelType], campaign: Campaign, place: Place) -> Findings:
+    """Everything that is known of the person at a place."""
+    known = await _read_known(conn, channels, campaign, place)
+    # Read after the receipts: a kind that is new since has its number by now.
+    logged, is_complete = await read_logged(conn, place, (campaign.launch_time or campaign.create_time) - EARLIEST, LONGEST_LOOK)
+    tried = await read_tried(conn, place)
+    numbered = await load_kinds(conn)
+    channel = channels.get(campaign.channel)
+    return Findings(
+        known,
+        [ActionTruth(compiled.action, *_match(compiled, known)) for compiled in channel.actions.values()] if channel else (),
+        [(numbered[event.kind], event) for event in logged],
+        not is_complete,
+        [(numbered[attempt.kind], attempt) for attempt in tried],
+    )
+
+
+async def _read_known(conn: AsyncConnection, channels: Mapping[str, ChannelType], campaign: Campaign, place: Place) -> Known:
+    kinds = await read_true_kinds(conn, [place])
+    numbered = await load_kinds(conn)
+    return weigh_kinds((numbered[kind] for kind in kinds.get(place, ())), find_evidence(channels, campaign))
+
+
+def _is_true(expression: Expression, known: Known) -> bool:
+    return bool(expression.evaluate(lambda name: -1 if name in known.signals else 0) & 1)
+
+
+def _match(compiled: CompiledAction, known: Known) -> tuple[bool, bool]:
+    """Whether somebody matches an action, and whether the answer cannot be known (yet); then they do not match."""
+    is_apart = compiled.apart is not None and _is_true(compiled.apart, known)
+    return _is_true(compiled.expression, known) and not is_apart, is_apart
+
+
+def _judge(campaign: Campaign, findings: Findings, evidence: Mapping[str, frozenset[str]]) -> tuple[str, str]:
+    """What was decided about a recipient, and the same in words."""
+    known = findings.known
+    signals = [kind.signal for kind in known.kinds]
+    tries, refusals = signals.count("attempted"), signals.count("refused")
+    reasons = " and ".join(known.reasons)
+    heard = sorted(set(known.signals) - {"attempted", "sent", "failed", "skipped"})
+    proves_arrival = (evidence["sent"] - {"sent"}) & set(signals)
+    when = f" at {_tell(findings.attempts[-1][1].arrive_time)}" if findings.attempts else ""
+    if "failed" in known.signals and not proves_arrival:
+        return "NOT_DELIVERED", f"Was in the audience; the message failed: {reasons}."
+    if "sent" in known.signals:
+        since = f"Known since: {', '.join(heard)}." if heard else "Nothing was heard of it since."
+        return "MESSAGED", f"Was messaged: the provider took the message{when}. {since}"
+    if "skipped" in known.signals:
+        return "SKIPPED", f"Was in the audience, and was skipped when the turn came: {reasons}."
+    if tries > refusals:
+        return "UNCLEAR", "Was in the audience; the message was handed to the provider, and nobody knows what became of it."
+    if tries:
+        return "TO_BE_TRIED_AGAIN", f"Was in the audience; the provider refused {tries} times, and will be tried again."
+    return "WAITING", f"Is in the audience; the turn is still to come. The campaign is {campaign.state}."
+
+
+def _foretell(steps: Sequence[Step]) -> tuple[str, str]:
+    missed = next((step for step in steps if not step.passed), None)
+    if missed:
+        return "WOULD_NOT_BE_MESSAGED", f"Would not be messaged now: {missed.text}."
+    return "WOULD_BE_MESSAGED", f"Would be messaged now: {', and '.join(step.text for step in steps)}."
+
+
+async def _ask_audience(
+    conn: AsyncConnection,
+    app: App,
+    channels: Mapping[str, ChannelType],
+    audience: Audience | None,
+    target: str,
+    contact: Contact,
+) -> list[Step]:
+    """What an audience asks of a person, and what it finds now."""
+    match audience:
+        case None:
+            steps = [Step("IN_AUDIENCE", False, "the campaign has no audience")]
+        case AllSubscribers():
+            steps = [Step("IN_AUDIENCE", True, "the audience is everybody who can be reached")]
+        case GivenContacts():
+            is_named = contact.external_id in audience.external_ids
+            text = "is one of the given contacts" if is_named else f"is not one of {len(audience.external_ids):,} given contacts"
+            steps = [Step("IN_AUDIENCE", is_named, text)]
+        case ListMembers():
+            steps = [await _ask_list(conn, app, audience, contact)]
+        case Selection():
+            steps = await _ask_selection(conn, app, channels, audience, contact)
+    return [*steps, _ask_standing(contact, target)]
+
+
+async def _ask_list(conn: AsyncConnection, app: App, audience: ListMembers, contact: Contact) -> Step:
+    found = await find_list(conn, app.app_id, audience.list)
+    if found is None:
+        return Step("IN_AUDIENCE", False, f"the list {audience.list} was deleted")
+    is_member = (await filter_by_set(conn, app.app_id, found.set_name, np.array([contact.number], np.int64)))[0]
+    return Step("IN_AUDIENCE", bool(is_member), f"is {'' if is_member else 'not '}in the list {audience.list}")
+
+
+async def _ask_selection(
+    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], selection: Selection, contact: Contact
+) -> list[Step]:
+    source = await find_campaign(conn, app.app_id, selection.source)
+    channel = channels.get(source.channel) if source else None
+    compiled = channel.actions.get(selection.action) if channel else None
+    if source is None or channel is None or compiled is None:
+        return [Step("IN_AUDIENCE", False, f"the action {selection.action} of {selection.source} is no longer there")]
+    places = await find_places(conn, contact.number, [source.campaign_id])
+    if not places:
+        return [Step("RECIPIENT_OF_SOURCE", False, f"is not a recipient of {selection.source}")]
+    known = await _read_known(conn, channels, source, places[0])
+    is_true, is_apart = _match(compiled, known)
+    matches = is_true or (is_apart and selection.include_apart)
+    text = f'"{compiled.action.label}" asks for {compiled.expression}, and of the person {_list(known.signals)} true'
+    if is_apart:
+        kept = "taken in" if selection.include_apart else "left out"
+        text += f"; {compiled.action.apart_label}: whom that is true of is {kept}"
+    if matches and (selection.reason_codes or selection.reason_classes):
+        matches = any(
+            kind.signal == "failed"
+            and (kind.reason_code in selection.reason_codes or kind.reason_class in selection.reason_classes)
+            for kind in known.kinds
+        )
+        asked = ", ".join((*selection.reason_codes, *selection.reason_classes))
+        text += f"; only failures for {asked} count, and the person's {_list(known.reasons)}"
+    return [
+        Step("RECIPIENT_OF_SOURCE", True, f"is a recipient of {selection.source}"),
+        Step("IN_AUDIENCE", matches, text),
+    ]
+
+
+def _ask_standing(contact: Contact, channel: str) -> Step:
+    """Whether somebody can be reached on a channel: by the best of their subscriptions."""
+    held = [subscription for subscription in contact.subscriptions if subscription.channel == channel]
+    if not held:
+        return Step("REACHABLE", False, f"has no subscription on {channel}")
+    best = min(held, key=lambda subscription: STANDINGS.index(subscription.state or STANDINGS[0]))
+    since = f" since {_tell(best.update_time)}" if best.update_time else ""
+    reason = f" ({best.reason})" if best.reason else ""
+    match best.state:
+        case "active":
+            return Step("REACHABLE", True, f"can be reached on {channel}{since}")
+        case "opted_out":
+            return Step("REACHABLE", False, f"has opted out on {channel}{since}{reason}")
+        case _:
+            return Step("REACHABLE", False, f"has only addresses on {channel} that do not work{since}{reason}")
+
+
+def _list(words: Sequence[str]) -> str:
+    if not words:
+        return "nothing is"
+    return f"{', '.join(words)} {'is' if len(words) == 1 else 'are'}"
+
+
+def _tell(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,156 @@
+"""Recipients one by one: the places of a person on rolls, and what the receipts and the logs hold of each place.
+
+Rolls are sorted and cut, so that finding somebody costs a look at each campaign's chunks and needs no row for each person;
+that is why whoever asks says in which campaigns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+
+import numpy as np
+import psycopg
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.rolls.chunks import SLOT_SHIFT, decode_offsets
+from aftertouch.store.engine import driver
+from aftertouch.store.partitions import list_days
+
+MOST_ROWS = 1_000
+"""Of a log, for one person in one campaign."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where somebody stands on a roll."""
+
+    slot: int
+    position: int
+    """Within the slot."""
+
+    @property
+    def campaign_id(self) -> int:
+        """The campaign whose roll it is."""
+        return self.slot >> SLOT_SHIFT
+
+
+@dataclass(frozen=True)
+class Logged:
+    """An event of one person."""
+
+    kind: int
+    time: datetime
+    arrive_time: datetime
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A message to one person that was handed to a provider."""
+
+    kind: int
+    message_id: str
+    arrive_time: datetime
+
+
+async def find_places(conn: AsyncConnection, number: int, campaign_ids: Sequence[int]) -> list[Place]:
+    """The places of a contact number on the rolls of these campaigns, in their order; none where it is no recipient."""
+    if not campaign_ids:
+        return []
+    cursor = (await driver(conn)).cursor(binary=True)
+    # The number's offset from the chunk's first, as four bytes little-endian, is somewhere in the chunk's offsets: nearly
+    # all chunks that merely span the number are sorted out here, instead of being sent, 32 kB each.
+    await cursor.execute(
+        "SELECT r.slot, r.first, r.offsets FROM unnest(%(campaigns)s::bigint[]) WITH ORDINALITY AS c (campaign_id, place)"
+        " CROSS JOIN LATERAL (SELECT slot, first, offsets, %(number)s::bigint - first AS d FROM rolls"
+        f"  WHERE slot >= c.campaign_id << {SLOT_SHIFT} AND slot < (c.campaign_id + 1) << {SLOT_SHIFT}"
+        "  AND first <= %(number)s AND last >= %(number)s) AS r"
+        " WHERE position(substring(int8send("
+        "((d & 255) << 24) | (((d >> 8) & 255) << 16) | (((d >> 16) & 255) << 8) | ((d >> 24) & 255)) FROM 5) IN r.offsets) > 0"
+        " ORDER BY c.place",
+        {"campaigns": list(campaign_ids), "number": number},
+    )
+    places = []
+    for slot, first, offsets in await cursor.fetchall():
+        numbers = decode_offsets(first, offsets)
+        position = int(np.searchsorted(numbers, number))
+        if position < len(numbers) and numbers[position] == number:
+            places.append(Place(slot, position))
+    return places
+
+
+async def read_true_kinds(conn: AsyncConnection, places: Sequence[Place]) -> dict[Place, set[int]]:
+    """The kinds that are true at each place."""
+    true: dict[Place, set[int]] = defaultdict(set)
+    if places:
+        pg = await driver(conn)
+        rows = await pg.execute(
+            "SELECT p.slot, p.position, r.kind FROM unnest(%b::bigint[], %b::int[]) AS p (slot, position)"
+            " JOIN receipts AS r ON r.slot = p.slot WHERE get_bit(r.bits, p.position) = 1",
+            ([place.slot for place in places], [place.position for place in places]),
+        )
+        for slot, position, kind in await rows.fetchall():
+            true[Place(slot, position)].add(kind)
+    return true
+
+
+async def read_logged(conn: AsyncConnection, place: Place, since: datetime, budget: timedelta) -> tuple[list[Logged], bool]:
+    """The events of one place that arrived since a time, and whether all of the log was looked through.
+
+    The log has no index by place, which every event would pay for; each day is looked through as a whole, the first days of a
+    campaign first, until the time is spent.
+    """
+    pg = await driver(conn)
+    found: list[Logged] = []
+    now = datetime.now(UTC)
+    days = [day for day in await list_days(conn, "events") if since.date() <= day <= now.date()]
+    try:
+        async with conn.begin_nested():
+            for day in days:
+                left = (now + budget - datetime.now(UTC)) // timedelta(milliseconds=1)
+                await pg.execute("SELECT set_config('statement_timeout', %b, true)", (str(max(left, 1)),))
+                rows = await pg.execute(
+                    "SELECT kind, time, arrive_time FROM events WHERE arrive_time >= %b AND arrive_time < %b"
+                    " AND slot = %b AND position = %b LIMIT %b",
+                    (*_span(day), place.slot, place.position, MOST_ROWS - len(found)),
+                )
+                found += [Logged(*row) for row in await rows.fetchall()]
+            await pg.execute("SET LOCAL statement_timeout TO DEFAULT")
+        is_complete = True
+    except psycopg.errors.QueryCanceled:
+        is_complete = False
+    return sorted(found, key=lambda event: (event.time, event.arrive_time, event.kind)), is_complete
+
+
+def _span(day: date) -> tuple[datetime, datetime]:
+    start = datetime.combine(day, time(), UTC)
+    return start, start + timedelta(days=1)
+
+
+async def read_tried(conn: AsyncConnection, place: Place) -> list[Tried]:
+    """The attempts of one place, by time."""
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT kind, message_id, arrive_time FROM attempts WHERE slot = %b AND position = %b ORDER BY arrive_time LIMIT %b",
+        (place.slot, place.position, MOST_ROWS),
+    )
+    return [Tried(*row) for row in await rows.fetchall()]
+
+
+async def blank_attempts(conn: AsyncConnection, places: Sequence[Place]) -> tuple[int, list[str]]:
+    """Remove addresses' hashes and message ids from the attempts of these places; how many there were, and the ids."""
+    if not places:
+        return 0, []
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "WITH held AS (SELECT a.tableoid, a.ctid, a.message_id FROM unnest(%b::bigint[], %b::int[]) AS p (slot, position)"
+        "  JOIN attempts AS a ON a.slot = p.slot AND a.position = p.position"
+        "  WHERE a.address_hash <> '' OR a.message_id <> '' FOR UPDATE OF a)"
+        " UPDATE attempts AS a SET address_hash = '', message_id = '' FROM held"
+        " WHERE a.tableoid = held.tableoid AND a.ctid = held.ctid RETURNING held.message_id",
+        ([place.slot for place in places], [place.position for place in places]),
+    )
+    ids = [message_id for (message_id,) in await rows.fetchall()]
+    return len(ids), [message_id for message_id in ids if message_id]
