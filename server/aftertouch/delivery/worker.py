@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 
 import psycopg
@@ -33,6 +34,9 @@ log = structlog.get_logger()
 
 POLL_SECONDS = 1.0
 """How long a free worker waits before it looks again. NOTIFY wakes it sooner, but polling is what guarantees it."""
+
+DEFECT_DELAY = timedelta(minutes=1)
+"""How long a unit rests that failed for no reason that is known."""
 
 
 class Worker:
@@ -133,7 +137,7 @@ class Worker:
             await self._rest()
 
     async def _send(self, channel: str, lease: Lease) -> None:
-        unit, delay = lease.unit, LEASE
+        unit, delay = lease.unit, timedelta(0)
         async with transaction(self._engine) as conn:
             campaign = await read_campaign(conn, unit.campaign_id)
         assert campaign is not None, "a launched campaign is never deleted"
@@ -148,12 +152,12 @@ class Worker:
             return
         except LeaseLost:
             log.info("a unit was given up", action="send_unit", slot=unit.slot)
-            delay *= 0
         except DatabaseUnavailable:
             raise
         except Exception:
             # A defect must not spin: the unit rests while the others go on.
             log.exception("a unit failed", action="send_unit", slot=unit.slot)
+            delay = DEFECT_DELAY
         finally:
             del self._senders[lease]
         # Whoever pauses or cancels the campaign waits for this.
