@@ -83,8 +83,9 @@ async def page_history(
             break
         left -= wanted
     found = await read_campaigns(conn, [place.campaign_id for place in places])
-    numbered = await load_kinds(conn)
     kinds = await read_true_kinds(conn, places)
+    # Read afterwards: a kind that is new since has its number by now.
+    numbered = await load_kinds(conn)
     return HistoryPage(
         [
             Participation(

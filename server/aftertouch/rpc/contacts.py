@@ -118,37 +118,32 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
         size = size_page(request.page_size)
         # Not its bytes: a map, as an address is one, has them in any order.
         question = f"{request.parent}/contacts {json_format.MessageToJson(request.filter, sort_keys=True)}"
-        if request.filter.WhichOneof("kind") == "external_id_prefix":
-            return await self._page_prefix(call, request, question, size)
+        rows = await self._find_page(call, request, question, size + 1)
+        numbers = [number for _, number in rows[:size]]
+        read = {contact.number: contact for contact in await store.read_contacts(await call.begin(), call.app.app_id, numbers)}
+        # Whoever was erased between the two statements is passed over, and ends no list.
+        shown = [(position, read[number]) for position, number in rows[:size] if number in read]
+        page = fill_page([_to_contact(call, contact) for _, contact in shown])
+        if len(page) < len(shown):
+            token = make_page_token(question, shown[len(page) - 1][0])
+        else:
+            token = make_page_token(question, rows[size - 1][0]) if len(rows) > size else ""
+        return contacts_pb2.ListContactsResponse(contacts=page, next_page_token=token)
+
+    async def _find_page(
+        self, call: Call, request: contacts_pb2.ListContactsRequest, question: str, limit: int
+    ) -> list[tuple[int | str, int]]:
+        """Contact numbers that the filter wants, each with its position in the list."""
+        conn, app_id, wanted = await call.begin(), call.app.app_id, request.filter
+        if wanted.WhichOneof("kind") == "external_id_prefix":
+            # Percent-encoded, since an external_id may be in any script, and a position is plain letters.
+            last = unquote(read_page_token(request.page_token, question, str) or "")
+            if "\0" in last:
+                raise FieldsInvalid([Violation("page_token", "is not a page token")])
+            found = await store.page_prefix(conn, app_id, wanted.external_id_prefix, last, limit)
+            return [(quote(external_id, safe=""), number) for external_id, number in found]
         token = read_page_token(request.page_token, question, int)
-        found = await self._find_page(call, request.filter, -1 if token is None else token, size + 1)
-        page = fill_page([_to_contact(call, contact) for contact in found[:size]])
-        return contacts_pb2.ListContactsResponse(
-            contacts=page,
-            next_page_token=make_page_token(question, found[len(page) - 1].number) if len(found) > len(page) else "",
-        )
-
-    async def _page_prefix(
-        self, call: Call, request: contacts_pb2.ListContactsRequest, question: str, size: int
-    ) -> contacts_pb2.ListContactsResponse:
-        """A page in the order of external_ids; its token has them percent-encoded, since they may be in any script."""
-        after = unquote(read_page_token(request.page_token, question, str) or "")
-        if "\0" in after:
-            raise FieldsInvalid([Violation("page_token", "is not a page token")])
-        conn = await call.begin()
-        rows = await store.page_prefix(conn, call.app.app_id, request.filter.external_id_prefix, after, size + 1)
-        read = {contact.number: contact for contact in await store.read_contacts(conn, call.app.app_id, [n for _, n in rows])}
-        # Whoever was erased between the two statements is passed over.
-        found = [read[number] for _, number in rows if number in read]
-        page = fill_page([_to_contact(call, contact) for contact in found[:size]])
-        is_last = len(rows) <= size and len(found) == len(page)
-        return contacts_pb2.ListContactsResponse(
-            contacts=page, next_page_token="" if is_last else make_page_token(question, quote(page[-1].external_id, safe=""))
-        )
-
-    async def _find_page(self, call: Call, wanted: contacts_pb2.ContactFilter, after: int, limit: int) -> list[store.Contact]:
-        """Contacts that a filter wants, by number, those after ``after``."""
-        conn, app_id = await call.begin(), call.app.app_id
+        after = -1 if token is None else token
         match wanted.WhichOneof("kind"):
             case "address":
                 key = self._read_address(wanted.address.channel, wanted.address.address, "filter.address").key
@@ -159,11 +154,11 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
                 name = store.standing_set(standing, wanted.standing.channel)
                 numbers = (await page_set(conn, app_id, name, after, limit)).tolist()
             case "list":
-                found = await find_list(call, wanted.list, field="filter.list")
-                numbers = (await page_set(conn, app_id, found.set_name, after, limit)).tolist()
+                members = await find_list(call, wanted.list, field="filter.list")
+                numbers = (await page_set(conn, app_id, members.set_name, after, limit)).tolist()
             case _:
-                return await store.list_contacts(conn, app_id, after, limit)
-        return await store.read_contacts(conn, app_id, numbers)
+                numbers = await store.page_contacts(conn, app_id, after, limit)
+        return [(number, number) for number in numbers]
 
     async def ListContactCampaigns(  # type: ignore[override]
         self, request: contacts_pb2.ListContactCampaignsRequest, call: Call

@@ -166,9 +166,11 @@ class Events(events_pb2_grpc.EventsServicer):
         campaign = await find(call, request.campaign, field="campaign")
         start, end, bucket = _read_span(request, campaign.launch_time or campaign.create_time)
         conn = await call.begin()
+        found = await read_activity(conn, campaign.campaign_id, start, end, bucket)
+        # Read afterwards: a kind that is new since has its number by now.
         numbered = await load_kinds(conn)
         counts: dict[str, dict[datetime, int]] = defaultdict(lambda: defaultdict(int))
-        for time, kind, count in await read_activity(conn, campaign.campaign_id, start, end, bucket):
+        for time, kind, count in found:
             counts[numbered[kind].signal][time] += count
         answer = events_pb2.Activity(start_time=to_timestamp(start), end_time=to_timestamp(end))
         answer.bucket.FromTimedelta(bucket)

@@ -318,8 +318,8 @@ async def read_contacts(conn: AsyncConnection, app_id: int, numbers: Sequence[in
     ]
 
 
-async def list_contacts(conn: AsyncConnection, app_id: int, after: int, limit: int) -> list[Contact]:
-    """Contacts whose number is larger than ``after``, ascending."""
+async def page_contacts(conn: AsyncConnection, app_id: int, after: int, limit: int) -> list[int]:
+    """The numbers of contacts, ascending, those after ``after``."""
     rows = await conn.execute(
         select(contacts.c.number)
         .where(
@@ -330,7 +330,7 @@ async def list_contacts(conn: AsyncConnection, app_id: int, after: int, limit: i
         .order_by(contacts.c.block, contacts.c.number)
         .limit(limit)
     )
-    return await read_contacts(conn, app_id, [row.number for row in rows])
+    return [row.number for row in rows]
 
 
 async def find_external_ids(conn: AsyncConnection, app_id: int, numbers: Numbers) -> dict[int, str]:
