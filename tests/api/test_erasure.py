@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 from sqlalchemy import insert, text
+from twilio.request_validator import RequestValidator
 
-from aftertouch.channels import Receipt
 from aftertouch.client import Client
 from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.rpc.values import to_struct
@@ -91,11 +92,13 @@ async def test_erased_person_is_nowhere(shared_world: World) -> None:
     given = campaigns_pb2.Audience(given_contacts=campaigns_pb2.GivenContacts(contacts=names))
     sent, draft = await world.create_campaign("sms", given), await world.create_campaign("sms", given)
     await world.launch(sent.name)
+    tested = campaigns_pb2.SendTestRequest(name=draft.name, contact=names[0])
+    (test,) = (await client.campaigns.SendTest(tested)).outcomes
     async with transaction(world.core.engine) as conn:
         row = {"channel": "sms", "item": f"To=%2B{phone[1:]}&MessageStatus=unheard-of"}
         await conn.execute(insert(unrecognized_receipts), [row, {"channel": "sms", "item": "To=%2B34600000000"}])
     explained = await client.contacts.ExplainContact(contacts_pb2.ExplainContactRequest(name=names[0], campaign=sent.name))
-    message_ids = [attempt.message_id for attempt in explained.attempts]
+    message_ids = [test.message_id, *(attempt.message_id for attempt in explained.attempts)]
     traces = ["traceable", phone[1:], "a pony", hash_address(phone).hex(), *message_ids]
     assert all(message_ids)
     before = await read_everything(world)
@@ -181,9 +184,17 @@ async def test_later_receipts_of_the_erased_are_taken_and_counted(shared_world: 
     await erase(world.client, external_id)
     before = (await world.get_campaign(draft.name)).counts.signals
     (token,) = world.core.ledger.tokens.make(campaign.campaign_id, np.array([position]))
-    for signal, code in (("delivered", None), ("failed", "30005"), ("failed", "21610")):
-        await world.core.ledger.ingest_receipts("sms", [Receipt(token=token, signal=signal, code=code, time=datetime.now(UTC))])
-    await world.core.ledger.ingest_receipts("sms", [Receipt(message_id=message_id, signal="delivered")])
+    url = f"http://{world.addresses.http}/v1/webhooks/sms?t={token}"
+    async with aiohttp.ClientSession() as session:
+        for news in (
+            {"MessageStatus": "delivered"},
+            {"MessageStatus": "undelivered", "ErrorCode": "30005"},
+            {"MessageStatus": "failed", "ErrorCode": "21610"},
+        ):
+            form = {"MessageSid": message_id, **news}
+            signature = RequestValidator(world.sandbox.settings.auth_token).compute_signature(url, form)
+            async with session.post(url, data=form, headers={"X-Twilio-Signature": signature}) as response:
+                assert response.status < 300
     events = [events_pb2.Event(token=token, signal="delivered")]
     answer = await world.client.events.IngestEvents(events_pb2.IngestEventsRequest(parent="apps/acme", events=events))
     assert (answer.accepted_count, len(answer.rejections)) == (1, 0)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import update
 
@@ -15,7 +16,9 @@ from aftertouch.retargeting import explanations
 from aftertouch.rpc import contacts as rpc_contacts
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, Shares
+from aftertouch.store.contacts import find_numbers, hash_address, hold_addresses
 from aftertouch.store.engine import transaction
+from aftertouch.store.paces import count_messages
 from aftertouch.store.tables import apps
 from aftertouch.v1 import campaigns_pb2, contacts_pb2, lists_pb2, retargeting_pb2
 from tests.fix_database import clone_database
@@ -390,6 +393,35 @@ async def test_draft_says_who_would_be_messaged(shared_world: World) -> None:
         campaigns_pb2.CreateCampaignRequest(parent="apps/acme", campaign=campaigns_pb2.Campaign(display_name="x", channel="sms"))
     )
     assert "the campaign has no audience" in (await explain(shared_world, name, empty.name)).text
+
+
+async def test_person_who_is_held_or_had_enough_is_told(shared_world: World) -> None:
+    phone = new_phone()
+    name = await upsert(shared_world, "paced", ("sms", phone, State.ACTIVE))
+    draft = await shared_world.create_campaign("sms", give(name))
+    until = datetime.now(UTC) + timedelta(hours=5)
+    async with transaction(shared_world.core.engine) as conn:
+        (number,) = (await find_numbers(conn, 1, ["paced"])).values()
+        await hold_addresses(conn, 1, [(number, "sms", hash_address(phone["phone"]), until)])
+    said = await explain(shared_world, name, draft.name)
+    assert said.decision == Explanation.WOULD_NOT_BE_MESSAGED
+    assert steps_of(said) == [("IN_AUDIENCE", True), ("REACHABLE", True), ("NOT_HELD", False)]
+    assert f"until {until:%Y-%m-%d %H:%M:%S} UTC" in said.text
+
+    await upsert(shared_world, "paced", ("sms", new_phone(), State.ACTIVE))
+    assert (await explain(shared_world, name, draft.name)).decision == Explanation.WOULD_BE_MESSAGED
+    async with transaction(shared_world.core.engine) as conn:
+        await count_messages(conn, 1, np.array([number]), 1, timedelta(hours=24))
+        await conn.execute(update(apps).values(cap_messages=1, cap_hours=24))
+    try:
+        said = await explain(shared_world, name, draft.name)
+        assert steps_of(said)[-1] == ("BELOW_FREQUENCY_CAP", False)
+        assert "has had 1 of 1 messages that the app allows within 24 hours" in said.text
+        code = await shared_world.create_campaign("sms", give(name), transactional=True)
+        assert (await explain(shared_world, name, code.name)).decision == Explanation.WOULD_BE_MESSAGED
+    finally:
+        async with transaction(shared_world.core.engine) as conn:
+            await conn.execute(update(apps).values(cap_messages=None, cap_hours=None))
 
 
 async def test_skipped_person_is_told_with_the_reason(shared_world: World) -> None:

@@ -25,6 +25,7 @@ from aftertouch.store.campaigns import Campaign, find_campaign
 from aftertouch.store.contacts import STANDINGS, Contact
 from aftertouch.store.kinds import Kind, load_kinds
 from aftertouch.store.lists import find_list
+from aftertouch.store.paces import read_full_until
 from aftertouch.store.recipients import Logged, Place, Tried, find_places, read_logged, read_tried, read_true_kinds
 
 LONGEST_LOOK = timedelta(seconds=3)
@@ -90,6 +91,7 @@ async def explain_campaign(
         if isinstance(audience, Selection):
             await find_source(conn, app, channels, audience, "audience.retarget")
         steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
+        steps += await _ask_pace(conn, app, campaign.channel, contact, transactional=campaign.transactional)
         return Explanation(campaign, *_foretell(steps), steps)
     places = await find_places(conn, contact.number, [campaign.campaign_id])
     if places:
@@ -127,6 +129,7 @@ async def explain_retarget(
     """
     source, _ = await find_source(conn, app, channels, selection, "retarget.selection")
     steps = await _ask_audience(conn, app, channels, selection, target, contact)
+    steps += await _ask_pace(conn, app, target, contact, transactional=False)
     places = await find_places(conn, contact.number, [source.campaign_id])
     findings = await _look_up(conn, channels, source, places[0]) if places else Findings()
     return Explanation(source, *_foretell(steps), steps, findings)
@@ -275,6 +278,22 @@ def _ask_standing(contact: Contact, channel: str) -> Step:
             return Step("REACHABLE", False, f"has opted out on {channel}{since}{reason}")
         case _:
             return Step("REACHABLE", False, f"has only addresses on {channel} that do not work{since}{reason}")
+
+
+async def _ask_pace(conn: AsyncConnection, app: App, channel: str, contact: Contact, *, transactional: bool) -> list[Step]:
+    """What would hold a message back although its person is in the audience; nothing where nothing does."""
+    steps = []
+    active = [one for one in contact.subscriptions if one.channel == channel and one.state == "active"]
+    holds = [one.held_until for one in active if one.held_until is not None and one.held_until > datetime.now(UTC)]
+    if holds and len(holds) == len(active):
+        steps.append(Step("NOT_HELD", False, f"the provider asks to leave the person alone until {_tell(min(holds))}"))
+    if app.cap_messages is not None and not transactional:
+        full_until = await read_full_until(conn, app.app_id, contact.number)
+        if full_until is not None:
+            had = f"{app.cap_messages} of {app.cap_messages} messages that the app allows within {app.cap_hours} hours"
+            text = f"has had {had}; the next may go out at {_tell(full_until)}"
+            steps.append(Step("BELOW_FREQUENCY_CAP", False, text))
+    return steps
 
 
 def _list(words: Sequence[str]) -> str:

@@ -51,6 +51,8 @@ class Subscription:
     """None keeps the state of one that exists, and makes a new one active."""
     reason: str = ""
     update_time: datetime | None = None
+    held_until: datetime | None = None
+    """The provider asked to leave it alone until then."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,9 @@ async def read_contacts(conn: AsyncConnection, app_id: int, numbers: Sequence[in
         .where(columns.block.in_(blocks), columns.number.in_(numbers))
         .order_by(columns.number, columns.channel, columns.update_time, columns.address_hash)
     ):
-        held[row.number].append(Subscription(row.channel, row.address, "", row.state, row.reason, row.update_time))
+        held[row.number].append(
+            Subscription(row.channel, row.address, "", row.state, row.reason, row.update_time, row.held_until)
+        )
     rows = await conn.execute(
         select(contacts).where(contacts.c.block.in_(blocks), contacts.c.number.in_(numbers)).order_by(contacts.c.number)
     )

@@ -20,7 +20,7 @@ from aftertouch.rolls.sql import clear_from_sets, lock_blocks
 from aftertouch.store.engine import driver
 from aftertouch.store.lists import PREFIX
 from aftertouch.store.partitions import list_days
-from aftertouch.store.recipients import blank_attempts, find_places
+from aftertouch.store.recipients import blank_attempts, blank_tests, find_places
 from aftertouch.store.tables import campaigns, contact_ids, erasures
 
 LATE = timedelta(days=1)
@@ -54,12 +54,16 @@ async def erase_contact(conn: AsyncConnection, app_id: int, external_id: str) ->
     block = block_of(app_id, number)
     await lock_blocks(conn, [block])
     pg = await driver(conn)
-    deleted = await pg.execute("DELETE FROM subscriptions WHERE block = %b AND number = %b RETURNING address", (block, number))
-    addresses = [address for (address,) in await deleted.fetchall()]
+    deleted = await pg.execute(
+        "DELETE FROM subscriptions WHERE block = %b AND number = %b RETURNING address, address_hash", (block, number)
+    )
+    held = await deleted.fetchall()
     days = await list_days(conn, "attempts")
     launched = await _list_sent_since(conn, app_id, datetime.combine(days[0], time(), UTC)) if days else []
     attempts, message_ids = await blank_attempts(conn, await find_places(conn, number, launched))
-    unrecognized = await _forget_unrecognized(conn, {*message_ids, *_list_texts(addresses)})
+    tests, test_ids = await blank_tests(conn, await _list_all(conn, app_id), [address_hash for _, address_hash in held])
+    texts = _list_texts([address for address, _ in held])
+    unrecognized = await _forget_unrecognized(conn, {*message_ids, *test_ids, *texts})
     await pg.execute("DELETE FROM contacts WHERE block = %b AND number = %b", (block, number))
     await pg.execute("DELETE FROM contact_paces WHERE block = %b AND number = %b", (block, number))
     sets = await clear_from_sets(conn, app_id, number)
@@ -73,10 +77,10 @@ async def erase_contact(conn: AsyncConnection, app_id: int, external_id: str) ->
     row = await conn.execute(erasures.insert().values(app_id=app_id, number=number).returning(erasures.c.erase_time))
     return Erasure(
         row.scalar_one(),
-        len(addresses),
+        len(held),
         sum(name.startswith(PREFIX) for name in sets),
         audiences.rowcount,
-        attempts,
+        attempts + tests,
         unrecognized,
     )
 
@@ -90,6 +94,10 @@ async def blank_late_attempts(conn: AsyncConnection) -> int:
         count, _ = await blank_attempts(conn, places)
         blanked += count
     return blanked
+
+
+async def _list_all(conn: AsyncConnection, app_id: int) -> list[int]:
+    return list((await conn.execute(select(campaigns.c.campaign_id).where(campaigns.c.app_id == app_id))).scalars())
 
 
 async def _list_sent_since(conn: AsyncConnection, app_id: int, since: datetime) -> list[int]:

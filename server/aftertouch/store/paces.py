@@ -7,12 +7,12 @@ moves it n intervals on, so any number of workers on any number of machines keep
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.rolls.chunks import Numbers, blocks_of
+from aftertouch.rolls.chunks import Numbers, block_of, blocks_of
 from aftertouch.store.engine import driver
 
 
@@ -97,3 +97,14 @@ async def count_messages(conn: AsyncConnection, app_id: int, numbers: Numbers, m
         },
     )
     return {number for (number,) in await rows.fetchall()}
+
+
+async def read_full_until(conn: AsyncConnection, app_id: int, number: int) -> datetime | None:
+    """Until when a contact has had all the messages that the app's frequency cap allows; None when there is room."""
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT full_until FROM contact_paces WHERE block = %b AND number = %b AND full_until > now()",
+        (block_of(app_id, number), number),
+    )
+    row = await rows.fetchone()
+    return row[0] if row else None

@@ -10,13 +10,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
+from typing import Any
 
 import numpy as np
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.rolls.chunks import SLOT_SHIFT, decode_offsets
+from aftertouch.rolls.chunks import SLOT_SHIFT, decode_offsets, slot_of
 from aftertouch.store.engine import driver
+from aftertouch.store.logs import TEST_ROW
 from aftertouch.store.partitions import list_days
 
 MOST_ROWS = 1_000
@@ -143,14 +145,32 @@ async def blank_attempts(conn: AsyncConnection, places: Sequence[Place]) -> tupl
     """Remove addresses' hashes and message ids from the attempts of these places; how many there were, and the ids."""
     if not places:
         return 0, []
+    slots, positions = [place.slot for place in places], [place.position for place in places]
+    return await _blank(
+        conn,
+        "FROM unnest(%b::bigint[], %b::int[]) AS p (slot, position)"
+        " JOIN attempts AS a ON a.slot = p.slot AND a.position = p.position WHERE a.address_hash <> '' OR a.message_id <> ''",
+        (slots, positions),
+    )
+
+
+async def blank_tests(conn: AsyncConnection, campaign_ids: Sequence[int], hashes: Sequence[bytes]) -> tuple[int, list[str]]:
+    """The same for test sends of these campaigns, which have no place, to addresses with these hashes."""
+    slots = [slot_of(campaign_id, 0) for campaign_id in campaign_ids]
+    return await _blank(
+        conn,
+        "FROM attempts AS a WHERE a.slot = ANY(%b) AND a.position = %b AND a.address_hash = ANY(%b)",
+        (slots, TEST_ROW, list(hashes)),
+    )
+
+
+async def _blank(conn: AsyncConnection, wanted: str, parameters: Sequence[Any]) -> tuple[int, list[str]]:
     pg = await driver(conn)
     rows = await pg.execute(
-        "WITH held AS (SELECT a.tableoid, a.ctid, a.message_id FROM unnest(%b::bigint[], %b::int[]) AS p (slot, position)"
-        "  JOIN attempts AS a ON a.slot = p.slot AND a.position = p.position"
-        "  WHERE a.address_hash <> '' OR a.message_id <> '' FOR UPDATE OF a)"
+        f"WITH held AS (SELECT a.tableoid, a.ctid, a.message_id {wanted} FOR UPDATE OF a)"
         " UPDATE attempts AS a SET address_hash = '', message_id = '' FROM held"
         " WHERE a.tableoid = held.tableoid AND a.ctid = held.ctid RETURNING held.message_id",
-        ([place.slot for place in places], [place.position for place in places]),
+        parameters,
     )
     ids = [message_id for (message_id,) in await rows.fetchall()]
     return len(ids), [message_id for message_id in ids if message_id]

@@ -728,6 +728,10 @@ class ContactExplanation(_message.Message):
         """The audience, or the action of a retarget, names the person."""
         REACHABLE: ContactExplanation._Check.ValueType  # 4
         """The person has an active subscription on the channel."""
+        NOT_HELD: ContactExplanation._Check.ValueType  # 5
+        """The provider does not ask to leave the person alone for now. Told only when it does."""
+        BELOW_FREQUENCY_CAP: ContactExplanation._Check.ValueType  # 6
+        """The person has had fewer messages than the app's frequency cap. Told only when it was as many."""
 
     class Check(_Check, metaclass=_CheckEnumTypeWrapper):
         """What is asked of a person before they are in an audience."""
@@ -742,6 +746,10 @@ class ContactExplanation(_message.Message):
     """The audience, or the action of a retarget, names the person."""
     REACHABLE: ContactExplanation.Check.ValueType  # 4
     """The person has an active subscription on the channel."""
+    NOT_HELD: ContactExplanation.Check.ValueType  # 5
+    """The provider does not ask to leave the person alone for now. Told only when it does."""
+    BELOW_FREQUENCY_CAP: ContactExplanation.Check.ValueType  # 6
+    """The person has had fewer messages than the app's frequency cap. Told only when it was as many."""
 
     @_typing.final
     class Step(_message.Message):
