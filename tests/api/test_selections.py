@@ -11,14 +11,15 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.client import Client
 from aftertouch.ingest.ledger import Fact
@@ -28,10 +29,11 @@ from aftertouch.rolls.sql import write_roll
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store import campaigns as campaigns_store
 from aftertouch.store.apps import find_app
-from aftertouch.store.contacts import Contact, Subscription, upsert_contacts
+from aftertouch.store.contacts import Contact, Subscription, hash_address, hold_addresses, upsert_contacts
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
-from aftertouch.store.tables import contact_counters, events, kinds
+from aftertouch.store.paces import count_messages
+from aftertouch.store.tables import apps, contact_counters, events, kinds
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
@@ -122,6 +124,12 @@ class Story:
     """The first contact number: near the edge of a block."""
     people: int
     subscriptions: dict[tuple[int, str], list[str]]
+    held: set[tuple[int, str, int]]
+    """Person, channel and place of addresses that the provider asked to leave alone."""
+    full: set[int]
+    """Who was messaged often lately."""
+    is_capped: bool
+    """Whether the app minds that."""
     campaigns: list[Drawn]
     events: list[tuple[int, int, str, tuple[str, str]]]
     """Campaign, person, signal, reason; in the order of their arrival."""
@@ -184,6 +192,9 @@ def draw_story(draw: st.DrawFn) -> Story:
         draw(st.sampled_from([0, 8187, 8192])),
         people,
         draw(standings),
+        draw(st.sets(st.tuples(person, st.sampled_from(CHANNELS), st.integers(0, 1)), max_size=8)),
+        draw(st.sets(person)),
+        draw(st.booleans()),
         drawn,
         draw(st.permutations(happened)),
         draw(st.lists(asked, min_size=1, max_size=3)),
@@ -263,13 +274,17 @@ class Oracle:
                 reason = "NO_SUBSCRIPTION"
             elif "active" not in states:
                 reason = "OPTED_OUT" if "opted_out" in states else "INVALID"
+            elif all((person, channel, place) in self.story.held for place, state in enumerate(states) if state == "active"):
+                reason = "HELD"
+            elif self.story.is_capped and person in self.story.full:
+                reason = "OVER_FREQUENCY_CAP"
             else:
                 reason = "IN_OPEN_WAVE" if person in blocked else "AUDIENCE"
             dropped[reason].add(person)
         return {reason: dropped[reason] for reason in (*REASON_NAMES, "AUDIENCE")}
 
 
-REASON_NAMES = ("NO_SUBSCRIPTION", "OPTED_OUT", "INVALID", "IN_OPEN_WAVE")
+REASON_NAMES = ("NO_SUBSCRIPTION", "OPTED_OUT", "INVALID", "HELD", "OVER_FREQUENCY_CAP", "IN_OPEN_WAVE")
 _apps = itertools.count()
 
 
@@ -325,6 +340,18 @@ class Played:
         return set(people)
 
 
+async def hold_up(conn: AsyncConnection, app_id: int, story: Story) -> None:
+    """Have some addresses held, and some people messaged as often as the app allows, if it minds."""
+    until = datetime.now(UTC) + timedelta(hours=1)
+    holds = [(person + story.offset, channel, hash_address(f"{person}/{place}"), until) for person, channel, place in story.held]
+    await hold_addresses(conn, app_id, holds)
+    numbers = np.array(sorted(story.full), np.int64) + story.offset
+    for _ in range(2):
+        await count_messages(conn, app_id, numbers, 2, timedelta(hours=24))
+    if story.is_capped:
+        await conn.execute(update(apps).where(apps.c.app_id == app_id).values(cap_messages=2, cap_hours=24))
+
+
 @asynccontextmanager
 async def play(world: World, story: Story) -> AsyncIterator[Played]:
     """An app of its own in which the story's people and campaigns are."""
@@ -348,6 +375,7 @@ async def play(world: World, story: Story) -> AsyncIterator[Played]:
             for person in range(story.people)
         ]
         await upsert_contacts(conn, found.app_id, people)
+        await hold_up(conn, found.app_id, story)
         for index, campaign in enumerate(story.campaigns):
             values = {"display_name": f"Campaign {index}", "channel": campaign.channel}
             if campaign.wave:
@@ -436,8 +464,9 @@ async def compare_funnel(played: Played, oracle: Oracle, selection: Selection, c
     for reason in REASON_NAMES:
         people = await played.list_people(asked, channel, group=Group.DROPPED, reason=Reason.Value(reason))
         assert people == expected[reason]
-    if expected["AUDIENCE"]:
-        await compare_frozen(played, asked, channel, expected["AUDIENCE"])
+    lasting = expected["AUDIENCE"] | expected["HELD"] | expected["OVER_FREQUENCY_CAP"]
+    if lasting:
+        await compare_frozen(played, asked, channel, lasting)
 
 
 async def compare_recheck(played: Played, oracle: Oracle, selection: Selection) -> None:

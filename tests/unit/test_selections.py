@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from aftertouch_push import PushChannel
@@ -22,7 +24,13 @@ TYPES = {
 
 def make_source(number: int, name: str, channel: str, root_id: int | None = None) -> Source:
     now = datetime.now(UTC)
-    campaign = Campaign(number, 1, f"c{number}", name, channel, None, None, "SENT", "", 1, 10, root_id, now, now, now, now)
+    values: dict[str, Any] = {field.name: None for field in fields(Campaign)} | {
+        "launch_time": now,
+        "finish_time": now,
+        "root_id": root_id,
+    }
+    values |= {"campaign_id": number, "app_id": 1, "campaign": f"c{number}", "display_name": name, "channel": channel}
+    campaign = Campaign(**values)
     return Source(campaign, TYPES[channel])
 
 

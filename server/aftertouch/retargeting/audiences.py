@@ -143,7 +143,7 @@ async def evaluate_audience(
     """
     if isinstance(audience, Question | Combination):
         sources = await find_sources(conn, app, channels, audience, "audience.retarget")
-        return (await filter_selection(conn, copies, sources, audience, channel, wave)).audience
+        return (await filter_selection(conn, copies, app, sources, audience, channel, wave)).audience
     blocks = await count_blocks(conn, app.app_id)
     active = standing_set("active", channel)
     reached = (await read_sets(conn, app.app_id, [active], blocks))[active]
@@ -159,15 +159,21 @@ async def evaluate_audience(
 
 
 async def filter_selection(
-    conn: AsyncConnection, copies: Copies, sources: Sources, selection: Selection, channel: str, wave: Campaign | None = None
+    conn: AsyncConnection,
+    copies: Copies,
+    app: App,
+    sources: Sources,
+    selection: Selection,
+    channel: str,
+    wave: Campaign | None = None,
 ) -> Funnel:
     """The funnel of a selection whose sources were found."""
     campaigns = [source.campaign for source in sources.values()]
-    app_id = campaigns[0].app_id
-    matched = await match(conn, copies, sources, selection, await count_blocks(conn, app_id))
+    matched = await match(conn, copies, sources, selection, await count_blocks(conn, app.app_id))
     target = Target(
-        app_id=app_id,
+        app=app,
         channel=channel,
+        transactional=wave is not None and wave.transactional,
         roots=frozenset(campaign.root_id or campaign.campaign_id for campaign in campaigns),
         asked=frozenset(campaign.campaign_id for campaign in campaigns) | ({wave.campaign_id} if wave else frozenset()),
         matched=matched,
@@ -227,7 +233,7 @@ async def prepare_selection(
     """The same for a selection whose sources were found."""
     evaluated = None
     if as_of_time:
-        evaluated = (await filter_selection(conn, copies, sources, selection, channel, draft)).audience
+        evaluated = (await filter_selection(conn, copies, app, sources, selection, channel, draft)).lasting
     return await _prepare(app, selection, find_root(sources), draft, evaluated, as_of_time)
 
 

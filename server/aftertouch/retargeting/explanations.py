@@ -26,14 +26,15 @@ from aftertouch.retargeting.audiences import (
 from aftertouch.retargeting.history import Known, find_evidence, weigh_kinds
 from aftertouch.retargeting.matching import find_pending
 from aftertouch.retargeting.selections import Combination, Question, Selection, find_sources
-from aftertouch.rolls.chunks import count_chunks, find_members
+from aftertouch.rolls.chunks import block_of, count_chunks, find_members
 from aftertouch.rolls.sql import read_sets
 from aftertouch.signals import Expression
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign, find_campaign
-from aftertouch.store.contacts import STANDINGS, Contact
+from aftertouch.store.contacts import STANDINGS, Contact, find_held
 from aftertouch.store.kinds import Kind, load_kinds
 from aftertouch.store.lists import find_list
+from aftertouch.store.paces import find_full
 from aftertouch.store.recipients import Logged, Place, Tried, find_places, read_logged, read_tried, read_true_kinds
 
 LONGEST_LOOK = timedelta(seconds=3)
@@ -102,6 +103,7 @@ async def explain_campaign(
             is_in = bool(await find_places(conn, contact.number, [campaign.campaign_id]))
             text = f"is {'' if is_in else 'not '}one of {frozen.count:,} people as of {_tell(frozen.as_of_time)}"
             steps = [Step("IN_AUDIENCE", is_in, text), _ask_standing(contact, campaign.channel)]
+            steps += await _ask_limits(conn, app, campaign.channel, contact)
         else:
             steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
         return Explanation(campaign, *_foretell(steps), steps)
@@ -232,7 +234,20 @@ async def _ask_audience(
             steps = [await _ask_list(conn, app, audience, contact)]
         case Question() | Combination():
             steps = await _ask_selection(conn, app, channels, audience, contact)
-    return [*steps, _ask_standing(contact, target)]
+    steps.append(_ask_standing(contact, target))
+    return [*steps, *await _ask_limits(conn, app, target, contact)] if steps[-1].passed else steps
+
+
+async def _ask_limits(conn: AsyncConnection, app: App, channel: str, contact: Contact) -> list[Step]:
+    """What keeps somebody who can be reached from being messaged for now."""
+    blocks = [block_of(app.app_id, contact.number)]
+    steps = []
+    if contact.number in await find_held(conn, app.app_id, channel, blocks):
+        steps.append(Step("REACHABLE", False, f"is to be left alone on {channel} for now, as the provider asked"))
+    window = timedelta(hours=app.cap_hours or 0)
+    if app.cap_messages and window and contact.number in await find_full(conn, app.app_id, app.cap_messages, window, blocks):
+        steps.append(Step("REACHABLE", False, f"was messaged {app.cap_messages} times within {app.cap_hours} hours, the cap"))
+    return steps
 
 
 async def _ask_list(conn: AsyncConnection, app: App, audience: ListMembers, contact: Contact) -> Step:

@@ -91,7 +91,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
             unsettled = await find_unsettled(conn, call.app, sources, selection, as_of_time)
             _check_settled(call, unsettled, is_required=request.require_settled)
-            funnel = await filter_selection(conn, self._copies, sources, selection, request.channel)
+            funnel = await filter_selection(conn, self._copies, call.app, sources, selection, request.channel)
         return _Response(
             matched_count=count_bits(funnel.matched),
             drops=[
@@ -113,7 +113,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
         after = read_page_token(request.resume_token, question, int, "resume_token")
         async with snapshot(call.engine) as (conn, as_of_time):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
-            funnel = await filter_selection(conn, self._copies, sources, selection, request.channel)
+            funnel = await filter_selection(conn, self._copies, call.app, sources, selection, request.channel)
         numbers = await asyncio.to_thread(list_numbers, _choose_group(funnel, request))
         first = 0 if after is None else int(np.searchsorted(numbers, after, side="right"))
         # One response at least says how many there are.

@@ -6,13 +6,13 @@ moves it n intervals on, so any number of workers on any number of machines keep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.rolls.chunks import Numbers, blocks_of
+from aftertouch.rolls.chunks import SLOT_SHIFT, Numbers, blocks_of
 from aftertouch.store.engine import driver
 
 
@@ -97,3 +97,30 @@ async def count_messages(conn: AsyncConnection, app_id: int, numbers: Numbers, m
         },
     )
     return {number for (number,) in await rows.fetchall()}
+
+
+async def find_full(
+    conn: AsyncConnection, app_id: int, most: int, window: timedelta, blocks: Sequence[int] | None = None
+) -> Numbers:
+    """The contact numbers of those who had ``most`` messages within ``window``, by an index of those who were full when counted.
+
+    Under a cap that was lowered since, who was not full by the old one is found with the next message.
+
+    Args:
+        blocks: only in these; in all of the app's otherwise.
+    """
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT number FROM contact_paces"
+        f" WHERE {'block = ANY(%(blocks)s::bigint[])' if blocks is not None else 'block >= %(first)s AND block < %(last)s'}"
+        " AND full_until IS NOT NULL"
+        " AND (SELECT count(*) FROM unnest(recent) AS sent WHERE sent > now() - %(window)s) >= %(most)s",
+        {
+            "blocks": list(blocks or ()),
+            "first": app_id << SLOT_SHIFT,
+            "last": (app_id + 1) << SLOT_SHIFT,
+            "most": most,
+            "window": window,
+        },
+    )
+    return np.array([number for (number,) in await rows.fetchall()], np.int64)

@@ -64,7 +64,8 @@ async def find_places(conn: AsyncConnection, number: int, campaign_ids: Sequence
     # chunk is bits, the number's is tested, which PostgreSQL counts from the low end of each byte. Where it is integers, the
     # number's offset from the first, as four bytes little-endian, is somewhere in them.
     await cursor.execute(
-        "SELECT r.slot, r.first, r.members, r.numbers FROM unnest(%(campaigns)s::bigint[]) WITH ORDINALITY AS c (campaign_id, place)"
+        "SELECT r.slot, r.first, r.members, r.numbers"
+        " FROM unnest(%(campaigns)s::bigint[]) WITH ORDINALITY AS c (campaign_id, place)"
         " CROSS JOIN LATERAL (SELECT *, %(number)s::bigint - first AS d FROM rolls"
         f"  WHERE slot >= c.campaign_id << {SLOT_SHIFT} AND slot < (c.campaign_id + 1) << {SLOT_SHIFT}"
         "  AND first <= %(number)s AND last >= %(number)s) AS r"

@@ -206,8 +206,9 @@ class Audience(_message.Message):
         that somebody who reads in the meantime is not nudged.
         """
         AT_CREATION: Audience._Evaluation.ValueType  # 2
-        """When the draft gets this audience: whoever matches then is messaged, whatever they do afterwards, as far as they
-        can still be reached. Changing the audience freezes again.
+        """When the draft gets this audience: whoever matches and can be reached then is messaged, whatever they do afterwards,
+        unless they can no longer be reached. Holds and the frequency cap are looked at when it is sent. Changing the
+        audience freezes again.
         """
 
     class Evaluation(_Evaluation, metaclass=_EvaluationEnumTypeWrapper):
@@ -220,8 +221,9 @@ class Audience(_message.Message):
     that somebody who reads in the meantime is not nudged.
     """
     AT_CREATION: Audience.Evaluation.ValueType  # 2
-    """When the draft gets this audience: whoever matches then is messaged, whatever they do afterwards, as far as they
-    can still be reached. Changing the audience freezes again.
+    """When the draft gets this audience: whoever matches and can be reached then is messaged, whatever they do afterwards,
+    unless they can no longer be reached. Holds and the frequency cap are looked at when it is sent. Changing the
+    audience freezes again.
     """
 
     ALL_SUBSCRIBERS_FIELD_NUMBER: _builtins.int

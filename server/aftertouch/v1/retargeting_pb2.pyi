@@ -300,6 +300,10 @@ class PreviewRetargetResponse(_message.Message):
         """The person said stop on this channel."""
         INVALID: PreviewRetargetResponse._Reason.ValueType  # 3
         """Every address on this channel is known not to work."""
+        HELD: PreviewRetargetResponse._Reason.ValueType  # 4
+        """The provider asked to leave the person alone for now, at each of their addresses on this channel."""
+        OVER_FREQUENCY_CAP: PreviewRetargetResponse._Reason.ValueType  # 5
+        """The person was messaged as often as the app's frequency cap allows."""
         IN_OPEN_WAVE: PreviewRetargetResponse._Reason.ValueType  # 6
         """The person is on another wave of the chain that is still being sent."""
 
@@ -314,6 +318,10 @@ class PreviewRetargetResponse(_message.Message):
     """The person said stop on this channel."""
     INVALID: PreviewRetargetResponse.Reason.ValueType  # 3
     """Every address on this channel is known not to work."""
+    HELD: PreviewRetargetResponse.Reason.ValueType  # 4
+    """The provider asked to leave the person alone for now, at each of their addresses on this channel."""
+    OVER_FREQUENCY_CAP: PreviewRetargetResponse.Reason.ValueType  # 5
+    """The person was messaged as often as the app's frequency cap allows."""
     IN_OPEN_WAVE: PreviewRetargetResponse.Reason.ValueType  # 6
     """The person is on another wave of the chain that is still being sent."""
 
