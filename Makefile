@@ -1,6 +1,6 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint bench-ingest format protos docs constraints clean
+.PHONY: help demo test test-faults lint bench-ingest bench-retarget format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,6 +30,9 @@ lint: .venv/dev ## Check style, types, layers, and the protos with their stubs; 
 
 bench-ingest: .venv/dev ## Measure durable events per second over one stream, beside a COPY of the same rows.
 	$(BIN)/python -m tests.bench.ingest
+
+bench-retarget: .venv/dev ## Measure questions of a campaign to 10 million people, beside a table with a row for each delivery.
+	$(BIN)/python -m tests.bench.retarget
 
 format: .venv/dev ## Format Python and protos.
 	$(BIN)/ruff check --fix .

@@ -164,6 +164,28 @@ class SourceBeforePlan(AftertouchError):
         )
 
 
+class SelectionUnsettled(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "SELECTION_UNSETTLED"
+
+    def __init__(self, campaign: str, signal: str, delay: timedelta, measured_events: int, settle_time: str) -> None:
+        super().__init__(
+            f"{campaign} was sent too recently to say who has not {signal}: 95 of 100 are reported within {delay}"
+            f" ({measured_events} measured), so ask at {settle_time}",
+            campaign=campaign,
+            signal=signal,
+            delay_seconds=str(int(delay.total_seconds())),
+            measured_events=str(measured_events),
+            settle_time=settle_time,
+        )
+
+
+class DraftExists(AftertouchError):
+    code, reason = "ALREADY_EXISTS", "DRAFT_EXISTS"
+
+    def __init__(self, campaign: str) -> None:
+        super().__init__(f"{campaign} is a draft of the same retarget; use it, or set allow_duplicate", campaign=campaign)
+
+
 class MessageTooLarge(AftertouchError):
     code, reason = "RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE"
 

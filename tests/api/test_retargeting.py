@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
 from aftertouch.store.engine import transaction
 from aftertouch.store.tables import apps, campaigns
-from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2, retargeting_pb2
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
 from tests.refusals import refuse
@@ -61,6 +62,8 @@ async def preview(world: World, selection: campaigns_pb2.RetargetSelection, chan
 
 
 async def retarget(world: World, selection: campaigns_pb2.RetargetSelection, channel: str, **fields: Any) -> Any:
+    # The tests of a module draft the same again and again.
+    fields = {"allow_duplicate": True, **fields}
     request = retargeting_pb2.CreateRetargetRequest(selection=selection, channel=channel, **fields)
     return await world.client.retargeting.CreateRetarget(request)
 
@@ -134,10 +137,10 @@ async def test_preview_and_launch_reach_whom_the_oracle_says(shared_world: World
             reached, *dropped = oracle.split(matched, target)
             selection = select(source, counted.action.action, include_apart=include_apart)
             shown = await preview(shared_world, selection, target)
-            assert (shown.matched_count, shown.audience_count) == (len(matched), len(reached))
-            assert [(drop.reason, drop.count) for drop in shown.drops] == list(
-                zip((Reason.NO_SUBSCRIPTION, Reason.OPTED_OUT, Reason.INVALID), dropped, strict=True)
-            )
+            drops = {drop.reason: drop.count for drop in shown.drops}
+            # Whom WhatsApp holds back for now is in no answer that this oracle reads; the one of test_selections knows them.
+            assert (shown.matched_count, shown.audience_count + drops[Reason.HELD]) == (len(matched), len(reached))
+            assert [drops[reason] for reason in (Reason.NO_SUBSCRIPTION, Reason.OPTED_OUT, Reason.INVALID)] == dropped
             wave = await retarget(shared_world, selection, target)
             assert wave.display_name == shown.display_name == f"Retarget: Summer Sale ({counted.action.short_name})"
             assert (wave.root, wave.state) == (source, campaigns_pb2.Campaign.State.DRAFT)
@@ -327,3 +330,263 @@ async def test_apps_never_mix(shared_world: World) -> None:
     assert (after.actions, after.recipients) == (before.actions, before.recipients)
     ours = await shared_world.client.contacts.GetContact(contacts_pb2.GetContactRequest(name=f"apps/acme/contacts/{stopped}"))
     assert not any(s.state == STATES.OPTED_OUT and not s.reason for s in ours.subscriptions)
+
+
+# Combinations
+
+
+def any_of(*selections: campaigns_pb2.RetargetSelection) -> campaigns_pb2.RetargetSelection:
+    return campaigns_pb2.RetargetSelection(any_of=campaigns_pb2.RetargetSelections(selections=selections))
+
+
+def all_but(
+    everybody: campaigns_pb2.RetargetSelection, excluded: campaigns_pb2.RetargetSelection
+) -> campaigns_pb2.RetargetSelection:
+    return campaigns_pb2.RetargetSelection(all_but=campaigns_pb2.RetargetSelection.AllBut(all=everybody, but=excluded))
+
+
+async def test_combination_of_campaigns_is_sent_to_whom_sets_say(shared_world: World) -> None:
+    """Who clicked the push or read the WhatsApp message, but did not get the SMS."""
+    push, whatsapp, sms = (f"apps/acme/campaigns/source-{channel}" for channel in ("push", "whatsapp", "sms"))
+    selection = all_but(any_of(select(push, "clicked"), select(whatsapp, "read")), select(sms, "delivered"))
+    oracles = {source: await Oracle.ask(shared_world, source) for source in (push, whatsapp, sms)}
+    expected = (oracles[push].match("clicked") | oracles[whatsapp].match("read")) - oracles[sms].match("delivered")
+    reached, *_ = oracles[push].split(expected, "push")
+    assert reached
+    wave = await give_content(shared_world, await retarget(shared_world, selection, "push"))
+    assert wave.audience.retarget == selection
+    assert wave.root == push
+    name = "Retarget: [Summer Sale (clicked) or Summer Sale (read)] but not Summer Sale (delivered)"
+    assert wave.display_name == name
+    await shared_world.launch(wave.name)
+    assert set(await shared_world.read_recipients(wave.name)) == reached
+
+
+def nest(depth: int) -> campaigns_pb2.RetargetSelection:
+    leaf = select("apps/acme/campaigns/source-sms", "delivered")
+    return leaf if depth == 1 else any_of(nest(depth - 1), leaf)
+
+
+async def test_selection_is_bounded_and_is_one_thing(shared_world: World) -> None:
+    leaf = select("apps/acme/campaigns/source-sms", "delivered")
+    both = any_of(leaf, leaf)
+    both.source, both.include_apart = leaf.source, True
+    for selection, fields in [
+        (nest(6), ["selection" + ".any_of.selections[0]" * 5]),
+        (any_of(any_of(*[leaf] * 10), any_of(*[leaf] * 11)), ["selection"]),
+        (any_of(leaf), ["selection.any_of.selections"]),
+        (any_of(*[leaf] * 21), ["selection.any_of.selections"]),
+        (both, ["selection.source", "selection.include_apart"]),
+        (campaigns_pb2.RetargetSelection(), ["selection.source", "selection.action"]),
+        (any_of(leaf, select(leaf.source, "")), ["selection.any_of.selections[1].action"]),
+        (all_but(leaf, select(leaf.source, "not_read")), ["selection.all_but.but.action"]),
+        (campaigns_pb2.RetargetSelection(all_but=campaigns_pb2.RetargetSelection.AllBut(all=leaf)), ["selection.all_but.but"]),
+    ]:
+        assert sorted((await refuse(preview(shared_world, selection, "sms"))).fields) == sorted(fields)
+    assert (await preview(shared_world, nest(5), "sms")).matched_count
+    assert (await preview(shared_world, any_of(any_of(*[leaf] * 10), any_of(*[leaf] * 10)), "sms")).matched_count
+
+
+async def test_lists_and_contacts_do_not_mix_with_selections(shared_world: World) -> None:
+    for other in ("apps/acme/lists/vip", "apps/acme/contacts/person-1"):
+        selection = any_of(select("apps/acme/campaigns/source-sms", "delivered"), select(other, "delivered"))
+        refusal = await refuse(preview(shared_world, selection, "sms"))
+        assert list(refusal.fields) == ["selection.any_of.selections[1].source"]
+        assert "asks campaigns only, and mixes with no other audience" in refusal.fields["selection.any_of.selections[1].source"]
+    mixed = campaigns_pb2.Audience(list="apps/acme/lists/vip", retarget=select("apps/acme/campaigns/source-sms", "delivered"))
+    assert mixed.WhichOneof("kind") == "retarget"
+
+
+async def test_every_source_of_a_combination_has_to_meet_the_rules(shared_world: World) -> None:
+    draft = await shared_world.create_campaign("sms")
+    selection = any_of(select("apps/acme/campaigns/source-sms", "delivered"), select(draft.name, "delivered"))
+    refusal = await refuse(preview(shared_world, selection, "sms"))
+    assert (refusal.reason, refusal.metadata["campaign"]) == ("SOURCE_NOT_SENT", draft.name)
+    selection = any_of(select("apps/acme/campaigns/source-sms", "delivered"), select("apps/acme/campaigns/none", "delivered"))
+    assert (await refuse(preview(shared_world, selection, "sms"))).reason == "RESOURCE_NOT_FOUND"
+
+
+# When it is evaluated
+
+
+async def test_frozen_wave_is_sent_to_whom_it_was_frozen_for_however_they_answer_since(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-whatsapp"
+    drafts = [
+        await give_content(shared_world, await retarget(shared_world, select(source, "not_read"), "push", evaluation=evaluation))
+        for evaluation in (campaigns_pb2.Audience.AT_CREATION, campaigns_pb2.Audience.AT_SEND)
+    ]
+    frozen, late = drafts
+    people = set(await shared_world.read_recipients(frozen.name))
+    assert frozen.audience.frozen.count == len(people) > 1
+    assert len(frozen.audience.frozen.checksum) == 64
+    assert not late.audience.HasField("frozen")
+    reader = min(people)
+    token = events_pb2.RecipientTarget(campaign=source, external_id=reader)
+    await shared_world.client.events.IngestEvents(
+        events_pb2.IngestEventsRequest(parent="apps/acme", events=[events_pb2.Event(recipient=token, signal="read")])
+    )
+    again = await shared_world.get_campaign(frozen.name)
+    assert again.audience == frozen.audience
+    await shared_world.launch(late.name)
+    assert set(await shared_world.read_recipients(late.name)) == people - {reader}
+    await shared_world.launch(frozen.name)
+    assert set(await shared_world.read_recipients(frozen.name)) == people
+
+
+async def test_frozen_people_change_with_the_audience_and_go_with_the_draft(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-sms"
+    creation = campaigns_pb2.Audience.AT_CREATION
+    draft = await retarget(shared_world, select(source, "sent"), "sms", evaluation=creation)
+    before = set(await shared_world.read_recipients(draft.name))
+    update_audience = shared_world.client.campaigns.UpdateCampaign
+
+    async def give(audience: campaigns_pb2.Audience) -> Any:
+        changed = campaigns_pb2.Campaign(name=draft.name, audience=audience)
+        return await update_audience(campaigns_pb2.UpdateCampaignRequest(campaign=changed))
+
+    narrower = await give(campaigns_pb2.Audience(retarget=select(source, "delivered"), evaluation=creation))
+    after = set(await shared_world.read_recipients(draft.name))
+    assert after < before
+    assert narrower.audience.frozen.count == len(after)
+    later = await give(campaigns_pb2.Audience(retarget=select(source, "sent")))
+    assert not later.audience.HasField("frozen")
+    assert await shared_world.read_recipients(draft.name) == {}
+    everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers(), evaluation=creation)
+    assert (await give(everybody)).audience.frozen.count == len(await shared_world.read_recipients(draft.name)) > 0
+    await shared_world.client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=draft.name))
+    async with transaction(shared_world.core.engine) as conn:
+        orphans = text("SELECT count(*) FROM rolls WHERE slot >> 20 NOT IN (SELECT campaign_id FROM campaigns)")
+        assert (await conn.execute(orphans)).scalar_one() == 0
+
+
+async def test_nobody_to_freeze_is_refused(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-sms"
+    nobody = all_but(select(source, "delivered"), select(source, "sent"))
+    refusal = await refuse(retarget(shared_world, nobody, "sms", evaluation=campaigns_pb2.Audience.AT_CREATION))
+    assert refusal.reason == "AUDIENCE_EMPTY"
+
+
+# Asked too early
+
+
+async def test_did_not_is_warned_of_until_the_channel_has_settled(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-whatsapp"
+    shown = await preview(shared_world, select(source, "not_read"), "sms")
+    (unsettled,) = shown.unsettled
+    assert (unsettled.source, unsettled.signal) == (source, "read")
+    sent = await shared_world.get_campaign(source)
+    assert unsettled.settle_time.ToDatetime() == sent.finish_time.ToDatetime() + unsettled.delay.ToTimedelta()
+    wave = await retarget(shared_world, select(source, "not_read"), "sms")
+    assert list(wave.unsettled) == [unsettled]
+    assert not (await preview(shared_world, select(source, "read"), "sms")).unsettled
+    for call in (
+        shared_world.client.retargeting.PreviewRetarget(
+            retargeting_pb2.PreviewRetargetRequest(selection=select(source, "not_read"), channel="sms", require_settled=True)
+        ),
+        retarget(shared_world, select(source, "not_read"), "sms", require_settled=True),
+    ):
+        refusal = await refuse(call)
+        assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "SELECTION_UNSETTLED")
+        assert refusal.metadata["signal"] == "read"
+        assert refusal.metadata["delay_seconds"] == str(unsettled.delay.seconds + 86400 * (not unsettled.delay.seconds))
+
+
+# The known mistakes of others
+
+
+async def test_not_opened_does_not_match_openers_who_have_other_events_too(shared_world: World) -> None:
+    """A row for each event makes "not opened" true of whoever has an event that is not an open."""
+    source = "apps/acme/campaigns/source-whatsapp"
+    readers = {name for name, person in (await shared_world.read_recipients(source)).items() if "read" in person.signals}
+    assert readers
+    assert not readers & await list_people(shared_world, select(source, "not_read"), "sms")
+
+
+async def test_people_who_were_never_sent_to_are_not_counted_as_non_readers(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-whatsapp"
+    recipients = set(await shared_world.read_recipients(source))
+    everybody = {person.external_id for person in shared_world.sandbox.population}
+    assert everybody - recipients
+    for action in ("not_read", "not_received"):
+        assert await list_people(shared_world, select(source, action), "sms") <= recipients
+
+
+async def test_openers_of_one_wave_are_not_sent_the_next(shared_world: World) -> None:
+    first = await create_named(shared_world, "opened-first", "whatsapp")
+    await shared_world.launch(first.name)
+    second = await give_content(shared_world, await retarget(shared_world, select(first.name, "not_read"), "whatsapp"))
+    await shared_world.launch(second.name)
+    unread = all_but(select(first.name, "not_read"), select(second.name, "read"))
+    openers = {
+        name
+        for wave in (first, second)
+        for name, person in (await shared_world.read_recipients(wave.name)).items()
+        if "read" in person.signals
+    }
+    third = await give_content(shared_world, await retarget(shared_world, unread, "whatsapp"))
+    await shared_world.launch(third.name)
+    assert not openers & set(await shared_world.read_recipients(third.name))
+
+
+async def test_resending_is_not_folded_into_the_original(shared_world: World) -> None:
+    source = await create_named(shared_world, "original", "sms")
+    await shared_world.launch(source.name)
+    before = (await shared_world.get_campaign(source.name)).counts
+    wave = await give_content(shared_world, await retarget(shared_world, select(source.name, "delivered"), "sms"))
+    await shared_world.launch(wave.name)
+    assert (await shared_world.get_campaign(source.name)).counts == before
+    assert (await shared_world.get_campaign(wave.name)).counts.recipients == before.signals["delivered"]
+
+
+async def test_same_retarget_clicked_twice_makes_one_draft(shared_world: World) -> None:
+    source = await create_named(shared_world, "clicked-twice", "sms")
+    await shared_world.launch(source.name)
+    selection = select(source.name, "delivered")
+    clicks = await asyncio.gather(
+        *(retarget(shared_world, selection, "sms", allow_duplicate=False) for _ in range(4)), return_exceptions=True
+    )
+    made = [click for click in clicks if not isinstance(click, BaseException)]
+    assert len(made) == 1
+    refusal = await refuse(retarget(shared_world, selection, "sms", allow_duplicate=False))
+    assert (refusal.code, refusal.reason) == ("ALREADY_EXISTS", "DRAFT_EXISTS")
+    assert refusal.metadata == {"campaign": made[0].name}
+    for other, channel in ((selection, "push"), (select(source.name, "delivered", include_apart=True), "sms")):
+        assert (await retarget(shared_world, other, channel, allow_duplicate=False)).name != made[0].name
+    frozen = retarget(shared_world, selection, "sms", allow_duplicate=False, evaluation=campaigns_pb2.Audience.AT_CREATION)
+    assert (await refuse(frozen)).reason == "DRAFT_EXISTS"
+
+
+async def list_people(world: World, selection: campaigns_pb2.RetargetSelection, channel: str) -> set[str]:
+    """Everybody who matches."""
+    request = retargeting_pb2.ListRetargetContactsRequest(
+        selection=selection, channel=channel, group=retargeting_pb2.ListRetargetContactsRequest.MATCHED
+    )
+    return {
+        contact.rpartition("/")[2]
+        async for page in world.client.retargeting.ListRetargetContacts(request)
+        for contact in page.contacts
+    }
+
+
+async def test_stream_of_people_goes_on_where_it_broke_and_tells_wrong_questions(shared_world: World) -> None:
+    request = retargeting_pb2.ListRetargetContactsRequest(
+        selection=select("apps/acme/campaigns/source-sms", "sent"), channel="sms", group="MATCHED"
+    )
+    pages = [page async for page in shared_world.client.retargeting.ListRetargetContacts(request)]
+    assert len(pages) == 1
+    assert pages[0].total_count == len(pages[0].contacts) > 1
+    request.resume_token = pages[0].resume_token
+    rest = [page async for page in shared_world.client.retargeting.ListRetargetContacts(request)]
+    assert [(list(page.contacts), page.total_count) for page in rest] == [([], pages[0].total_count)]
+    for fields, field in [
+        ({"channel": "push"}, "resume_token"),
+        ({"resume_token": "", "reason": "HELD"}, "reason"),
+        ({"resume_token": "", "group": "DROPPED"}, "reason"),
+    ]:
+        asked = retargeting_pb2.ListRetargetContactsRequest(**{**fields_of(request), **fields})
+        refusal = await refuse(anext(aiter(shared_world.client.retargeting.ListRetargetContacts(asked))))
+        assert list(refusal.fields) == [field]
+
+
+def fields_of(message: Any) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}

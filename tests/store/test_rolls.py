@@ -10,18 +10,33 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, byte_length, group_bits, members_of, slot_of
+from aftertouch.rolls.chunks import (
+    CHUNK,
+    CHUNK_BITS,
+    CHUNK_BYTES,
+    Bits,
+    byte_length,
+    count_bits,
+    count_chunks,
+    find_members,
+    group_bits,
+    list_numbers,
+    members_of,
+    slot_of,
+    unpack_positions,
+)
 from aftertouch.rolls.sql import (
     count_by_kind,
     count_expressions,
-    filter_by_set,
+    delete_roll,
+    read_bits,
     read_receipts,
     read_roll,
     read_roll_chunk,
-    read_set,
-    select_positions,
+    read_sets,
+    read_versions,
     upsert_receipts,
     write_roll,
 )
@@ -93,6 +108,24 @@ async def store(engine: AsyncEngine, history: History) -> int:
     return campaign_id
 
 
+async def select_positions(
+    conn: AsyncConnection, campaign_id: int, size: int, kinds: dict[str, list[int]], expression: Expression
+) -> set[int]:
+    """Of whom an expression is true, from the bits as they are read."""
+    chunks = count_chunks(size)
+    versions = await read_versions(conn, campaign_id, sorted({kind for of in kinds.values() for kind in of}), chunks)
+    found = await read_bits(conn, campaign_id, size, {kind: np.flatnonzero(seen) for kind, seen in versions.items()})
+    whole: dict[int, Bits] = {}
+    for kind, seen in versions.items():
+        whole[kind] = np.zeros(chunks * CHUNK_BYTES, np.uint8)
+        if kind in found:
+            assert (found[kind].versions == seen[found[kind].chunks]).all()
+            whole[kind].reshape(-1, CHUNK_BYTES)[found[kind].chunks] = found[kind].bits
+    zeros = np.zeros(chunks * CHUNK_BYTES, np.uint8)
+    matching = expression.evaluate(lambda name: np.bitwise_or.reduce([zeros, *(whole[kind] for kind in kinds[name])]))
+    return set(unpack_positions(matching).tolist())
+
+
 @settings(max_examples=60, deadline=None)
 @given(history=draw_history(), asked=st.lists(expressions, min_size=1, max_size=4))
 async def test_expressions_are_counted_and_selected_as_sets_say(
@@ -105,7 +138,7 @@ async def test_expressions_are_counted_and_selected_as_sets_say(
         for index, expression in enumerate(asked):
             expected = history.match(expression)
             assert counts[index] == len(expected)
-            assert (await select_positions(conn, campaign_id, KINDS, expression)).tolist() == sorted(expected)
+            assert await select_positions(conn, campaign_id, history.size, KINDS, expression) == expected
         by_kind = await count_by_kind(conn, campaign_id)
     assert by_kind == {kind: len(positions) for kind, positions in history.positions.items() if positions}
 
@@ -114,7 +147,7 @@ async def test_campaign_without_receipts_counts_nobody(rolls_engine: AsyncEngine
     sent = Expression("name", name="sent")
     async with transaction(rolls_engine) as conn:
         assert await count_expressions(conn, 1 << 40, KINDS, {"sent": sent}) == {"sent": 0}
-        assert len(await select_positions(conn, 1 << 40, KINDS, sent)) == 0
+        assert await select_positions(conn, 1 << 40, 20, KINDS, sent) == set()
         assert await count_by_kind(conn, 1 << 40) == {}
         assert len(await read_roll(conn, 1 << 40)) == 0
 
@@ -124,7 +157,7 @@ async def test_signal_without_kinds_is_true_of_nobody(rolls_engine: AsyncEngine)
     unread = Expression("&", (Expression("name", name="sent"), Expression("~", (Expression("name", name="read"),))))
     async with transaction(rolls_engine) as conn:
         assert await count_expressions(conn, campaign_id, {"sent": [2], "read": []}, {"": unread}) == {"": 2}
-        assert (await select_positions(conn, campaign_id, {"sent": [2]}, unread)).tolist() == [3, 19]
+        assert await select_positions(conn, campaign_id, 20, {"sent": [2], "read": []}, unread) == {3, 19}
 
 
 @settings(max_examples=20, deadline=None)
@@ -150,13 +183,17 @@ async def test_receipts_are_only_ever_added_to(rolls_engine: AsyncEngine, first:
 async def test_roll_is_read_as_it_was_written(rolls_engine: AsyncEngine, size: int) -> None:
     dice = np.random.default_rng(size)
     numbers = np.sort(dice.choice(20 * size, size, replace=False)).astype(np.int64)
-    campaign_id = (1 << 30) + size
+    campaign_id = (1 << 30) + 2 * size
     async with transaction(rolls_engine) as conn:
-        chunks = await write_roll(conn, campaign_id, numbers)
-        assert chunks == -(-size // CHUNK)
+        await write_roll(conn, campaign_id, numbers)
+        await write_roll(conn, campaign_id + 1, numbers)
         assert (await read_roll(conn, campaign_id)).tolist() == numbers.tolist()
-        last = await read_roll_chunk(conn, slot_of(campaign_id, chunks - 1))
-        assert last.tolist() == numbers[(chunks - 1) * CHUNK :].tolist()
+        last = (size - 1) // CHUNK
+        assert (await read_roll_chunk(conn, slot_of(campaign_id, last))).tolist() == numbers[last * CHUNK :].tolist()
+        await delete_roll(conn, campaign_id)
+        assert len(await read_roll(conn, campaign_id)) == 0
+        assert len(await read_roll(conn, campaign_id + 1)) == size
+        await delete_roll(conn, campaign_id + 1)
 
 
 STANDINGS = ("active", "opted_out", "invalid")
@@ -188,8 +225,12 @@ async def test_contact_sets_follow_the_subscriptions(rolls_engine: AsyncEngine) 
                     if standing == next(possible for possible in STANDINGS if possible in held.values())
                 }
                 name = standing_set(standing, "sms")
-                assert set((await read_set(conn, app_id, name)).tolist()) == expected
+                pushed = standing_set(standing, "push")
+                sets = await read_sets(conn, app_id, [name, pushed], 3)
+                assert set(list_numbers(sets[name]).tolist()) == expected
                 asked = np.array([*people, 5000, crowd - 2, 10 * CHUNK], np.int64)
-                assert (await filter_by_set(conn, app_id, name, asked)).tolist() == [n in expected for n in asked.tolist()]
-                assert len(await read_set(conn, app_id + 1, name)) == 0
-                assert len(await read_set(conn, app_id, standing_set(standing, "push"))) == 0
+                assert find_members(sets[name], asked).tolist() == [n in expected for n in asked.tolist()]
+                assert count_bits(sets[pushed]) == 0
+                assert count_bits((await read_sets(conn, app_id + 1, [name], 3))[name]) == 0
+                second = (await read_sets(conn, app_id, [name], 3, within=np.array([1])))[name]
+                assert set(list_numbers(second).tolist()) == {number for number in expected if number >= CHUNK}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,17 +13,26 @@ from hypothesis import strategies as st
 from aftertouch.rolls.chunks import (
     CHUNK,
     Roll,
+    RollChunk,
     block_of,
     blocks_of,
     byte_length,
     chunk_of,
+    count_bits,
+    count_chunks,
     cut_roll,
-    decode_offsets,
+    decode_numbers,
+    find_members,
+    gather,
     group_bits,
+    list_numbers,
     members_of,
+    pack_chunks,
     pack_positions,
+    set_numbers,
     slot_of,
     slot_range,
+    spread,
     unpack_positions,
 )
 
@@ -63,14 +73,23 @@ def test_positions_are_unpacked_as_they_were_packed(drawn: tuple[int, set[int]])
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 5])
-def test_roll_is_cut_into_full_chunks_and_read_back(size: int) -> None:
+@pytest.mark.parametrize("spread", [1, 10, 31, 32, 33, 100])
+def test_roll_is_cut_into_full_chunks_and_read_back(size: int, spread: int) -> None:
     dice = np.random.default_rng(size)
-    numbers = np.sort(dice.choice(10 * size + 1, size, replace=False)).astype(np.int64)
+    numbers = np.sort(dice.choice(spread * size + 1, size, replace=False)).astype(np.int64)
     chunks = list(cut_roll(3, numbers))
     assert [len(chunk.numbers) for chunk in chunks] == members_of(size, np.arange(len(chunks))).tolist()
     assert [chunk.slot for chunk in chunks] == [slot_of(3, index) for index in range(len(chunks))]
-    parts = [decode_offsets(int(chunk.numbers[0]), chunk.encode_offsets()) for chunk in chunks]
+    parts = [decode_numbers(int(chunk.numbers[0]), len(chunk.numbers), chunk.encode_numbers()) for chunk in chunks]
     assert np.concatenate([np.empty(0, np.int64), *parts]).tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize(("last", "size"), [(0, 1), (31, 4), (32 * CHUNK - 2, CHUNK), (32 * CHUNK - 1, CHUNK), (1 << 31, 2)])
+def test_roll_chunk_takes_the_shorter_encoding(last: int, size: int) -> None:
+    numbers = np.array([*range(size - 1), last], np.int64) + 7
+    encoded = RollChunk(1, numbers).encode_numbers()
+    assert len(encoded) == min(4 * size, last // 8 + 1)
+    assert decode_numbers(7, size, encoded).tolist() == numbers.tolist()
 
 
 @given(st.integers(0, 1 << 42), st.integers(0, (1 << 20) - 1))
@@ -96,3 +115,23 @@ def test_roll_finds_the_position_of_each_number(members: set[int], others: list[
     expected = {number: position for position, number in enumerate(sorted(members))}
     wanted = [*members, *others]
     assert roll.find(np.array(wanted, np.int64)).tolist() == [expected.get(number, -1) for number in wanted]
+
+
+@given(st.sets(st.integers(0, 3 * CHUNK - 1), min_size=1, max_size=60), st.sampled_from([3, 4, 200]), st.randoms(), st.booleans())
+def test_bits_cross_between_positions_and_contact_numbers(people: set[int], blocks: int, dice: Random, is_crowded: bool) -> None:
+    """Both ways of crossing, for few people among many contacts and for many, are the sets' way."""
+    if is_crowded:
+        people |= set(range(1000, 9000))
+    roll = np.array(sorted(people), np.int64)
+    flags = np.array([dice.random() < 0.5 for _ in roll], np.bool_)
+    chosen = set(roll[flags].tolist())
+    by_position = pack_chunks(flags)
+    assert len(by_position) == count_chunks(len(roll)) * CHUNK // 8
+    by_number = spread(by_position, roll, blocks)
+    assert len(by_number) == blocks * CHUNK // 8
+    assert set(list_numbers(by_number).tolist()) == chosen
+    assert count_bits(by_number) == count_bits(by_position) == len(chosen)
+    assert gather(by_number, roll).tolist() == by_position.tolist()
+    assert set_numbers(roll[flags], blocks).tolist() == by_number.tolist()
+    asked = np.array([*sorted(people), 0, 5000, blocks * CHUNK - 1, blocks * CHUNK, 10**7], np.int64)
+    assert find_members(by_number, asked).tolist() == [number in chosen for number in asked.tolist()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import structlog
 from sqlalchemy import func
@@ -19,9 +21,11 @@ from aftertouch.errors import (
     Violation,
 )
 from aftertouch.plugins import Registry
-from aftertouch.retargeting.audiences import decode_audience, evaluate_audience
-from aftertouch.rolls.chunks import Numbers
-from aftertouch.rolls.sql import write_roll
+from aftertouch.retargeting.audiences import decode_audience, decode_frozen, evaluate_audience
+from aftertouch.retargeting.copies import Copies
+from aftertouch.retargeting.selections import Combination, Question, find_sources
+from aftertouch.rolls.chunks import Numbers, count_chunks, list_numbers
+from aftertouch.rolls.sql import read_roll, write_roll
 from aftertouch.store.apps import App, read_app
 from aftertouch.store.campaigns import Campaign, lock_due_campaign, update_campaign
 from aftertouch.store.units import create_units, wake_workers
@@ -45,7 +49,20 @@ async def prepare_launch(conn: AsyncConnection, registry: Registry, app: App, ca
         raise FieldsInvalid([Violation("audience", "the campaign has none; set it with UpdateCampaign")])
     if campaign.channel not in registry.channels:
         raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
-    return await evaluate_audience(conn, app, registry.types, decode_audience(campaign.audience), campaign.channel)
+    return await _find_people(conn, registry, app, campaign, campaign.audience)
+
+
+async def _find_people(
+    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, stored: Mapping[str, Any]
+) -> Numbers:
+    """The people of an audience, or those for whom it was frozen when the draft was made."""
+    audience = decode_audience(stored)
+    if decode_frozen(stored) is None:
+        evaluated = await evaluate_audience(conn, Copies(), app, registry.types, audience, campaign.channel, campaign)
+        return list_numbers(evaluated)
+    if isinstance(audience, Question | Combination):
+        await find_sources(conn, app, registry.types, audience, "audience.retarget")
+    return await read_roll(conn, campaign.campaign_id)
 
 
 def check_times(schedule_time: datetime | None, send_by_time: datetime | None) -> None:
@@ -102,8 +119,9 @@ async def launch(
     numbers = await prepare_launch(conn, registry, app, campaign)
     if not len(numbers):
         raise AudienceEmpty(f"{app.name}/campaigns/{campaign.campaign}")
-    chunks = await write_roll(conn, campaign.campaign_id, numbers)
-    await create_units(conn, campaign.campaign_id, chunks)
+    if campaign.audience is None or decode_frozen(campaign.audience) is None:
+        await write_roll(conn, campaign.campaign_id, numbers)
+    await create_units(conn, campaign.campaign_id, count_chunks(len(numbers)))
     await wake_workers(conn)
     return await update_campaign(
         conn,

@@ -1,21 +1,31 @@
-"""Audiences: whom a campaign is for, as stored with it, and the contact numbers that it stands for now."""
+"""Audiences: whom a campaign is for, as stored with it, and the people that it stands for.
+
+An audience is evaluated when the campaign is launched, or frozen when the draft gets it: then its people are the campaign's
+roll from that moment on, and launching sends to exactly them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.declarations import ChannelType
-from aftertouch.errors import NotFound
-from aftertouch.retargeting.selections import Selection, check_selection, check_source, select_numbers
-from aftertouch.rolls.chunks import Numbers
-from aftertouch.rolls.sql import filter_by_set, read_set
+from aftertouch.errors import AudienceEmpty, NotFound
+from aftertouch.retargeting.copies import Copies
+from aftertouch.retargeting.funnel import Funnel, Target, run_funnel
+from aftertouch.retargeting.matching import count_blocks, match
+from aftertouch.retargeting.selections import Combination, Question, Selection, Sources, find_root, find_sources
+from aftertouch.rolls.chunks import Bits, Numbers, list_numbers, set_numbers
+from aftertouch.rolls.sql import read_sets
 from aftertouch.store.apps import App
-from aftertouch.store.campaigns import Campaign, find_campaign
+from aftertouch.store.campaigns import Campaign
 from aftertouch.store.contacts import find_numbers, standing_set
 from aftertouch.store.lists import find_list
 
@@ -40,31 +50,50 @@ class ListMembers:
     """The list's id."""
 
 
-Audience = AllSubscribers | GivenContacts | ListMembers | Selection
+Audience = AllSubscribers | GivenContacts | ListMembers | Question | Combination
 
 
-def encode_audience(audience: Audience) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Frozen:
+    """What was frozen: how many people, when, and a checksum over which ones."""
+
+    as_of_time: datetime
+    count: int
+    checksum: str
+
+
+def encode_audience(audience: Audience, frozen: Frozen | None = None) -> dict[str, Any]:
     """As it is stored."""
+    encoded: dict[str, Any]
     match audience:
         case AllSubscribers():
-            return {"kind": "all_subscribers"}
+            encoded = {"kind": "all_subscribers"}
         case GivenContacts():
-            return {"kind": "given_contacts", "external_ids": list(audience.external_ids)}
+            encoded = {"kind": "given_contacts", "external_ids": list(audience.external_ids)}
         case ListMembers():
-            return {"kind": "list", "list": audience.list}
-        case Selection():
-            return {
-                "kind": "retarget",
-                "source": audience.source,
-                "action": audience.action,
-                "reason_codes": list(audience.reason_codes),
-                "reason_classes": list(audience.reason_classes),
-                "include_apart": audience.include_apart,
-            }
+            encoded = {"kind": "list", "list": audience.list}
+        case _:
+            encoded = {"kind": "retarget", **_encode_selection(audience)}
+    if frozen is not None:
+        encoded["frozen"] = {**vars(frozen), "as_of_time": frozen.as_of_time.isoformat()}
+    return encoded
+
+
+def _encode_selection(selection: Selection) -> dict[str, Any]:
+    if isinstance(selection, Combination):
+        return {"operator": selection.operator, "operands": [_encode_selection(operand) for operand in selection.operands]}
+    return {
+        "source": selection.source,
+        "action": selection.action,
+        "reason_codes": list(selection.reason_codes),
+        "reason_classes": list(selection.reason_classes),
+        "include_apart": selection.include_apart,
+        "leave_out_pending": selection.leave_out_pending,
+    }
 
 
 def decode_audience(stored: Mapping[str, Any]) -> Audience:
-    """The inverse of ``encode_audience``."""
+    """Whom ``encode_audience`` stored."""
     match stored["kind"]:
         case "all_subscribers":
             return AllSubscribers()
@@ -73,55 +102,158 @@ def decode_audience(stored: Mapping[str, Any]) -> Audience:
         case "list":
             return ListMembers(stored["list"])
         case _:
-            return Selection(
-                stored["source"],
-                stored["action"],
-                tuple(stored["reason_codes"]),
-                tuple(stored["reason_classes"]),
-                stored["include_apart"],
-            )
+            return _decode_selection(stored)
 
 
-async def find_source(
-    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], selection: Selection, path: str
-) -> tuple[Campaign, ChannelType]:
-    """The campaign that a selection asks, and its channel, when the selection can be asked of it.
+def _decode_selection(stored: Mapping[str, Any]) -> Selection:
+    if "operator" in stored:
+        return Combination(stored["operator"], tuple(_decode_selection(operand) for operand in stored["operands"]))
+    return Question(
+        stored["source"],
+        stored["action"],
+        tuple(stored["reason_codes"]),
+        tuple(stored["reason_classes"]),
+        stored["include_apart"],
+        stored["leave_out_pending"],
+    )
 
-    Raises:
-        NotFound, FieldsInvalid, or what ``check_source`` raises.
-    """
-    source = await find_campaign(conn, app.app_id, selection.source)
-    if source is None:
-        raise NotFound(f"{app.name}/campaigns/{selection.source}")
-    check_source(app, source)
-    if source.channel not in channels:
-        raise NotFound(f"channels/{source.channel}")
-    check_selection(selection, channels[source.channel], path)
-    return source, channels[source.channel]
+
+def decode_frozen(stored: Mapping[str, Any]) -> Frozen | None:
+    """What ``encode_audience`` stored of what was frozen; None when the audience is evaluated at launch."""
+    found = stored.get("frozen")
+    return found and Frozen(datetime.fromisoformat(found["as_of_time"]), found["count"], found["checksum"])
 
 
 async def evaluate_audience(
-    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], audience: Audience, channel: str
-) -> Numbers:
-    """The contact numbers of those of an audience who can be reached on a channel now; sorted and distinct.
+    conn: AsyncConnection,
+    copies: Copies,
+    app: App,
+    channels: Mapping[str, ChannelType],
+    audience: Audience,
+    channel: str,
+    wave: Campaign | None = None,
+) -> Bits:
+    """Those of an audience who would be messaged on a channel now, as bits by contact number.
+
+    Args:
+        wave: the campaign whose audience it is, once it is made.
 
     Raises:
-        NotFound: there is no such list.
-        what ``find_source`` raises, for a selection.
+        NotFound: there is no such list; or what ``find_sources`` raises, for a selection.
     """
+    if isinstance(audience, Question | Combination):
+        sources = await find_sources(conn, app, channels, audience, "audience.retarget")
+        return (await filter_selection(conn, copies, app, sources, audience, channel, wave)).audience
+    blocks = await count_blocks(conn, app.app_id)
     active = standing_set("active", channel)
-    match audience:
-        case AllSubscribers():
-            return await read_set(conn, app.app_id, active)
-        case GivenContacts():
-            found = await find_numbers(conn, app.app_id, audience.external_ids)
-            numbers = np.array(sorted(found.values()), np.int64)
-        case ListMembers():
-            members = await find_list(conn, app.app_id, audience.list)
-            if members is None:
-                raise NotFound(f"{app.name}/lists/{audience.list}")
-            numbers = await read_set(conn, app.app_id, members.set_name)
-        case Selection():
-            source, source_channel = await find_source(conn, app, channels, audience, "audience.retarget")
-            numbers = await select_numbers(conn, source, source_channel, audience)
-    return numbers[await filter_by_set(conn, app.app_id, active, numbers)]
+    reached = (await read_sets(conn, app.app_id, [active], blocks))[active]
+    if isinstance(audience, AllSubscribers):
+        return reached
+    if isinstance(audience, ListMembers):
+        members = await find_list(conn, app.app_id, audience.list)
+        if members is None:
+            raise NotFound(f"{app.name}/lists/{audience.list}")
+        return reached & (await read_sets(conn, app.app_id, [members.set_name], blocks))[members.set_name]
+    found = await find_numbers(conn, app.app_id, audience.external_ids)
+    return reached & set_numbers(np.array(list(found.values()), np.int64), blocks)
+
+
+async def filter_selection(
+    conn: AsyncConnection,
+    copies: Copies,
+    app: App,
+    sources: Sources,
+    selection: Selection,
+    channel: str,
+    wave: Campaign | None = None,
+) -> Funnel:
+    """The funnel of a selection whose sources were found."""
+    campaigns = [source.campaign for source in sources.values()]
+    matched = await match(conn, copies, sources, selection, await count_blocks(conn, app.app_id))
+    target = Target(
+        app=app,
+        channel=channel,
+        transactional=wave is not None and wave.transactional,
+        roots=frozenset(campaign.root_id or campaign.campaign_id for campaign in campaigns),
+        asked=frozenset(campaign.campaign_id for campaign in campaigns) | ({wave.campaign_id} if wave else frozenset()),
+        matched=matched,
+    )
+    return await run_funnel(conn, copies, target)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An audience as a draft stores it."""
+
+    values: dict[str, Any]
+    """Columns of the campaign."""
+    roll: Numbers | None
+    """The contact numbers to be written as the campaign's roll, of an audience that is frozen."""
+
+
+async def prepare_audience(
+    conn: AsyncConnection,
+    copies: Copies,
+    app: App,
+    channels: Mapping[str, ChannelType],
+    audience: Audience,
+    path: str,
+    channel: str,
+    *,
+    draft: Campaign | None = None,
+    as_of_time: datetime | None = None,
+) -> Prepared:
+    """Check an audience, and freeze it where there is a moment of which it is to be true.
+
+    Args:
+        path: to the audience, for errors.
+        draft: that gets the audience, once it is made.
+
+    Raises:
+        AudienceEmpty: there is nobody to be frozen; or what ``find_sources`` raises, for a selection.
+    """
+    if isinstance(audience, Question | Combination):
+        sources = await find_sources(conn, app, channels, audience, f"{path}.retarget")
+        return await prepare_selection(conn, copies, app, sources, audience, channel, draft=draft, as_of_time=as_of_time)
+    evaluated = await evaluate_audience(conn, copies, app, channels, audience, channel) if as_of_time else None
+    return await _prepare(app, audience, None, draft, evaluated, as_of_time)
+
+
+async def prepare_selection(
+    conn: AsyncConnection,
+    copies: Copies,
+    app: App,
+    sources: Sources,
+    selection: Selection,
+    channel: str,
+    *,
+    draft: Campaign | None = None,
+    as_of_time: datetime | None = None,
+) -> Prepared:
+    """The same for a selection whose sources were found."""
+    evaluated = None
+    if as_of_time:
+        evaluated = (await filter_selection(conn, copies, app, sources, selection, channel, draft)).lasting
+    return await _prepare(app, selection, find_root(sources), draft, evaluated, as_of_time)
+
+
+async def _prepare(
+    app: App,
+    audience: Audience,
+    root_id: int | None,
+    draft: Campaign | None,
+    evaluated: Bits | None,
+    as_of_time: datetime | None,
+) -> Prepared:
+    if evaluated is None or as_of_time is None:
+        return Prepared({"audience": encode_audience(audience), "root_id": root_id, "recipients": 0}, None)
+    roll = await asyncio.to_thread(list_numbers, evaluated)
+    if not len(roll):
+        raise AudienceEmpty(f"{app.name}/campaigns/{draft.campaign if draft else '-'}")
+    frozen = Frozen(as_of_time, len(roll), _make_checksum(evaluated))
+    return Prepared({"audience": encode_audience(audience, frozen), "root_id": root_id, "recipients": len(roll)}, roll)
+
+
+def _make_checksum(audience: Bits) -> str:
+    # An app that grows gets more bits, and its people stay the same: what is hashed ends with the last of them.
+    return hashlib.sha256(audience.tobytes().rstrip(b"\0")).hexdigest()

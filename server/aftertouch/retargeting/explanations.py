@@ -15,10 +15,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Action
 from aftertouch.declarations import ChannelType, CompiledAction
-from aftertouch.retargeting.audiences import AllSubscribers, Audience, GivenContacts, ListMembers, decode_audience, find_source
+from aftertouch.retargeting.audiences import (
+    AllSubscribers,
+    Audience,
+    GivenContacts,
+    ListMembers,
+    decode_audience,
+    decode_frozen,
+)
 from aftertouch.retargeting.history import Known, find_evidence, weigh_kinds
-from aftertouch.retargeting.selections import Selection
-from aftertouch.rolls.sql import filter_by_set
+from aftertouch.retargeting.matching import find_pending
+from aftertouch.retargeting.selections import Combination, Question, Selection, find_sources
+from aftertouch.rolls.chunks import count_chunks, find_members
+from aftertouch.rolls.sql import read_sets
 from aftertouch.signals import Expression
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign, find_campaign
@@ -84,13 +93,18 @@ async def explain_campaign(
     """Why this person was, or was not, messaged by a campaign, or would be if it were launched now.
 
     Raises:
-        what ``find_source`` raises, for a wave that is not launched yet.
+        what ``find_sources`` raises, for a wave that is not launched yet.
     """
     audience = decode_audience(campaign.audience) if campaign.audience else None
     if campaign.launch_time is None:
-        if isinstance(audience, Selection):
-            await find_source(conn, app, channels, audience, "audience.retarget")
-        steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
+        if isinstance(audience, Question | Combination):
+            await find_sources(conn, app, channels, audience, "audience.retarget")
+        if campaign.audience and (frozen := decode_frozen(campaign.audience)):
+            is_in = bool(await find_places(conn, contact.number, [campaign.campaign_id]))
+            text = f"is {'' if is_in else 'not '}one of {frozen.count:,} people as of {_tell(frozen.as_of_time)}"
+            steps = [Step("IN_AUDIENCE", is_in, text), _ask_standing(contact, campaign.channel)]
+        else:
+            steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
         steps += await _ask_pace(conn, app, campaign.channel, contact, transactional=campaign.transactional)
         return Explanation(campaign, *_foretell(steps), steps)
     places = await find_places(conn, contact.number, [campaign.campaign_id])
@@ -122,12 +136,13 @@ async def explain_retarget(
     target: str,
     contact: Contact,
 ) -> Explanation:
-    """Whether a retarget would message this person, and why.
+    """Whether a retarget would message this person, and why, with what is known of them in the source that is named first.
 
     Raises:
-        what ``find_source`` raises.
+        what ``find_sources`` raises.
     """
-    source, _ = await find_source(conn, app, channels, selection, "retarget.selection")
+    sources = await find_sources(conn, app, channels, selection, "retarget.selection")
+    source = next(iter(sources.values())).campaign
     steps = await _ask_audience(conn, app, channels, selection, target, contact)
     steps += await _ask_pace(conn, app, target, contact, transactional=False)
     places = await find_places(conn, contact.number, [source.campaign_id])
@@ -218,47 +233,70 @@ async def _ask_audience(
             steps = [Step("IN_AUDIENCE", is_named, text)]
         case ListMembers():
             steps = [await _ask_list(conn, app, audience, contact)]
-        case Selection():
+        case Question() | Combination():
             steps = await _ask_selection(conn, app, channels, audience, contact)
-    return [*steps, _ask_standing(contact, target)]
+    steps.append(_ask_standing(contact, target))
+    return steps
 
 
 async def _ask_list(conn: AsyncConnection, app: App, audience: ListMembers, contact: Contact) -> Step:
     found = await find_list(conn, app.app_id, audience.list)
     if found is None:
         return Step("IN_AUDIENCE", False, f"the list {audience.list} was deleted")
-    is_member = (await filter_by_set(conn, app.app_id, found.set_name, np.array([contact.number], np.int64)))[0]
+    blocks = count_chunks(contact.number + 1)
+    sets = await read_sets(conn, app.app_id, [found.set_name], blocks, within=np.array([blocks - 1], np.int64))
+    is_member = find_members(sets[found.set_name], np.array([contact.number], np.int64))[0]
     return Step("IN_AUDIENCE", bool(is_member), f"is {'' if is_member else 'not '}in the list {audience.list}")
 
 
 async def _ask_selection(
     conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], selection: Selection, contact: Contact
 ) -> list[Step]:
-    source = await find_campaign(conn, app.app_id, selection.source)
+    if isinstance(selection, Question):
+        return await _ask_question(conn, app, channels, selection, contact)
+    asked = [await _ask_selection(conn, app, channels, operand, contact) for operand in selection.operands]
+    are_true = [all(step.passed for step in steps) for steps in asked]
+    texts = [", and ".join(step.text for step in steps) for steps in asked]
+    match selection.operator:
+        case "any_of":
+            return [Step("IN_AUDIENCE", any(are_true), f"[{'] or ['.join(texts)}]: any is enough")]
+        case "all_of":
+            return [Step("IN_AUDIENCE", all(are_true), f"[{'] and ['.join(texts)}]: all are needed")]
+        case "all_but":
+            return [Step("IN_AUDIENCE", are_true == [True, False], f"[{texts[0]}], but not who [{texts[1]}]")]
+
+
+async def _ask_question(
+    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], question: Question, contact: Contact
+) -> list[Step]:
+    source = await find_campaign(conn, app.app_id, question.source)
     channel = channels.get(source.channel) if source else None
-    compiled = channel.actions.get(selection.action) if channel else None
+    compiled = channel.actions.get(question.action) if channel else None
     if source is None or channel is None or compiled is None:
-        return [Step("IN_AUDIENCE", False, f"the action {selection.action} of {selection.source} is no longer there")]
+        return [Step("IN_AUDIENCE", False, f"the action {question.action} of {question.source} is no longer there")]
     places = await find_places(conn, contact.number, [source.campaign_id])
     if not places:
-        return [Step("RECIPIENT_OF_SOURCE", False, f"is not a recipient of {selection.source}")]
+        return [Step("RECIPIENT_OF_SOURCE", False, f"is not a recipient of {question.source}")]
     known = await _read_known(conn, channels, source, places[0])
     is_true, is_apart = _match(compiled, known)
-    matches = is_true or (is_apart and selection.include_apart)
+    matches = is_true or (is_apart and question.include_apart)
     text = f'"{compiled.action.label}" asks for {compiled.expression}, and of the person {_list(known.signals)} true'
     if is_apart:
-        kept = "taken in" if selection.include_apart else "left out"
+        kept = "taken in" if question.include_apart else "left out"
         text += f"; {compiled.action.apart_label}: whom that is true of is {kept}"
-    if matches and (selection.reason_codes or selection.reason_classes):
+    if matches and question.leave_out_pending and _is_true(find_pending(channel), known):
+        matches = False
+        text += "; nothing was heard since the message was sent, and whom that is true of is left out"
+    if matches and (question.reason_codes or question.reason_classes):
         matches = any(
             kind.signal == "failed"
-            and (kind.reason_code in selection.reason_codes or kind.reason_class in selection.reason_classes)
+            and (kind.reason_code in question.reason_codes or kind.reason_class in question.reason_classes)
             for kind in known.kinds
         )
-        asked = ", ".join((*selection.reason_codes, *selection.reason_classes))
+        asked = ", ".join((*question.reason_codes, *question.reason_classes))
         text += f"; only failures for {asked} count, and the person's {_list(known.reasons)}"
     return [
-        Step("RECIPIENT_OF_SOURCE", True, f"is a recipient of {selection.source}"),
+        Step("RECIPIENT_OF_SOURCE", True, f"is a recipient of {question.source}"),
         Step("IN_AUDIENCE", matches, text),
     ]
 

@@ -1,39 +1,40 @@
-"""A selection: an action of a launched campaign, maybe narrowed to reasons, as a question over its receipts."""
+"""A selection: an action of a launched campaign, maybe narrowed to reasons, or a combination of selections; and its rules.
+
+Whatever is combined are selections again, so lists and other audiences cannot get in, and each source has to meet the rules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Literal, TypeAlias
 
-import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import ReasonClass
 from aftertouch.declarations import ChannelType
 from aftertouch.errors import (
     FieldsInvalid,
+    NotFound,
     RetargetingNotEnabled,
     SourceBeforePlan,
     SourceNotSent,
     SourceTooOld,
     Violation,
 )
-from aftertouch.rolls.chunks import Numbers
-from aftertouch.rolls.sql import count_expressions, filter_by_set, read_roll, select_positions
-from aftertouch.signals import Expression
 from aftertouch.store.apps import App
-from aftertouch.store.campaigns import Campaign
-from aftertouch.store.contacts import standing_set
-from aftertouch.store.kinds import group_evidence, load_kinds
+from aftertouch.store.campaigns import Campaign, find_campaigns
 
-_NARROWED = "failed for a chosen reason"
-"""A pseudo signal: no declared signal has blanks in its name."""
+MOST_QUESTIONS = 20
+"""In one selection, so that no call reads more than so many campaigns."""
+DEEPEST = 5
+"""A question alone is one deep."""
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Who: the people of whom an action of a campaign is true."""
+class Question:
+    """The people of whom an action of one campaign is true."""
 
     source: str
     """The campaign's id."""
@@ -41,26 +42,77 @@ class Selection:
     reason_codes: tuple[str, ...] = ()
     reason_classes: tuple[str, ...] = ()
     include_apart: bool = False
+    leave_out_pending: bool = False
 
 
 @dataclass(frozen=True)
-class ActionCount:
-    """How many people match an action, and of how many the answer cannot be known (yet)."""
+class Combination:
+    """The people who are in any of the operands, in all of them, or in the first and not in the second."""
 
-    action: str
-    count: int
-    apart_count: int
+    operator: Literal["any_of", "all_of", "all_but"]
+    operands: tuple[Selection, ...]
+
+
+Selection: TypeAlias = Question | Combination
 
 
 @dataclass(frozen=True)
-class Preview:
-    """A retarget's funnel: ``matched`` less all drops is ``audience``."""
+class Source:
+    """A campaign that is asked, and its channel."""
 
-    matched: int
-    no_subscription: int
-    opted_out: int
-    invalid: int
-    audience: int
+    campaign: Campaign
+    channel: ChannelType
+
+
+Sources: TypeAlias = Mapping[str, Source]
+"""By the campaign's id, in the order in which a selection first names them."""
+
+
+def list_questions(selection: Selection, path: str = "") -> Iterator[tuple[Question, str]]:
+    """Every question of a selection with the path to it, from left to right."""
+    match selection:
+        case Question():
+            yield selection, path
+        case Combination(operator="all_but", operands=(everybody, excluded)):
+            yield from list_questions(everybody, f"{path}.all_but.all")
+            yield from list_questions(excluded, f"{path}.all_but.but")
+        case Combination():
+            for index, operand in enumerate(selection.operands):
+                yield from list_questions(operand, f"{path}.{selection.operator}.selections[{index}]")
+
+
+async def find_sources(
+    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], selection: Selection, path: str
+) -> Sources:
+    """The campaigns that a selection asks, when each can be asked.
+
+    Raises:
+        NotFound, FieldsInvalid, or what ``check_source`` raises.
+    """
+    asked = list(list_questions(selection, path))
+    names = list(dict.fromkeys(question.source for question, _ in asked))
+    found = await find_campaigns(conn, app.app_id, names)
+    sources: dict[str, Source] = {}
+    for name in names:
+        if name not in found:
+            raise NotFound(f"{app.name}/campaigns/{name}")
+        sources[name] = find_source(app, channels, found[name])
+    violations = [fault for question, where in asked for fault in _find_faults(question, sources[question.source].channel, where)]
+    if violations:
+        raise FieldsInvalid(violations)
+    return sources
+
+
+def find_source(app: App, channels: Mapping[str, ChannelType], campaign: Campaign) -> Source:
+    """A campaign with its channel, when it can be retargeted.
+
+    Raises:
+        NotFound: its channel is no longer installed; or what ``check_source`` raises.
+    """
+    check_source(app, campaign)
+    if campaign.channel not in channels:
+        raise NotFound(f"channels/{campaign.channel}")
+    return Source(campaign, channels[campaign.channel])
 
 
 def check_source(app: App, source: Campaign, at: datetime | None = None) -> None:
@@ -77,78 +129,61 @@ def check_source(app: App, source: Campaign, at: datetime | None = None) -> None
         raise SourceTooOld(name, app.retention_days, last_time.isoformat())
 
 
-def check_selection(selection: Selection, channel: ChannelType, path: str) -> None:
-    """Raise ``FieldsInvalid`` unless the source's channel has the action, and it can be narrowed as asked."""
-    violations = []
-    compiled = channel.actions.get(selection.action)
+def _find_faults(question: Question, channel: ChannelType, path: str) -> Iterator[Violation]:
+    """What the source's channel cannot be asked."""
+    compiled = channel.actions.get(question.action)
     if compiled is None:
         known = ", ".join(channel.actions)
-        violations.append(Violation(f"{path}.action", f"{channel.name} has no action {selection.action!r}; it has {known}"))
-    elif (selection.reason_codes or selection.reason_classes) and "failed" not in compiled.expression.names:
-        violations.append(
-            Violation(f"{path}.reason_codes", f"only an action over failed can be narrowed to reasons; {selection.action} is not")
+        yield Violation(f"{path}.action", f"{channel.name} has no action {question.action!r}; it has {known}")
+    elif (question.reason_codes or question.reason_classes) and "failed" not in compiled.expression.names:
+        yield Violation(
+            f"{path}.reason_codes", f"only an action over failed can be narrowed to reasons; {question.action} is not"
         )
-    for index, name in enumerate(selection.reason_classes):
+    for index, name in enumerate(question.reason_classes):
         if name not in [known.value for known in ReasonClass]:
-            known = ", ".join(ReasonClass)
-            violations.append(Violation(f"{path}.reason_classes[{index}]", f"unknown class {name!r}; known are {known}"))
-    if violations:
-        raise FieldsInvalid(violations)
+            yield Violation(f"{path}.reason_classes[{index}]", f"unknown class {name!r}; known are {', '.join(ReasonClass)}")
 
 
-async def count_actions(conn: AsyncConnection, source: Campaign, channel: ChannelType) -> list[ActionCount]:
-    """Every action of the campaign's channel with its exact counts, in one scan of its receipts."""
-    expressions: dict[tuple[str, bool], Expression] = {}
-    for name, compiled in channel.actions.items():
-        expressions[name, False] = _leave_apart(compiled.expression, compiled.apart)
-        if compiled.apart is not None:
-            expressions[name, True] = compiled.apart
-    kinds = group_evidence(await load_kinds(conn), channel.evidence)
-    counts = await count_expressions(conn, source.campaign_id, kinds, expressions)
-    return [ActionCount(name, counts[name, False], counts.get((name, True), 0)) for name in channel.actions]
+def find_root(sources: Sources) -> int:
+    """The campaign at the root of the chain to which a wave belongs: that of the source which its selection names first."""
+    first = next(iter(sources.values())).campaign
+    return first.root_id or first.campaign_id
 
 
-async def select_numbers(conn: AsyncConnection, source: Campaign, channel: ChannelType, selection: Selection) -> Numbers:
-    """The contact numbers of the people who match, ascending. The selection was checked."""
-    compiled = channel.actions[selection.action]
-    numbered = await load_kinds(conn)
-    kinds = group_evidence(numbered, channel.evidence)
-    if selection.include_apart and compiled.apart is not None:
-        expression = Expression("|", (compiled.expression, compiled.apart))
-    else:
-        expression = _leave_apart(compiled.expression, compiled.apart)
-    if selection.reason_codes or selection.reason_classes:
-        expression = Expression("&", (expression, Expression("name", name=_NARROWED)))
-        kinds[_NARROWED] = [
-            number
-            for number, kind in numbered.items()
-            if kind.signal == "failed"
-            and (kind.reason_code in selection.reason_codes or kind.reason_class in selection.reason_classes)
-        ]
-    positions = await select_positions(conn, source.campaign_id, kinds, expression)
-    return (await read_roll(conn, source.campaign_id))[positions]
+_LONGEST_TITLE = 200
+_LONGEST_TAIL = 160
+_WORDS = {"any_of": " or ", "all_of": " and ", "all_but": " but not "}
 
 
-def _leave_apart(expression: Expression, apart: Expression | None) -> Expression:
-    return expression if apart is None else Expression("&", (expression, Expression("~", (apart,))))
+def title_wave(selection: Selection, sources: Sources) -> str:
+    """The name of a wave, at most 200 characters: "Retarget: Summer Sale (not read)"; a wave of a wave adds its action.
+
+    Combined: "Retarget: Summer Sale (clicked or confirmed)" of one campaign, and of several
+    "Retarget: Summer Sale (clicked) or Reminder (read)".
+    """
+
+    def name(source: str) -> str:
+        return sources[source].campaign.display_name.removeprefix("Retarget: ")
+
+    def describe(question: Question) -> str:
+        return sources[question.source].channel.actions[question.action].action.short_name
+
+    if len(sources) == 1:
+        tail = _cut(f" ({_phrase(selection, describe)})", _LONGEST_TAIL)
+        return f"Retarget: {name(next(iter(sources)))}"[: _LONGEST_TITLE - len(tail)] + tail
+    phrase = _phrase(selection, lambda question: f"{name(question.source)} ({describe(question)})")
+    return _cut(f"Retarget: {phrase}", _LONGEST_TITLE)
 
 
-async def preview(conn: AsyncConnection, app: App, numbers: Numbers, channel: str) -> Preview:
-    """What becomes of these people on a channel."""
-    standings: Mapping[str, int] = {
-        standing: int(np.count_nonzero(await filter_by_set(conn, app.app_id, standing_set(standing, channel), numbers)))
-        for standing in ("active", "opted_out", "invalid")
-    }
-    return Preview(
-        matched=len(numbers),
-        no_subscription=len(numbers) - sum(standings.values()),
-        opted_out=standings["opted_out"],
-        invalid=standings["invalid"],
-        audience=standings["active"],
-    )
+def _phrase(selection: Selection, describe: Callable[[Question], str]) -> str:
+    if isinstance(selection, Question):
+        return describe(selection)
+    parts = [
+        f"[{_phrase(operand, describe)}]" if isinstance(operand, Combination) else describe(operand)
+        for operand in selection.operands
+    ]
+    return _WORDS[selection.operator].join(parts)
 
 
-def title_wave(source: Campaign, channel: ChannelType, selection: Selection) -> str:
-    """The name of a wave: "Retarget: Summer Sale (not read)", cut to 200 characters; a wave of a wave adds its action."""
-    tail = f" ({channel.actions[selection.action].action.short_name})"
-    return f"Retarget: {source.display_name.removeprefix('Retarget: ')}"[: 200 - len(tail)] + tail
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

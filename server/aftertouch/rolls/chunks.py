@@ -58,6 +58,11 @@ def byte_length(members: int) -> int:
     return (members + 7) // 8
 
 
+def count_chunks(members: int) -> int:
+    """How many chunks so many positions, or contact numbers, take."""
+    return -(-members // CHUNK)
+
+
 def members_of(recipients: Numbers | int, chunks: Numbers) -> NDArray[np.int32]:
     """How many people each chunk of a roll with so many recipients holds."""
     return np.clip(recipients - (chunks << CHUNK_BITS), 0, CHUNK).astype(np.int32)
@@ -70,14 +75,22 @@ class RollChunk:
     slot: int
     numbers: Numbers
 
-    def encode_offsets(self) -> bytes:
-        """The numbers as 32-bit little-endian offsets from the first."""
-        return bytes((self.numbers - self.numbers[0]).astype("<u4").tobytes())
+    def encode_numbers(self) -> bytes:
+        """The numbers less the first, in the shorter of two ways: 32-bit little-endian integers, or a bit for each in the span.
+
+        A campaign to most of an app's contacts takes 1 to 4 bits a person instead of 32, and is written and read as much faster.
+        """
+        shifted = self.numbers - self.numbers[0]
+        if int(shifted[-1]) // 8 + 1 < 4 * len(shifted):
+            return bytes(pack_positions(shifted, int(shifted[-1]) + 1).tobytes())
+        return bytes(shifted.astype("<u4").tobytes())
 
 
-def decode_offsets(first: int, offsets: bytes) -> Numbers:
-    """The inverse of ``encode_offsets``."""
-    return np.frombuffer(offsets, "<u4").astype(np.int64) + first
+def decode_numbers(first: int, members: int, encoded: bytes) -> Numbers:
+    """The inverse of ``encode_numbers``."""
+    if len(encoded) == 4 * members:
+        return np.frombuffer(encoded, "<u4").astype(np.int64) + first
+    return unpack_positions(np.frombuffer(encoded, np.uint8)) + first
 
 
 def cut_roll(campaign_id: int, numbers: Numbers) -> Iterator[RollChunk]:
@@ -143,6 +156,70 @@ def pack_positions(positions: NDArray[np.integer], members: int) -> Bits:
 def unpack_positions(bits: Bits) -> NDArray[np.int64]:
     """The positions that are set, ascending."""
     return np.flatnonzero(np.unpackbits(bits))
+
+
+def count_bits(bits: Bits) -> int:
+    """How many are set, of bits that fill whole chunks."""
+    return int(np.bitwise_count(bits.view(np.uint64)).sum(dtype=np.int64))
+
+
+def pack_chunks(flags: NDArray[np.bool_ | np.uint8]) -> Bits:
+    """Flags as bits that fill whole chunks, the last one with zeros."""
+    packed = np.zeros(count_chunks(len(flags)) * CHUNK_BYTES, np.uint8)
+    packed[: byte_length(len(flags))] = np.packbits(flags)
+    return packed
+
+
+_SPARSE = 64
+"""From so many contact numbers for each person on, single bits are set and read: unpacking all would cost more."""
+
+
+def spread(bits: Bits, roll: Numbers, blocks: int) -> Bits:
+    """Bits by position as bits by contact number.
+
+    Args:
+        bits: over a roll, in whole chunks.
+        roll: its contact numbers.
+        blocks: how many blocks of contact numbers the answer spans; no contact on the roll is beyond.
+    """
+    flags = np.unpackbits(bits)[: len(roll)].view(np.bool_)
+    if len(roll) * _SPARSE < blocks * CHUNK:
+        return set_numbers(roll[flags], blocks)
+    # A third of the time of picking the numbers first, and indifferent to how many match.
+    members = np.zeros(blocks * CHUNK, np.bool_)
+    members[roll] = flags
+    return np.packbits(members)
+
+
+def gather(bits: Bits, roll: Numbers) -> Bits:
+    """Bits by contact number as bits by position: the inverse of ``spread``, for whoever is on the roll."""
+    return pack_chunks(find_members(bits, roll))
+
+
+def set_numbers(numbers: Numbers, blocks: int) -> Bits:
+    """Contact numbers as bits."""
+    if len(numbers) * _SPARSE < blocks * CHUNK:
+        bits = np.zeros(blocks * CHUNK_BYTES, np.uint8)
+        np.bitwise_or.at(bits, numbers >> 3, (0x80 >> (numbers & 7)).astype(np.uint8))
+        return bits
+    members = np.zeros(blocks * CHUNK, np.bool_)
+    members[numbers] = True
+    return np.packbits(members)
+
+
+def list_numbers(bits: Bits) -> Numbers:
+    """The contact numbers whose bits are set, ascending."""
+    return unpack_positions(bits)
+
+
+def find_members(bits: Bits, numbers: Numbers) -> NDArray[np.bool_]:
+    """For each contact number whether its bit is set; what is beyond the bits is not."""
+    if len(numbers) and int(numbers.max()) >> 3 >= len(bits):
+        bits = np.concatenate([bits, np.zeros((int(numbers.max()) >> 3) + 1 - len(bits), np.uint8)])
+    if len(numbers) * _SPARSE < len(bits) * 8:
+        found: NDArray[np.bool_] = (bits[numbers >> 3] >> (7 - (numbers & 7)).astype(np.uint8) & 1).astype(np.bool_)
+        return found
+    return np.unpackbits(bits).view(np.bool_).take(numbers)
 
 
 @dataclass(frozen=True)

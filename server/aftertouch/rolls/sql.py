@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,11 +21,13 @@ from aftertouch.rolls.chunks import (
     Numbers,
     block_of,
     blocks_of,
+    byte_length,
+    chunk_of,
     cut_roll,
-    decode_offsets,
+    decode_numbers,
+    list_numbers,
     pack_positions,
     slot_range,
-    unpack_positions,
 )
 from aftertouch.signals import Expression
 from aftertouch.store.engine import BitStrings, driver
@@ -44,32 +46,64 @@ async def _rows(conn: AsyncConnection, statement: str, parameters: Any = None) -
     return await cursor.fetchall()
 
 
-async def write_roll(conn: AsyncConnection, campaign_id: int, numbers: Numbers) -> int:
-    """Write a campaign's recipients, sorted and distinct, and return how many chunks they make. Once per campaign."""
-    count = 0
+async def write_roll(conn: AsyncConnection, campaign_id: int, numbers: Numbers) -> None:
+    """Write a campaign's recipients, sorted and distinct. Once per campaign, unless it is a draft's and was deleted."""
     cursor = (await driver(conn)).cursor()
-    async with cursor.copy("COPY rolls (slot, first, last, members, offsets) FROM STDIN (FORMAT BINARY)") as copy:
+    async with cursor.copy("COPY rolls (slot, first, last, members, numbers) FROM STDIN (FORMAT BINARY)") as copy:
         copy.set_types(["int8", "int8", "int8", "int4", "bytea"])
         for chunk in cut_roll(campaign_id, numbers):
             first, last = int(chunk.numbers[0]), int(chunk.numbers[-1])
-            await copy.write_row((chunk.slot, first, last, len(chunk.numbers), chunk.encode_offsets()))
-            count += 1
-    return count
+            await copy.write_row((chunk.slot, first, last, len(chunk.numbers), chunk.encode_numbers()))
+
+
+async def delete_roll(conn: AsyncConnection, campaign_id: int) -> None:
+    """Delete what was written for a draft."""
+    await (await driver(conn)).execute("DELETE FROM rolls WHERE slot >= %b AND slot < %b", slot_range(campaign_id))
 
 
 async def read_roll(conn: AsyncConnection, campaign_id: int) -> Numbers:
     """All contact numbers of a roll, in the order of positions."""
     start, end = slot_range(campaign_id)
-    rows = await _rows(conn, "SELECT first, offsets FROM rolls WHERE slot >= %s AND slot < %s ORDER BY slot", (start, end))
+    rows = await _rows(
+        conn, "SELECT first, members, numbers FROM rolls WHERE slot >= %s AND slot < %s ORDER BY slot", (start, end)
+    )
     if not rows:
         return np.empty(0, np.int64)
-    return np.concatenate([decode_offsets(first, offsets) for first, offsets in rows])
+    return np.concatenate([decode_numbers(*row) for row in rows])
 
 
 async def read_roll_chunk(conn: AsyncConnection, slot: int) -> Numbers:
     """The contact numbers of one chunk."""
-    ((first, offsets),) = await _rows(conn, "SELECT first, offsets FROM rolls WHERE slot = %s", (slot,))
-    return decode_offsets(first, offsets)
+    (row,) = await _rows(conn, "SELECT first, members, numbers FROM rolls WHERE slot = %s", (slot,))
+    return decode_numbers(*row)
+
+
+async def find_positions(conn: AsyncConnection, campaign_id: int, numbers: Numbers) -> Numbers:
+    """The position of each of these contact numbers, sorted, on a roll; -1 for who is not on it. Reads the chunks concerned."""
+    positions = np.full(len(numbers), -1, np.int64)
+    if not len(numbers):
+        return positions
+    start, end = slot_range(campaign_id)
+    rows = await _rows(
+        conn,
+        "SELECT slot, first, members, numbers FROM rolls WHERE slot >= %s AND slot < %s AND last >= %s AND first <= %s",
+        (start, end, int(numbers[0]), int(numbers[-1])),
+    )
+    for slot, *encoded in rows:
+        chunk = decode_numbers(*encoded)
+        places = np.minimum(np.searchsorted(chunk, numbers), len(chunk) - 1)
+        found = chunk[places] == numbers
+        positions[found] = places[found] + chunk_of(slot) * CHUNK
+    return positions
+
+
+async def read_slots(conn: AsyncConnection, slots: Sequence[int]) -> dict[int, dict[int, Bits]]:
+    """The bits of some slots by kind, all as of one moment; slots without any are left out."""
+    rows = await _rows(conn, "SELECT slot, kind, bits FROM receipts WHERE slot = ANY(%s)", (list(slots),))
+    read: dict[int, dict[int, Bits]] = {}
+    for slot, kind, bits in rows:
+        read.setdefault(slot, {})[kind] = np.frombuffer(bits, np.uint8)
+    return read
 
 
 _UPSERTED_AT_ONCE = 2_000
@@ -136,20 +170,61 @@ async def count_expressions(
     return dict(zip(expressions, counts, strict=True))
 
 
-async def select_positions(conn: AsyncConnection, campaign_id: int, kinds: Kinds, expression: Expression) -> Numbers:
-    """The positions, over the whole roll, of the people of whom the expression is true; ascending."""
-    columns = {signal: f"s{i}" for i, signal in enumerate(sorted(expression.names))}
-    inner, parameters = _per_slot(kinds, columns)
-    parameters["start"], parameters["end"] = start, _ = slot_range(campaign_id)
+_VERSION = np.dtype([("chunk", ">i4"), ("version", ">u4")])
+_SEND_VERSION = f"string_agg(int4send((slot & {(1 << SLOT_SHIFT) - 1})::int) || xidsend(r.xmin), ''::bytea)"
+
+
+async def read_versions(
+    conn: AsyncConnection, campaign_id: int, kinds: Sequence[int], chunks: int
+) -> dict[int, NDArray[np.uint32]]:
+    """For each kind, the version of its receipts in each chunk: the transaction that wrote them, 0 where there are none."""
+    start, end = slot_range(campaign_id)
     rows = await _rows(
-        conn, f"SELECT slot, {expression.compile_sql(columns.__getitem__)} FROM ({inner}) AS per_slot ORDER BY slot", parameters
+        conn,
+        f"SELECT kind, {_SEND_VERSION} FROM receipts AS r WHERE slot >= %s AND slot < %s AND kind = ANY(%s) GROUP BY kind",
+        (start, end, list(kinds)),
     )
-    return _expand(((slot - start, bits) for slot, bits in rows))
+    versions = {kind: np.zeros(chunks, np.uint32) for kind in kinds}
+    for kind, sent in rows:
+        found = np.frombuffer(sent, _VERSION)
+        versions[kind][found["chunk"]] = found["version"]
+    return versions
 
 
-def _expand(chunks: Iterable[tuple[int, bytes]]) -> Numbers:
-    parts = [unpack_positions(np.frombuffer(bits, np.uint8)) + chunk * CHUNK for chunk, bits in chunks]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+@dataclass(frozen=True)
+class ReadBits:
+    """The bits of one kind in some chunks of a campaign."""
+
+    chunks: NDArray[np.int64]
+    versions: NDArray[np.uint32]
+    bits: NDArray[np.uint8]
+    """A row for each chunk, a whole one: the last is filled up with zeros."""
+
+
+async def read_bits(
+    conn: AsyncConnection, campaign_id: int, recipients: int, chosen: Mapping[int, NDArray[np.int64]]
+) -> dict[int, ReadBits]:
+    """The receipts of these chunks of each kind; as many rows in the answer as kinds, since each row costs the driver 2 µs."""
+    start, _ = slot_range(campaign_id)
+    rows = await _rows(
+        conn,
+        f"SELECT kind, {_SEND_VERSION}, string_agg(varbit_send(bits), ''::bytea)"
+        " FROM unnest(%b::bigint[], %b::int[]) AS wanted (slot, kind) JOIN receipts AS r USING (slot, kind) GROUP BY kind",
+        (
+            [start + chunk for chunks in chosen.values() for chunk in chunks.tolist()],
+            [kind for kind, chunks in chosen.items() for _ in range(len(chunks))],
+        ),
+    )
+    last = (recipients - 1) >> CHUNK_BITS
+    missing = bytes(CHUNK_BYTES - byte_length(recipients - last * CHUNK))
+    read = {}
+    for kind, sent, bits in rows:
+        found = np.frombuffer(sent, _VERSION)
+        for at in np.flatnonzero(found["chunk"] == last).tolist() if missing else ():
+            end = (at + 1) * (4 + CHUNK_BYTES) - len(missing)
+            bits = bits[:end] + missing + bits[end:]
+        read[kind] = ReadBits(found["chunk"].astype(np.int64), found["version"].astype(np.uint32), _split_bits(bits))
+    return read
 
 
 async def count_by_kind(conn: AsyncConnection, campaign_id: int) -> dict[int, int]:
@@ -164,33 +239,37 @@ async def count_by_kind(conn: AsyncConnection, campaign_id: int) -> dict[int, in
     )
 
 
-async def read_set(conn: AsyncConnection, app_id: int, name: str) -> Numbers:
-    """The contact numbers in a contact set, ascending."""
+async def read_sets(
+    conn: AsyncConnection, app_id: int, names: Sequence[str], blocks: int, within: Numbers | None = None
+) -> dict[str, Bits]:
+    """Contact sets as bits by contact number; a set in which nobody is, is all zeros.
+
+    Args:
+        blocks: how many blocks the answer spans, from the app's first.
+        within: only these blocks, by their place from the first; the others are zeros.
+    """
+    first = app_id << SLOT_SHIFT
+    chosen = "block >= %(first)s AND block < %(last)s" if within is None else "block = ANY(%(within)s)"
     rows = await _rows(
         conn,
-        "SELECT block, bits FROM contact_sets WHERE block >= %s AND block < %s AND name = %s ORDER BY block",
-        (app_id << SLOT_SHIFT, (app_id + 1) << SLOT_SHIFT, name),
+        "SELECT name, string_agg(int8send(block), ''::bytea), string_agg(varbit_send(bits), ''::bytea) FROM contact_sets"
+        f" WHERE {chosen} AND name = ANY(%(names)s) GROUP BY name",
+        {
+            "first": first,
+            "last": first + blocks,
+            "within": [] if within is None else (within + first).tolist(),
+            "names": list(names),
+        },
     )
-    return _expand((block - (app_id << SLOT_SHIFT), bits) for block, bits in rows)
-
-
-async def filter_by_set(conn: AsyncConnection, app_id: int, name: str, numbers: Numbers) -> NDArray[np.bool_]:
-    """For each contact number, whether it is in the set; a gather, so it costs the same however scattered they are."""
-    rows = await _rows(
-        conn,
-        "SELECT block, bits FROM contact_sets WHERE block >= %s AND block < %s AND name = %s",
-        (app_id << SLOT_SHIFT, (app_id + 1) << SLOT_SHIFT, name),
-    )
-    if not len(numbers):
-        return np.zeros(0, np.bool_)
-    blocks = int(numbers.max() >> CHUNK_BITS) + 1
-    packed = np.zeros(blocks * CHUNK_BYTES, np.uint8)
-    for block, bits in rows:
-        at = (block - (app_id << SLOT_SHIFT)) * CHUNK_BYTES
-        if at < len(packed):
-            packed[at : at + CHUNK_BYTES] = np.frombuffer(bits, np.uint8)
-    found: NDArray[np.bool_] = (packed[numbers >> 3] >> (7 - (numbers & 7)).astype(np.uint8) & 1).astype(np.bool_)
+    found = {name: np.zeros(blocks * CHUNK_BYTES, np.uint8) for name in names}
+    for name, sent, bits in rows:
+        found[name].reshape(-1, CHUNK_BYTES)[np.frombuffer(sent, ">i8") - first] = _split_bits(bits)
     return found
+
+
+def _split_bits(sent: bytes) -> NDArray[np.uint8]:
+    """A row for each bit string of a whole chunk, from what ``varbit_send`` wrote: the length, and the bits."""
+    return np.frombuffer(sent, np.uint8).reshape(-1, 4 + CHUNK_BYTES)[:, 4:]
 
 
 async def page_set(conn: AsyncConnection, app_id: int, name: str, after: int, limit: int) -> Numbers:
@@ -205,7 +284,10 @@ async def page_set(conn: AsyncConnection, app_id: int, name: str, after: int, li
         )
         if not rows:
             break
-        numbers = _expand((block - (app_id << SLOT_SHIFT), bits) for block, bits in rows)
+        parts = [
+            list_numbers(np.frombuffer(bits, np.uint8)) + ((row - (app_id << SLOT_SHIFT)) << CHUNK_BITS) for row, bits in rows
+        ]
+        numbers = np.concatenate(parts)
         found.append(numbers[numbers > after])
         block = rows[-1][0] + 1
     return np.concatenate(found)[:limit] if found else np.empty(0, np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any
 
 from google.protobuf import json_format
@@ -25,16 +26,20 @@ from aftertouch.retargeting.audiences import (
     GivenContacts,
     ListMembers,
     decode_audience,
-    encode_audience,
-    find_source,
+    decode_frozen,
+    prepare_audience,
 )
+from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.report import count_campaign, list_recipients
-from aftertouch.retargeting.selections import Selection
+from aftertouch.rolls.chunks import Numbers
+from aftertouch.rolls.sql import delete_roll, write_roll
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
+from aftertouch.rpc.selections import read_selection, to_selection
 from aftertouch.rpc.values import read_timestamp, to_struct, to_timestamp
 from aftertouch.store import campaigns as store
+from aftertouch.store.engine import snapshot
 from aftertouch.store.lists import find_list
 from aftertouch.store.units import has_units
 from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
@@ -52,9 +57,10 @@ _LARGEST_CONTENT = 65_536
 class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     """The campaigns of the caller's app."""
 
-    def __init__(self, registry: Registry, ledger: Ledger) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger, copies: Copies) -> None:
         self._registry = registry
         self._ledger = ledger
+        self._copies = copies
 
     async def CreateCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.CreateCampaignRequest, call: Call
@@ -66,8 +72,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             raise FieldsInvalid([Violation("campaign.channel", f"no channel {given.channel!r} is installed; there are {known}")])
         found = self._registry.types[given.channel]
         values: dict[str, Any] = {"channel": given.channel} | {name: getattr(given, name) for name in _SETTINGS}
-        values |= await self._read_parts(call, given, found, ("content", "audience"))
-        return await create_draft(call, request.campaign_id, values)
+        parts, roll = await self._read_parts(call, given, found, ("content", "audience"))
+        return await create_draft(call, request.campaign_id, values | parts, roll)
 
     async def GetCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.GetCampaignRequest, call: Call
@@ -106,8 +112,13 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         if campaign.channel not in self._registry.types:
             raise NotFound(f"channels/{campaign.channel}")
         values: dict[str, Any] = {name: getattr(given, name) for name in _SETTINGS if name in paths}
-        values |= await self._read_parts(call, given, self._registry.types[campaign.channel], paths)
-        return await to_campaign(call, await store.update_campaign(await call.begin(), campaign.campaign_id, **values))
+        parts, roll = await self._read_parts(call, given, self._registry.types[campaign.channel], paths, campaign)
+        conn = await call.begin()
+        if "audience" in paths:
+            await delete_roll(conn, campaign.campaign_id)
+        if roll is not None:
+            await write_roll(conn, campaign.campaign_id, roll)
+        return await to_campaign(call, await store.update_campaign(conn, campaign.campaign_id, **values, **parts))
 
     async def DeleteCampaign(self, request: campaigns_pb2.DeleteCampaignRequest, call: Call) -> Empty:  # type: ignore[override]
         campaign = await find(call, request.name, lock=True)
@@ -234,35 +245,57 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         return message
 
     async def _read_parts(
-        self, call: Call, given: campaigns_pb2.Campaign, found: ChannelType, paths: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """Content and audience as they are stored, as far as the paths name them; an empty one is stored as none."""
+        self,
+        call: Call,
+        given: campaigns_pb2.Campaign,
+        found: ChannelType,
+        paths: tuple[str, ...],
+        draft: store.Campaign | None = None,
+    ) -> tuple[dict[str, Any], Numbers | None]:
+        """Content and audience as they are stored, as far as the paths name them, and the people of an audience that is frozen.
+
+        An empty part is stored as none.
+        """
         values: dict[str, Any] = {}
         if "content" in paths:
             values["content"] = _read_content(found, given) if given.HasField("content") else None
-        if "audience" in paths:
-            values["audience"] = values["root_id"] = None
-            if given.HasField("audience"):
-                audience = read_audience(call, given.audience)
-                if isinstance(audience, Selection):
-                    source, _ = await find_source(
-                        await call.begin(), call.app, self._registry.types, audience, "campaign.audience.retarget"
-                    )
-                    values["root_id"] = source.root_id or source.campaign_id
-                if isinstance(audience, ListMembers) and not await find_list(
-                    await call.begin(), call.app.app_id, audience.list, hold=True
-                ):
-                    raise NotFound(given.audience.list)
-                values["audience"] = encode_audience(audience)
-        return values
+        if "audience" not in paths:
+            return values, None
+        if not given.HasField("audience"):
+            return values | {"audience": None, "root_id": None, "recipients": 0}, None
+        audience = read_audience(call, given.audience)
+        if isinstance(audience, ListMembers) and not await find_list(
+            await call.begin(), call.app.app_id, audience.list, hold=True
+        ):
+            raise NotFound(given.audience.list)
+        prepare = partial(
+            prepare_audience,
+            copies=self._copies,
+            app=call.app,
+            channels=self._registry.types,
+            audience=audience,
+            path="campaign.audience",
+            channel=found.name,
+            draft=draft,
+        )
+        if given.audience.evaluation != campaigns_pb2.Audience.AT_CREATION:
+            return values | (await prepare(await call.begin())).values, None
+        async with snapshot(call.engine) as (conn, as_of_time):
+            prepared = await prepare(conn, as_of_time=as_of_time)
+        return values | prepared.values, prepared.roll
 
 
-async def create_draft(call: Call, campaign_id: str, values: Mapping[str, Any]) -> campaigns_pb2.Campaign:
-    """Make a draft under the chosen id, or one of ours."""
+async def create_draft(
+    call: Call, campaign_id: str, values: Mapping[str, Any], roll: Numbers | None = None
+) -> campaigns_pb2.Campaign:
+    """Make a draft under the chosen id, or one of ours, with the people of an audience that is frozen."""
+    conn = await call.begin()
     try:
-        campaign = await store.create_campaign(await call.begin(), call.app.app_id, campaign_id or make_campaign_id(), values)
+        campaign = await store.create_campaign(conn, call.app.app_id, campaign_id or make_campaign_id(), values)
     except AlreadyExists as error:
         raise AlreadyExists(f"{call.app.name}/{error.metadata['resource']}") from error
+    if roll is not None:
+        await write_roll(conn, campaign.campaign_id, roll)
     return await to_campaign(call, campaign)
 
 
@@ -336,17 +369,6 @@ def read_audience(call: Call, audience: campaigns_pb2.Audience) -> Audience:
             return AllSubscribers()
 
 
-def read_selection(call: Call, selection: campaigns_pb2.RetargetSelection, path: str) -> Selection:
-    """The selection of a message."""
-    return Selection(
-        source=read_name(call, selection.source, "campaigns", f"{path}.source"),
-        action=selection.action,
-        reason_codes=tuple(selection.reason_codes),
-        reason_classes=tuple(selection.reason_classes),
-        include_apart=selection.include_apart,
-    )
-
-
 async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Campaign:
     """A campaign as a message, without its counts."""
     message = campaigns_pb2.Campaign(
@@ -368,7 +390,7 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
     if campaign.content is not None:
         message.content.CopyFrom(to_struct(campaign.content))
     if campaign.audience is not None:
-        message.audience.CopyFrom(_to_audience(call, decode_audience(campaign.audience)))
+        message.audience.CopyFrom(_to_audience(call, campaign.audience))
     if campaign.root_id is not None and (root := await store.read_campaign(await call.begin(), campaign.root_id)):
         message.root = f"{call.app.name}/campaigns/{root.campaign}"
     return message
@@ -387,7 +409,16 @@ def _to_outcome(outcome: Outcome, reason_class: ReasonClass | None) -> campaigns
             )
 
 
-def _to_audience(call: Call, audience: Audience) -> campaigns_pb2.Audience:
+def _to_audience(call: Call, stored: Mapping[str, Any]) -> campaigns_pb2.Audience:
+    message = _to_kind(call, decode_audience(stored))
+    if (frozen := decode_frozen(stored)) is not None:
+        message.evaluation = campaigns_pb2.Audience.AT_CREATION
+        message.frozen.as_of_time.FromDatetime(frozen.as_of_time)
+        message.frozen.count, message.frozen.checksum = frozen.count, frozen.checksum
+    return message
+
+
+def _to_kind(call: Call, audience: Audience) -> campaigns_pb2.Audience:
     match audience:
         case AllSubscribers():
             return campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
@@ -396,13 +427,5 @@ def _to_audience(call: Call, audience: Audience) -> campaigns_pb2.Audience:
             return campaigns_pb2.Audience(given_contacts=campaigns_pb2.GivenContacts(contacts=names))
         case ListMembers():
             return campaigns_pb2.Audience(list=f"{call.app.name}/lists/{audience.list}")
-        case Selection():
-            return campaigns_pb2.Audience(
-                retarget=campaigns_pb2.RetargetSelection(
-                    source=f"{call.app.name}/campaigns/{audience.source}",
-                    action=audience.action,
-                    reason_codes=audience.reason_codes,
-                    reason_classes=audience.reason_classes,
-                    include_apart=audience.include_apart,
-                )
-            )
+        case _:
+            return campaigns_pb2.Audience(retarget=to_selection(call, audience))

@@ -18,12 +18,12 @@ from aftertouch.retargeting.explanations import explain_campaign, explain_retarg
 from aftertouch.retargeting.history import page_history
 from aftertouch.rolls.sql import page_set
 from aftertouch.rpc.campaigns import find as find_campaign
-from aftertouch.rpc.campaigns import read_selection
 from aftertouch.rpc.explanations import to_contact_campaign, to_explanation
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.lists import find as find_list
 from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
+from aftertouch.rpc.selections import read_selection
 from aftertouch.rpc.validation import check_message
 from aftertouch.rpc.values import TIME_ZONES, to_struct, to_timestamp
 from aftertouch.store import contacts as store

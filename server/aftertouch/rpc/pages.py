@@ -48,12 +48,13 @@ def make_page_token(question: str, position: int | str) -> str:
     return urlsafe_b64encode(json.dumps([_digest(question), position]).encode()).decode()
 
 
-def read_page_token(token: str, question: str, kind: type[K]) -> K | None:
+def read_page_token(token: str, question: str, kind: type[K], field: str = "page_token") -> K | None:
     """The position in a token; None at the beginning.
 
     Args:
         question: names the list, and what else was asked of it.
         kind: of the list's positions: numbers of a row, or ids in plain letters.
+        field: where the token was given.
 
     Raises:
         FieldsInvalid: it is not a token, or one for another question.
@@ -63,11 +64,11 @@ def read_page_token(token: str, question: str, kind: type[K]) -> K | None:
     try:
         digest, position = json.loads(urlsafe_b64decode(token))
     except (ValueError, TypeError, RecursionError) as error:
-        raise FieldsInvalid([Violation("page_token", "is not a page token")]) from error
+        raise FieldsInvalid([Violation(field, "is not a page token")]) from error
     if digest != _digest(question):
-        raise FieldsInvalid([Violation("page_token", "belongs to another list")])
+        raise FieldsInvalid([Violation(field, "belongs to another list")])
     if type(position) is not kind or not _is_position(position):
-        raise FieldsInvalid([Violation("page_token", "is not a page token")])
+        raise FieldsInvalid([Violation(field, "is not a page token")])
     return position
 
 

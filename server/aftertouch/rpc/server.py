@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.plugins import Registry
+from aftertouch.retargeting.copies import Copies
 from aftertouch.rpc.apps import Apps
 from aftertouch.rpc.campaigns import Campaigns
 from aftertouch.rpc.channels import Channels
@@ -80,14 +81,15 @@ async def serve_grpc(
             ("grpc.so_reuseport", int(is_shared)),
         ],
     )
+    copies = Copies()
     apps_pb2_grpc.add_AppsServicer_to_server(Apps(), server)
     channels_pb2_grpc.add_ChannelsServicer_to_server(Channels(registry), server)
     contacts_pb2_grpc.add_ContactsServicer_to_server(Contacts(registry), server)
     lists_pb2_grpc.add_ListsServicer_to_server(Lists(), server)
-    campaigns_pb2_grpc.add_CampaignsServicer_to_server(Campaigns(registry, ledger), server)
+    campaigns_pb2_grpc.add_CampaignsServicer_to_server(Campaigns(registry, ledger, copies), server)
     events = Events(ledger)
     events_pb2_grpc.add_EventsServicer_to_server(events, server)
-    retargeting_pb2_grpc.add_RetargetingServicer_to_server(Retargeting(registry), server)
+    retargeting_pb2_grpc.add_RetargetingServicer_to_server(Retargeting(registry, copies), server)
     names = [service.full_name for service in SERVICES]
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)

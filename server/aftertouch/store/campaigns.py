@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.errors import AlreadyExists
+from aftertouch.rolls.sql import delete_roll
 from aftertouch.store.tables import campaigns
 
 
@@ -45,6 +46,10 @@ class Campaign:
     """Neither quiet hours nor the frequency cap hold for it."""
     launch_time: datetime | None
     finish_time: datetime | None
+
+
+_DRAFTS = 1
+"""The class of the advisory locks on drafts of a chain."""
 
 
 def _campaign(row: Row[Any]) -> Campaign:
@@ -130,6 +135,46 @@ async def list_launched(conn: AsyncConnection, app_id: int, before: int | None, 
     return list((await conn.execute(statement)).scalars())
 
 
+async def list_open_waves(conn: AsyncConnection, root_ids: Collection[int]) -> list[Campaign]:
+    """The waves of these chains that have their people and are not sent yet."""
+    statement = select(campaigns).where(
+        campaigns.c.root_id.in_(root_ids), campaigns.c.state.in_(("SCHEDULED", "SENDING", "PAUSED")), campaigns.c.recipients > 0
+    )
+    return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def list_finished(conn: AsyncConnection, app_id: int, channel: str, since: datetime, limit: int) -> list[Campaign]:
+    """The campaigns on a channel that were launched since then and are sent, newest first."""
+    statement = (
+        select(campaigns)
+        .where(
+            campaigns.c.app_id == app_id,
+            campaigns.c.channel == channel,
+            campaigns.c.launch_time >= since,
+            campaigns.c.finish_time.is_not(None),
+        )
+        .order_by(campaigns.c.launch_time.desc())
+        .limit(limit)
+    )
+    return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def find_draft(
+    conn: AsyncConnection, app_id: int, root_id: int, channel: str, audience: Mapping[str, Any]
+) -> Campaign | None:
+    """A draft of the chain for the same audience on the same channel. Until the transaction ends, nobody else looks for one."""
+    await conn.execute(select(func.pg_advisory_xact_lock(_DRAFTS, func.hashint8(root_id))))
+    statement = select(campaigns).where(
+        campaigns.c.app_id == app_id,
+        campaigns.c.root_id == root_id,
+        campaigns.c.state == "DRAFT",
+        campaigns.c.channel == channel,
+        campaigns.c.audience.op("-")("frozen") == {key: value for key, value in audience.items() if key != "frozen"},
+    )
+    row = (await conn.execute(statement.order_by(campaigns.c.campaign_id).limit(1))).one_or_none()
+    return _campaign(row) if row else None
+
+
 async def update_campaign(conn: AsyncConnection, campaign_id: int, **values: Any) -> Campaign:
     """Change a campaign; its version and update_time move on. The caller holds its lock."""
     statement = (
@@ -142,5 +187,6 @@ async def update_campaign(conn: AsyncConnection, campaign_id: int, **values: Any
 
 
 async def delete_campaign(conn: AsyncConnection, campaign_id: int) -> None:
-    """Delete a draft."""
+    """Delete a draft, with the people that were frozen for it."""
+    await delete_roll(conn, campaign_id)
     await conn.execute(delete(campaigns).where(campaigns.c.campaign_id == campaign_id))

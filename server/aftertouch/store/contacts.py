@@ -386,6 +386,29 @@ async def read_addressees(conn: AsyncConnection, app_id: int, channel: str, numb
     }
 
 
+async def find_held(conn: AsyncConnection, app_id: int, channel: str, blocks: Sequence[int] | None = None) -> Numbers:
+    """The contact numbers of those who could be reached on a channel if their addresses there were not held, all of them.
+
+    Args:
+        blocks: only in these; in all of the app's otherwise.
+    """
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT DISTINCT number FROM subscriptions AS s"
+        f" WHERE {'block = ANY(%(blocks)s::bigint[])' if blocks is not None else 'block >= %(first)s AND block < %(last)s'}"
+        " AND channel = %(channel)s AND state = 'active' AND held_until > now()"
+        " AND NOT EXISTS (SELECT FROM subscriptions AS o WHERE o.block = s.block AND o.number = s.number"
+        "  AND o.channel = s.channel AND o.state = 'active' AND (o.held_until IS NULL OR o.held_until <= now()))",
+        {
+            "blocks": list(blocks or ()),
+            "first": app_id << SLOT_SHIFT,
+            "last": (app_id + 1) << SLOT_SHIFT,
+            "channel": channel,
+        },
+    )
+    return np.array([number for (number,) in await rows.fetchall()], np.int64)
+
+
 async def hold_addresses(conn: AsyncConnection, app_id: int, holds: Sequence[tuple[int, str, bytes, datetime]]) -> None:
     """Leave addresses alone until a time: (number, channel, address hash, time) each. A longer hold stays."""
     if not holds:

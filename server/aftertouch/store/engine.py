@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -68,6 +69,19 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         raise
     except PoolTimeout as error:
         raise DatabaseUnavailable from error
+
+
+@asynccontextmanager
+async def snapshot(engine: AsyncEngine) -> AsyncIterator[tuple[AsyncConnection, datetime]]:
+    """A read-only transaction of which every statement sees the database at one moment, and that moment.
+
+    Raises:
+        DatabaseUnavailable.
+    """
+    async with transaction(engine) as conn:
+        await conn.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        # The transaction's first query: what it sees, all others see.
+        yield conn, (await conn.execute(text("SELECT statement_timestamp()"))).scalar_one()
 
 
 def may_pass(error: DBAPIError | psycopg.Error) -> bool:

@@ -6,13 +6,13 @@ moves it n intervals on, so any number of workers on any number of machines keep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.rolls.chunks import Numbers, block_of, blocks_of
+from aftertouch.rolls.chunks import SLOT_SHIFT, Numbers, block_of, blocks_of
 from aftertouch.store.engine import driver
 
 
@@ -108,3 +108,30 @@ async def read_full_until(conn: AsyncConnection, app_id: int, number: int) -> da
     )
     row = await rows.fetchone()
     return row[0] if row else None
+
+
+async def find_full(
+    conn: AsyncConnection, app_id: int, most: int, window: timedelta, blocks: Sequence[int] | None = None
+) -> Numbers:
+    """The contact numbers of those who had ``most`` messages within ``window``, by an index of those who were full when counted.
+
+    Under a cap that was lowered since, who was not full by the old one is found with the next message.
+
+    Args:
+        blocks: only in these; in all of the app's otherwise.
+    """
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT number FROM contact_paces"
+        f" WHERE {'block = ANY(%(blocks)s::bigint[])' if blocks is not None else 'block >= %(first)s AND block < %(last)s'}"
+        " AND full_until IS NOT NULL"
+        " AND (SELECT count(*) FROM unnest(recent) AS sent WHERE sent > now() - %(window)s) >= %(most)s",
+        {
+            "blocks": list(blocks or ()),
+            "first": app_id << SLOT_SHIFT,
+            "last": (app_id + 1) << SLOT_SHIFT,
+            "most": most,
+            "window": window,
+        },
+    )
+    return np.array([number for (number,) in await rows.fetchall()], np.int64)

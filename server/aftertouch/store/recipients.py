@@ -16,7 +16,7 @@ import numpy as np
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.rolls.chunks import SLOT_SHIFT, decode_offsets, slot_of
+from aftertouch.rolls.chunks import SLOT_SHIFT, decode_numbers, slot_of
 from aftertouch.store.engine import driver
 from aftertouch.store.logs import TEST_ROW
 from aftertouch.store.partitions import list_days
@@ -62,21 +62,25 @@ async def find_places(conn: AsyncConnection, number: int, campaign_ids: Sequence
     if not campaign_ids:
         return []
     cursor = (await driver(conn)).cursor(binary=True)
-    # The number's offset from the chunk's first, as four bytes little-endian, is somewhere in the chunk's offsets: nearly
-    # all chunks that merely span the number are sorted out here, instead of being sent, 32 kB each.
+    # Nearly all chunks that merely span the number are sorted out here, instead of being sent, up to 32 kB each. Where a
+    # chunk is bits, the number's is tested, which PostgreSQL counts from the low end of each byte. Where it is integers, the
+    # number's offset from the first, as four bytes little-endian, is somewhere in them.
     await cursor.execute(
-        "SELECT r.slot, r.first, r.offsets FROM unnest(%(campaigns)s::bigint[]) WITH ORDINALITY AS c (campaign_id, place)"
-        " CROSS JOIN LATERAL (SELECT slot, first, offsets, %(number)s::bigint - first AS d FROM rolls"
+        "SELECT r.slot, r.first, r.members, r.numbers"
+        " FROM unnest(%(campaigns)s::bigint[]) WITH ORDINALITY AS c (campaign_id, place)"
+        " CROSS JOIN LATERAL (SELECT *, %(number)s::bigint - first AS d FROM rolls"
         f"  WHERE slot >= c.campaign_id << {SLOT_SHIFT} AND slot < (c.campaign_id + 1) << {SLOT_SHIFT}"
         "  AND first <= %(number)s AND last >= %(number)s) AS r"
-        " WHERE position(substring(int8send("
-        "((d & 255) << 24) | (((d >> 8) & 255) << 16) | (((d >> 16) & 255) << 8) | ((d >> 24) & 255)) FROM 5) IN r.offsets) > 0"
+        " WHERE CASE WHEN length(r.numbers) < 4 * r.members THEN get_bit(r.numbers, d # 7) = 1"
+        " ELSE position(substring(int8send("
+        "((d & 255) << 24) | (((d >> 8) & 255) << 16) | (((d >> 16) & 255) << 8) | ((d >> 24) & 255)) FROM 5) IN r.numbers) > 0"
+        " END"
         " ORDER BY c.place",
         {"campaigns": list(campaign_ids), "number": number},
     )
     places = []
-    for slot, first, offsets in await cursor.fetchall():
-        numbers = decode_offsets(first, offsets)
+    for slot, *encoded in await cursor.fetchall():
+        numbers = decode_numbers(*encoded)
         position = int(np.searchsorted(numbers, number))
         if position < len(numbers) and numbers[position] == number:
             places.append(Place(slot, position))

@@ -213,7 +213,12 @@ rolls = Table(
     Column("first", BigInteger, nullable=False, comment="smallest contact number"),
     Column("last", BigInteger, nullable=False),
     Column("members", Integer, nullable=False),
-    Column("offsets", LargeBinary, nullable=False, comment="32-bit little-endian offsets from first"),
+    Column(
+        "numbers",
+        LargeBinary,
+        nullable=False,
+        comment="less the first: 32-bit little-endian, or a bit each where that is shorter",
+    ),
     comment="who is at which position; written once",
 )
 

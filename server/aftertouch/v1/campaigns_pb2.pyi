@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
@@ -89,6 +90,7 @@ class Campaign(_message.Message):
     SEND_BY_TIME_FIELD_NUMBER: _builtins.int
     MESSAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
     TRANSACTIONAL_FIELD_NUMBER: _builtins.int
+    UNSETTLED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/campaigns/{campaign}`."""
     display_name: _builtins.str
@@ -150,6 +152,10 @@ class Campaign(_message.Message):
         LaunchCampaign.
         """
 
+    @_builtins.property
+    def unsettled(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unsettled]:
+        """Where its selection was asked too early; only from CreateRetarget."""
+
     def __init__(
         self,
         *,
@@ -171,10 +177,11 @@ class Campaign(_message.Message):
         send_by_time: _timestamp_pb2.Timestamp | None = ...,
         messages_per_second: _builtins.int = ...,
         transactional: _builtins.bool = ...,
+        unsettled: _abc.Iterable[Global___Unsettled] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "finish_time", b"finish_time", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "transactional", b"transactional", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "transactional", b"transactional", "unsettled", b"unsettled", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,18 +189,55 @@ Global___Campaign: _TypeAlias = Campaign  # noqa: Y015
 
 @_typing.final
 class Audience(_message.Message):
-    """Who a campaign is for: exactly one of these."""
+    """Who a campaign is for: exactly one of these. Retarget selections combine with each other, never with another kind."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    class _Evaluation:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _EvaluationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Audience._Evaluation.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        EVALUATION_UNSPECIFIED: Audience._Evaluation.ValueType  # 0
+        """AT_SEND."""
+        AT_SEND: Audience._Evaluation.ValueType  # 1
+        """When the campaign is launched. Of a retarget selection, people are asked again just before each is messaged, so
+        that somebody who reads in the meantime is not nudged.
+        """
+        AT_CREATION: Audience._Evaluation.ValueType  # 2
+        """When the draft gets this audience: whoever matches and can be reached then is messaged, whatever they do afterwards,
+        unless they can no longer be reached. Holds and the frequency cap are looked at when it is sent. Changing the
+        audience freezes again.
+        """
+
+    class Evaluation(_Evaluation, metaclass=_EvaluationEnumTypeWrapper):
+        """When an audience becomes people."""
+
+    EVALUATION_UNSPECIFIED: Audience.Evaluation.ValueType  # 0
+    """AT_SEND."""
+    AT_SEND: Audience.Evaluation.ValueType  # 1
+    """When the campaign is launched. Of a retarget selection, people are asked again just before each is messaged, so
+    that somebody who reads in the meantime is not nudged.
+    """
+    AT_CREATION: Audience.Evaluation.ValueType  # 2
+    """When the draft gets this audience: whoever matches and can be reached then is messaged, whatever they do afterwards,
+    unless they can no longer be reached. Holds and the frequency cap are looked at when it is sent. Changing the
+    audience freezes again.
+    """
 
     ALL_SUBSCRIBERS_FIELD_NUMBER: _builtins.int
     GIVEN_CONTACTS_FIELD_NUMBER: _builtins.int
     RETARGET_FIELD_NUMBER: _builtins.int
     LIST_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
     list: _builtins.str
     """A list, `apps/{app}/lists/{list}`: its members when the campaign is launched. A list is for campaigns that begin a
     chain: who is retargeted is said by a selection alone.
     """
+    evaluation: Global___Audience.Evaluation.ValueType
+    """When it is evaluated; AT_SEND when it is empty, as it is read back."""
     @_builtins.property
     def all_subscribers(self) -> Global___AllSubscribers:
         """Everybody with an active subscription on the campaign's channel."""
@@ -204,7 +248,11 @@ class Audience(_message.Message):
 
     @_builtins.property
     def retarget(self) -> Global___RetargetSelection:
-        """The people who did, or did not, do a thing in another campaign."""
+        """The people who did, or did not, do a thing in other campaigns."""
+
+    @_builtins.property
+    def frozen(self) -> Global___FrozenAudience:
+        """What was frozen, when it is evaluated AT_CREATION."""
 
     def __init__(
         self,
@@ -213,16 +261,50 @@ class Audience(_message.Message):
         given_contacts: Global___GivenContacts | None = ...,
         retarget: Global___RetargetSelection | None = ...,
         list: _builtins.str = ...,
+        evaluation: Global___Audience.Evaluation.ValueType = ...,
+        frozen: Global___FrozenAudience | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "given_contacts", b"given_contacts", "kind", b"kind", "list", b"list", "retarget", b"retarget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "frozen", b"frozen", "given_contacts", b"given_contacts", "kind", b"kind", "list", b"list", "retarget", b"retarget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "given_contacts", b"given_contacts", "kind", b"kind", "list", b"list", "retarget", b"retarget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_subscribers", b"all_subscribers", "evaluation", b"evaluation", "frozen", b"frozen", "given_contacts", b"given_contacts", "kind", b"kind", "list", b"list", "retarget", b"retarget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["all_subscribers", "given_contacts", "retarget", "list"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Audience: _TypeAlias = Audience  # noqa: Y015
+
+@_typing.final
+class FrozenAudience(_message.Message):
+    """The people of an audience that was evaluated when the draft was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many people."""
+    checksum: _builtins.str
+    """SHA-256, in hexadecimal, over which of the app's contacts they are. The same people have the same checksum."""
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment of which it is true."""
+
+    def __init__(
+        self,
+        *,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        count: _builtins.int = ...,
+        checksum: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "checksum", b"checksum", "count", b"count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrozenAudience: _TypeAlias = FrozenAudience  # noqa: Y015
 
 @_typing.final
 class AllSubscribers(_message.Message):
@@ -267,23 +349,58 @@ Global___GivenContacts: _TypeAlias = GivenContacts  # noqa: Y015
 
 @_typing.final
 class RetargetSelection(_message.Message):
-    """The people who did, or did not, do a thing in another campaign. Evaluated when this campaign is launched, so that
-    somebody who reads in the meantime is not nudged.
+    """The people who did, or did not, do a thing in another campaign: a source and one of its actions, or a combination of
+    selections. A selection holds at most 20 actions and is at most 5 deep, an action alone being 1. Every source has to
+    meet the rules: sent, within the app's retention, since its plan includes retargeting.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AllBut(_message.Message):
+        """All people but some."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ALL_FIELD_NUMBER: _builtins.int
+        BUT_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def all(self) -> Global___RetargetSelection:
+            """Who."""
+
+        @_builtins.property
+        def but(self) -> Global___RetargetSelection:
+            """Who not."""
+
+        def __init__(
+            self,
+            *,
+            all: Global___RetargetSelection | None = ...,
+            but: Global___RetargetSelection | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "but", b"but"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "but", b"but"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     SOURCE_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
     REASON_CODES_FIELD_NUMBER: _builtins.int
     REASON_CLASSES_FIELD_NUMBER: _builtins.int
     INCLUDE_APART_FIELD_NUMBER: _builtins.int
+    LEAVE_OUT_PENDING_FIELD_NUMBER: _builtins.int
+    ANY_OF_FIELD_NUMBER: _builtins.int
+    ALL_OF_FIELD_NUMBER: _builtins.int
+    ALL_BUT_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """`apps/{app}/campaigns/{campaign}`: the campaign whose recipients are asked."""
+    """`apps/{app}/campaigns/{campaign}`: the campaign whose recipients are asked. Not in a combination."""
     action: _builtins.str
-    """An action of that campaign's channel, as in "not_read"."""
+    """An action of that campaign's channel, as in "not_read". Required with a source."""
     include_apart: _builtins.bool
     """Also take the people of whom the answer cannot be known (yet): the action's apart_expression."""
+    leave_out_pending: _builtins.bool
+    """Leave out people of whom nothing was heard since their message was sent: ActionCount's pending_count."""
     @_builtins.property
     def reason_codes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Count only failures with one of these provider codes. Only for actions over `failed`."""
@@ -291,6 +408,18 @@ class RetargetSelection(_message.Message):
     @_builtins.property
     def reason_classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Count only failures of one of these classes, as in "transient". Only for actions over `failed`."""
+
+    @_builtins.property
+    def any_of(self) -> Global___RetargetSelections:
+        """The people who are in at least one of them."""
+
+    @_builtins.property
+    def all_of(self) -> Global___RetargetSelections:
+        """The people who are in each of them."""
+
+    @_builtins.property
+    def all_but(self) -> Global___RetargetSelection.AllBut:
+        """The people who are in one selection and not in another."""
 
     def __init__(
         self,
@@ -300,14 +429,88 @@ class RetargetSelection(_message.Message):
         reason_codes: _abc.Iterable[_builtins.str] | None = ...,
         reason_classes: _abc.Iterable[_builtins.str] | None = ...,
         include_apart: _builtins.bool = ...,
+        leave_out_pending: _builtins.bool = ...,
+        any_of: Global___RetargetSelections | None = ...,
+        all_of: Global___RetargetSelections | None = ...,
+        all_but: Global___RetargetSelection.AllBut | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_but", b"all_but", "all_of", b"all_of", "any_of", b"any_of", "combination", b"combination"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "all_but", b"all_but", "all_of", b"all_of", "any_of", b"any_of", "combination", b"combination", "include_apart", b"include_apart", "leave_out_pending", b"leave_out_pending", "reason_classes", b"reason_classes", "reason_codes", b"reason_codes", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_combination: _TypeAlias = _typing.Literal["any_of", "all_of", "all_but"]  # noqa: Y015
+    _WhichOneofArgType_combination: _TypeAlias = _typing.Literal["combination", b"combination"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_combination) -> _WhichOneofReturnType_combination | None: ...
+
+Global___RetargetSelection: _TypeAlias = RetargetSelection  # noqa: Y015
+
+@_typing.final
+class RetargetSelections(_message.Message):
+    """Selections that are combined."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def selections(self) -> _containers.RepeatedCompositeFieldContainer[Global___RetargetSelection]:
+        """2 to 20 of them."""
+
+    def __init__(
+        self,
+        *,
+        selections: _abc.Iterable[Global___RetargetSelection] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "include_apart", b"include_apart", "reason_classes", b"reason_classes", "reason_codes", b"reason_codes", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["selections", b"selections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RetargetSelection: _TypeAlias = RetargetSelection  # noqa: Y015
+Global___RetargetSelections: _TypeAlias = RetargetSelections  # noqa: Y015
+
+@_typing.final
+class Unsettled(_message.Message):
+    """A "did not" that was asked too early: some of those who will still do it are among the people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    DELAY_FIELD_NUMBER: _builtins.int
+    MEASURED_EVENTS_FIELD_NUMBER: _builtins.int
+    SETTLE_TIME_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`: which source."""
+    signal: _builtins.str
+    """What may still be reported, as in "read"."""
+    measured_events: _builtins.int
+    """From how many events that was measured."""
+    @_builtins.property
+    def delay(self) -> _duration_pb2.Duration:
+        """How long it takes after sending in 95 of 100 cases: measured from the app's campaigns on that channel, or a day where
+        fewer than 20 events were measured. Whole minutes, rounded up.
+        """
+
+    @_builtins.property
+    def settle_time(self) -> _timestamp_pb2.Timestamp:
+        """When it will be safe to ask: the end of the source's sending and that delay. Moves on while it is being sent."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        signal: _builtins.str = ...,
+        delay: _duration_pb2.Duration | None = ...,
+        measured_events: _builtins.int = ...,
+        settle_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "settle_time", b"settle_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "measured_events", b"measured_events", "settle_time", b"settle_time", "signal", b"signal", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unsettled: _TypeAlias = Unsettled  # noqa: Y015
 
 @_typing.final
 class CampaignCounts(_message.Message):

@@ -110,7 +110,8 @@ class CampaignsServicer:
     """
 
     def CreateCampaign(self, request, context):
-        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
+        is evaluated AT_CREATION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,9 @@ class CampaignsStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CampaignsAsyncStub: ...
     CreateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.CreateCampaignRequest, _campaigns_pb2.Campaign]
-    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED."""
+    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
+    is evaluated AT_CREATION.
+    """
     GetCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
     ListCampaigns: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListCampaignsRequest, _campaigns_pb2.ListCampaignsResponse]
@@ -89,7 +91,9 @@ class CampaignsAsyncStub(CampaignsStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.CreateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED."""
+    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
+    is evaluated AT_CREATION.
+    """
     GetCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
     ListCampaigns: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListCampaignsRequest, _campaigns_pb2.ListCampaignsResponse]  # type: ignore[assignment]
@@ -144,7 +148,9 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.CreateCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED."""
+        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
+        is evaluated AT_CREATION.
+        """
 
     @_abc_1.abstractmethod
     def GetCampaign(

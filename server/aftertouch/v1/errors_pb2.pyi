@@ -88,6 +88,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     LIST_LIMIT_REACHED: _ErrorReason.ValueType  # 51
     """FAILED_PRECONDITION {"app": "acme", "limit": "1000"}: the app has as many lists as it may have. Delete one."""
+    SELECTION_UNSETTLED: _ErrorReason.ValueType  # 40
+    """FAILED_PRECONDITION {"campaign": "…", "signal": "read", "delay_seconds": "5400", "measured_events": "1200",
+    "settle_time": "…"}: "did not" was asked before 95 of 100 would have been reported. Ask again at settle_time, or without
+    require_settled.
+    """
+    DRAFT_EXISTS: _ErrorReason.ValueType  # 41
+    """ALREADY_EXISTS {"campaign": "…"}: somebody made a draft of the same retarget already. Use it, or set allow_duplicate."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that every error carries, with the domain
@@ -161,4 +168,11 @@ launched yet is for this list. Give it another audience, or delete it.
 """
 LIST_LIMIT_REACHED: ErrorReason.ValueType  # 51
 """FAILED_PRECONDITION {"app": "acme", "limit": "1000"}: the app has as many lists as it may have. Delete one."""
+SELECTION_UNSETTLED: ErrorReason.ValueType  # 40
+"""FAILED_PRECONDITION {"campaign": "…", "signal": "read", "delay_seconds": "5400", "measured_events": "1200",
+"settle_time": "…"}: "did not" was asked before 95 of 100 would have been reported. Ask again at settle_time, or without
+require_settled.
+"""
+DRAFT_EXISTS: ErrorReason.ValueType  # 41
+"""ALREADY_EXISTS {"campaign": "…"}: somebody made a draft of the same retarget already. Use it, or set allow_duplicate."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

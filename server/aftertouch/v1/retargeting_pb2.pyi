@@ -53,8 +53,14 @@ class ListActionsResponse(_message.Message):
     ACTIONS_FIELD_NUMBER: _builtins.int
     RECIPIENTS_FIELD_NUMBER: _builtins.int
     AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    PENDING_COUNT_FIELD_NUMBER: _builtins.int
+    UNCLEAR_COUNT_FIELD_NUMBER: _builtins.int
     recipients: _builtins.int
     """How many people the campaign has."""
+    pending_count: _builtins.int
+    """People whose message was sent and of whom nothing was heard since: receipts that are still out, or never come."""
+    unclear_count: _builtins.int
+    """People who were tried, and nothing says what became of it. They match no action over `sent`."""
     @_builtins.property
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActionCount]:
         """Every action of the campaign's channel, in the channel's order."""
@@ -69,10 +75,12 @@ class ListActionsResponse(_message.Message):
         actions: _abc.Iterable[Global___ActionCount] | None = ...,
         recipients: _builtins.int = ...,
         as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        pending_count: _builtins.int = ...,
+        unclear_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "as_of_time", b"as_of_time", "recipients", b"recipients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "as_of_time", b"as_of_time", "pending_count", b"pending_count", "recipients", b"recipients", "unclear_count", b"unclear_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -87,10 +95,15 @@ class ActionCount(_message.Message):
     ACTION_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     APART_COUNT_FIELD_NUMBER: _builtins.int
+    PENDING_COUNT_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """People who match."""
     apart_count: _builtins.int
-    """People of whom the answer cannot be known (yet); not in count."""
+    """People of whom the answer cannot be known (yet); not in count, unless the selection has include_apart."""
+    pending_count: _builtins.int
+    """Of count, people of whom nothing was heard since their message was sent; in a selection unless it has
+    leave_out_pending.
+    """
     @_builtins.property
     def action(self) -> _channels_pb2.Action:
         """The action."""
@@ -101,14 +114,139 @@ class ActionCount(_message.Message):
         action: _channels_pb2.Action | None = ...,
         count: _builtins.int = ...,
         apart_count: _builtins.int = ...,
+        pending_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "apart_count", b"apart_count", "count", b"count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "apart_count", b"apart_count", "count", b"count", "pending_count", b"pending_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ActionCount: _TypeAlias = ActionCount  # noqa: Y015
+
+@_typing.final
+class GetMatrixRequest(_message.Message):
+    """Request of GetMatrix."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The campaign: `apps/{app}/campaigns/{campaign}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMatrixRequest: _TypeAlias = GetMatrixRequest  # noqa: Y015
+
+@_typing.final
+class Matrix(_message.Message):
+    """Every cell of a campaign: its actions by the channels on which those who match can be reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    RECIPIENTS_FIELD_NUMBER: _builtins.int
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    PENDING_COUNT_FIELD_NUMBER: _builtins.int
+    UNCLEAR_COUNT_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """The campaign's channel."""
+    recipients: _builtins.int
+    """How many people the campaign has."""
+    pending_count: _builtins.int
+    """As in ListActions."""
+    unclear_count: _builtins.int
+    """As in ListActions."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatrixRow]:
+        """Every action of that channel, in the channel's order."""
+
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment of which all counts are true."""
+
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        rows: _abc.Iterable[Global___MatrixRow] | None = ...,
+        recipients: _builtins.int = ...,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        pending_count: _builtins.int = ...,
+        unclear_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "channel", b"channel", "pending_count", b"pending_count", "recipients", b"recipients", "rows", b"rows", "unclear_count", b"unclear_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Matrix: _TypeAlias = Matrix  # noqa: Y015
+
+@_typing.final
+class MatrixRow(_message.Message):
+    """An action of a campaign, and who matches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_COUNT_FIELD_NUMBER: _builtins.int
+    CELLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def action_count(self) -> Global___ActionCount:
+        """The action, with who matches."""
+
+    @_builtins.property
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatrixCell]:
+        """One for each installed channel, by name."""
+
+    def __init__(
+        self,
+        *,
+        action_count: Global___ActionCount | None = ...,
+        cells: _abc.Iterable[Global___MatrixCell] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action_count", b"action_count"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action_count", b"action_count", "cells", b"cells"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MatrixRow: _TypeAlias = MatrixRow  # noqa: Y015
+
+@_typing.final
+class MatrixCell(_message.Message):
+    """Those who match an action, seen from a channel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    REACHABLE_COUNT_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """The channel on which to follow up."""
+    reachable_count: _builtins.int
+    """People who match and have an active subscription there."""
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        reachable_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "reachable_count", b"reachable_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MatrixCell: _TypeAlias = MatrixCell  # noqa: Y015
 
 @_typing.final
 class PreviewRetargetRequest(_message.Message):
@@ -118,8 +256,11 @@ class PreviewRetargetRequest(_message.Message):
 
     SELECTION_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
+    REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """On which channel, as in "sms"."""
+    require_settled: _builtins.bool
+    """Refuse a "did not" that is asked too early, instead of only saying so."""
     @_builtins.property
     def selection(self) -> _campaigns_pb2.RetargetSelection:
         """Who."""
@@ -129,10 +270,11 @@ class PreviewRetargetRequest(_message.Message):
         *,
         selection: _campaigns_pb2.RetargetSelection | None = ...,
         channel: _builtins.str = ...,
+        require_settled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "selection", b"selection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "require_settled", b"require_settled", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,9 +300,15 @@ class PreviewRetargetResponse(_message.Message):
         """The person said stop on this channel."""
         INVALID: PreviewRetargetResponse._Reason.ValueType  # 3
         """Every address on this channel is known not to work."""
+        HELD: PreviewRetargetResponse._Reason.ValueType  # 4
+        """The provider asked to leave the person alone for now, at each of their addresses on this channel."""
+        OVER_FREQUENCY_CAP: PreviewRetargetResponse._Reason.ValueType  # 5
+        """The person was messaged as often as the app's frequency cap allows."""
+        IN_OPEN_WAVE: PreviewRetargetResponse._Reason.ValueType  # 6
+        """The person is on another wave of the chain that is still being sent."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
-        """Why somebody would not be messaged."""
+        """Why somebody would not be messaged; the first that applies, in this order."""
 
     REASON_UNSPECIFIED: PreviewRetargetResponse.Reason.ValueType  # 0
     """Never sent."""
@@ -170,6 +318,12 @@ class PreviewRetargetResponse(_message.Message):
     """The person said stop on this channel."""
     INVALID: PreviewRetargetResponse.Reason.ValueType  # 3
     """Every address on this channel is known not to work."""
+    HELD: PreviewRetargetResponse.Reason.ValueType  # 4
+    """The provider asked to leave the person alone for now, at each of their addresses on this channel."""
+    OVER_FREQUENCY_CAP: PreviewRetargetResponse.Reason.ValueType  # 5
+    """The person was messaged as often as the app's frequency cap allows."""
+    IN_OPEN_WAVE: PreviewRetargetResponse.Reason.ValueType  # 6
+    """The person is on another wave of the chain that is still being sent."""
 
     @_typing.final
     class Drop(_message.Message):
@@ -200,6 +354,7 @@ class PreviewRetargetResponse(_message.Message):
     AUDIENCE_COUNT_FIELD_NUMBER: _builtins.int
     AS_OF_TIME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    UNSETTLED_FIELD_NUMBER: _builtins.int
     matched_count: _builtins.int
     """People who match the selection."""
     audience_count: _builtins.int
@@ -214,6 +369,10 @@ class PreviewRetargetResponse(_message.Message):
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
         """The moment of which the counts are true."""
 
+    @_builtins.property
+    def unsettled(self) -> _containers.RepeatedCompositeFieldContainer[_campaigns_pb2.Unsettled]:
+        """Where the selection was asked too early."""
+
     def __init__(
         self,
         *,
@@ -222,14 +381,120 @@ class PreviewRetargetResponse(_message.Message):
         audience_count: _builtins.int = ...,
         as_of_time: _timestamp_pb2.Timestamp | None = ...,
         display_name: _builtins.str = ...,
+        unsettled: _abc.Iterable[_campaigns_pb2.Unsettled] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "audience_count", b"audience_count", "display_name", b"display_name", "drops", b"drops", "matched_count", b"matched_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "audience_count", b"audience_count", "display_name", b"display_name", "drops", b"drops", "matched_count", b"matched_count", "unsettled", b"unsettled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PreviewRetargetResponse: _TypeAlias = PreviewRetargetResponse  # noqa: Y015
+
+@_typing.final
+class ListRetargetContactsRequest(_message.Message):
+    """Request of ListRetargetContacts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Group:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _GroupEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ListRetargetContactsRequest._Group.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        GROUP_UNSPECIFIED: ListRetargetContactsRequest._Group.ValueType  # 0
+        """AUDIENCE."""
+        AUDIENCE: ListRetargetContactsRequest._Group.ValueType  # 1
+        """Who would be messaged."""
+        MATCHED: ListRetargetContactsRequest._Group.ValueType  # 2
+        """Everybody who matches."""
+        DROPPED: ListRetargetContactsRequest._Group.ValueType  # 3
+        """Who drops out for the reason."""
+
+    class Group(_Group, metaclass=_GroupEnumTypeWrapper):
+        """A number of the preview."""
+
+    GROUP_UNSPECIFIED: ListRetargetContactsRequest.Group.ValueType  # 0
+    """AUDIENCE."""
+    AUDIENCE: ListRetargetContactsRequest.Group.ValueType  # 1
+    """Who would be messaged."""
+    MATCHED: ListRetargetContactsRequest.Group.ValueType  # 2
+    """Everybody who matches."""
+    DROPPED: ListRetargetContactsRequest.Group.ValueType  # 3
+    """Who drops out for the reason."""
+
+    SELECTION_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """On which channel, as in "sms"."""
+    group: Global___ListRetargetContactsRequest.Group.ValueType
+    """Which of them."""
+    reason: Global___PreviewRetargetResponse.Reason.ValueType
+    """With group DROPPED, why they drop out."""
+    resume_token: _builtins.str
+    """From the last response of a stream that broke: goes on after it, with the people of now."""
+    @_builtins.property
+    def selection(self) -> _campaigns_pb2.RetargetSelection:
+        """Who."""
+
+    def __init__(
+        self,
+        *,
+        selection: _campaigns_pb2.RetargetSelection | None = ...,
+        channel: _builtins.str = ...,
+        group: Global___ListRetargetContactsRequest.Group.ValueType = ...,
+        reason: Global___PreviewRetargetResponse.Reason.ValueType = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "group", b"group", "reason", b"reason", "resume_token", b"resume_token", "selection", b"selection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRetargetContactsRequest: _TypeAlias = ListRetargetContactsRequest  # noqa: Y015
+
+@_typing.final
+class ListRetargetContactsResponse(_message.Message):
+    """Some of the people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTACTS_FIELD_NUMBER: _builtins.int
+    TOTAL_COUNT_FIELD_NUMBER: _builtins.int
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    total_count: _builtins.int
+    """How many people the group has."""
+    resume_token: _builtins.str
+    """Where to go on when the stream breaks."""
+    @_builtins.property
+    def contacts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At most 1,000, `apps/{app}/contacts/{external_id}`."""
+
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment of which it is true."""
+
+    def __init__(
+        self,
+        *,
+        contacts: _abc.Iterable[_builtins.str] | None = ...,
+        total_count: _builtins.int = ...,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "contacts", b"contacts", "resume_token", b"resume_token", "total_count", b"total_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRetargetContactsResponse: _TypeAlias = ListRetargetContactsResponse  # noqa: Y015
 
 @_typing.final
 class CreateRetargetRequest(_message.Message):
@@ -242,6 +507,9 @@ class CreateRetargetRequest(_message.Message):
     CAMPAIGN_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
+    ALLOW_DUPLICATE_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """On which channel, as in "sms"."""
     campaign_id: _builtins.str
@@ -250,6 +518,12 @@ class CreateRetargetRequest(_message.Message):
     """For people; "Retarget: … (not read)" when it is empty."""
     request_id: _builtins.str
     """A UUID that makes a repeat within 24 hours return the same answer."""
+    evaluation: _campaigns_pb2.Audience.Evaluation.ValueType
+    """When the audience is evaluated; AT_SEND when it is not said."""
+    require_settled: _builtins.bool
+    """Refuse a "did not" that is asked too early, instead of only saying so."""
+    allow_duplicate: _builtins.bool
+    """Make another draft although one for the same people and channel is there."""
     @_builtins.property
     def selection(self) -> _campaigns_pb2.RetargetSelection:
         """Who."""
@@ -262,10 +536,13 @@ class CreateRetargetRequest(_message.Message):
         campaign_id: _builtins.str = ...,
         display_name: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        evaluation: _campaigns_pb2.Audience.Evaluation.ValueType = ...,
+        require_settled: _builtins.bool = ...,
+        allow_duplicate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "channel", b"channel", "display_name", b"display_name", "request_id", b"request_id", "selection", b"selection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_duplicate", b"allow_duplicate", "campaign_id", b"campaign_id", "channel", b"channel", "display_name", b"display_name", "evaluation", b"evaluation", "request_id", b"request_id", "require_settled", b"require_settled", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

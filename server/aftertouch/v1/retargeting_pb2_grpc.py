@@ -41,10 +41,20 @@ class RetargetingStub:
                 request_serializer=aftertouch_dot_v1_dot_retargeting__pb2.ListActionsRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.ListActionsResponse.FromString,
                 _registered_method=True)
+        self.GetMatrix = channel.unary_unary(
+                '/aftertouch.v1.Retargeting/GetMatrix',
+                request_serializer=aftertouch_dot_v1_dot_retargeting__pb2.GetMatrixRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.Matrix.FromString,
+                _registered_method=True)
         self.PreviewRetarget = channel.unary_unary(
                 '/aftertouch.v1.Retargeting/PreviewRetarget',
                 request_serializer=aftertouch_dot_v1_dot_retargeting__pb2.PreviewRetargetRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.PreviewRetargetResponse.FromString,
+                _registered_method=True)
+        self.ListRetargetContacts = channel.unary_stream(
+                '/aftertouch.v1.Retargeting/ListRetargetContacts',
+                request_serializer=aftertouch_dot_v1_dot_retargeting__pb2.ListRetargetContactsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.ListRetargetContactsResponse.FromString,
                 _registered_method=True)
         self.CreateRetarget = channel.unary_unary(
                 '/aftertouch.v1.Retargeting/CreateRetarget',
@@ -65,9 +75,25 @@ class RetargetingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMatrix(self, request, context):
+        """Counts every cell channel × action × channel of a launched campaign: for each action who matches, and how many of them
+        can be reached on each installed channel. All counts are true of one moment. Reasons: as ListActions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PreviewRetarget(self, request, context):
         """Shows how many people a retarget would reach on a channel, and why the others drop out. Sends and stores nothing.
-        Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel.
+        Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel, SELECTION_UNSETTLED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRetargetContacts(self, request, context):
+        """Streams the people behind a number of PreviewRetarget: the audience, all who match, or those who drop out for a
+        reason; in no order that means anything, and all as of one moment. Reasons: as PreviewRetarget.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,7 +101,8 @@ class RetargetingServicer:
 
     def CreateRetarget(self, request, context):
         """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-        with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+        with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
+        DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,10 +116,20 @@ def add_RetargetingServicer_to_server(servicer, server):
                     request_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.ListActionsRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_retargeting__pb2.ListActionsResponse.SerializeToString,
             ),
+            'GetMatrix': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMatrix,
+                    request_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.GetMatrixRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_retargeting__pb2.Matrix.SerializeToString,
+            ),
             'PreviewRetarget': grpc.unary_unary_rpc_method_handler(
                     servicer.PreviewRetarget,
                     request_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.PreviewRetargetRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_retargeting__pb2.PreviewRetargetResponse.SerializeToString,
+            ),
+            'ListRetargetContacts': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListRetargetContacts,
+                    request_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.ListRetargetContactsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_retargeting__pb2.ListRetargetContactsResponse.SerializeToString,
             ),
             'CreateRetarget': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateRetarget,
@@ -139,6 +176,33 @@ class Retargeting:
             _registered_method=True)
 
     @staticmethod
+    def GetMatrix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Retargeting/GetMatrix',
+            aftertouch_dot_v1_dot_retargeting__pb2.GetMatrixRequest.SerializeToString,
+            aftertouch_dot_v1_dot_retargeting__pb2.Matrix.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def PreviewRetarget(request,
             target,
             options=(),
@@ -155,6 +219,33 @@ class Retargeting:
             '/aftertouch.v1.Retargeting/PreviewRetarget',
             aftertouch_dot_v1_dot_retargeting__pb2.PreviewRetargetRequest.SerializeToString,
             aftertouch_dot_v1_dot_retargeting__pb2.PreviewRetargetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRetargetContacts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/aftertouch.v1.Retargeting/ListRetargetContacts',
+            aftertouch_dot_v1_dot_retargeting__pb2.ListRetargetContactsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_retargeting__pb2.ListRetargetContactsResponse.FromString,
             options,
             channel_credentials,
             insecure,

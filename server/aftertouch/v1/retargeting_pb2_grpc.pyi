@@ -38,13 +38,22 @@ class RetargetingStub:
     """Counts each action of a launched campaign's channel, exactly. Reasons: SOURCE_NOT_SENT, SOURCE_TOO_OLD,
     RETARGETING_NOT_ENABLED, SOURCE_BEFORE_PLAN.
     """
+    GetMatrix: _grpc.UnaryUnaryMultiCallable[_retargeting_pb2.GetMatrixRequest, _retargeting_pb2.Matrix]
+    """Counts every cell channel × action × channel of a launched campaign: for each action who matches, and how many of them
+    can be reached on each installed channel. All counts are true of one moment. Reasons: as ListActions.
+    """
     PreviewRetarget: _grpc.UnaryUnaryMultiCallable[_retargeting_pb2.PreviewRetargetRequest, _retargeting_pb2.PreviewRetargetResponse]
     """Shows how many people a retarget would reach on a channel, and why the others drop out. Sends and stores nothing.
-    Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel.
+    Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel, SELECTION_UNSETTLED.
+    """
+    ListRetargetContacts: _grpc.UnaryStreamMultiCallable[_retargeting_pb2.ListRetargetContactsRequest, _retargeting_pb2.ListRetargetContactsResponse]
+    """Streams the people behind a number of PreviewRetarget: the audience, all who match, or those who drop out for a
+    reason; in no order that means anything, and all as of one moment. Reasons: as PreviewRetarget.
     """
     CreateRetarget: _grpc.UnaryUnaryMultiCallable[_retargeting_pb2.CreateRetargetRequest, _campaigns_pb2.Campaign]
     """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-    with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+    with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
+    DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
     """
 
 @_typing.type_check_only
@@ -56,13 +65,22 @@ class RetargetingAsyncStub(RetargetingStub):
     """Counts each action of a launched campaign's channel, exactly. Reasons: SOURCE_NOT_SENT, SOURCE_TOO_OLD,
     RETARGETING_NOT_ENABLED, SOURCE_BEFORE_PLAN.
     """
+    GetMatrix: _aio.UnaryUnaryMultiCallable[_retargeting_pb2.GetMatrixRequest, _retargeting_pb2.Matrix]  # type: ignore[assignment]
+    """Counts every cell channel × action × channel of a launched campaign: for each action who matches, and how many of them
+    can be reached on each installed channel. All counts are true of one moment. Reasons: as ListActions.
+    """
     PreviewRetarget: _aio.UnaryUnaryMultiCallable[_retargeting_pb2.PreviewRetargetRequest, _retargeting_pb2.PreviewRetargetResponse]  # type: ignore[assignment]
     """Shows how many people a retarget would reach on a channel, and why the others drop out. Sends and stores nothing.
-    Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel.
+    Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel, SELECTION_UNSETTLED.
+    """
+    ListRetargetContacts: _aio.UnaryStreamMultiCallable[_retargeting_pb2.ListRetargetContactsRequest, _retargeting_pb2.ListRetargetContactsResponse]  # type: ignore[assignment]
+    """Streams the people behind a number of PreviewRetarget: the audience, all who match, or those who drop out for a
+    reason; in no order that means anything, and all as of one moment. Reasons: as PreviewRetarget.
     """
     CreateRetarget: _aio.UnaryUnaryMultiCallable[_retargeting_pb2.CreateRetargetRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-    with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+    with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
+    DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
     """
 
 class RetargetingServicer(metaclass=_abc_1.ABCMeta):
@@ -79,13 +97,33 @@ class RetargetingServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetMatrix(
+        self,
+        request: _retargeting_pb2.GetMatrixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retargeting_pb2.Matrix, _abc.Awaitable[_retargeting_pb2.Matrix]]:
+        """Counts every cell channel × action × channel of a launched campaign: for each action who matches, and how many of them
+        can be reached on each installed channel. All counts are true of one moment. Reasons: as ListActions.
+        """
+
+    @_abc_1.abstractmethod
     def PreviewRetarget(
         self,
         request: _retargeting_pb2.PreviewRetargetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_retargeting_pb2.PreviewRetargetResponse, _abc.Awaitable[_retargeting_pb2.PreviewRetargetResponse]]:
         """Shows how many people a retarget would reach on a channel, and why the others drop out. Sends and stores nothing.
-        Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel.
+        Reasons: as ListActions, and FIELDS_INVALID for an unknown action or channel, SELECTION_UNSETTLED.
+        """
+
+    @_abc_1.abstractmethod
+    def ListRetargetContacts(
+        self,
+        request: _retargeting_pb2.ListRetargetContactsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retargeting_pb2.ListRetargetContactsResponse], _abc.AsyncIterator[_retargeting_pb2.ListRetargetContactsResponse]]:
+        """Streams the people behind a number of PreviewRetarget: the audience, all who match, or those who drop out for a
+        reason; in no order that means anything, and all as of one moment. Reasons: as PreviewRetarget.
         """
 
     @_abc_1.abstractmethod
@@ -95,7 +133,8 @@ class RetargetingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
         """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-        with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+        with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
+        DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
         """
 
 def add_RetargetingServicer_to_server(servicer: RetargetingServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,87 @@
+"""Copies of rolls and receipts in this process's memory, so that the next question reads only what has changed.
+
+A roll is written once, and a row of receipts has a version that PostgreSQL keeps anyway: the transaction that wrote it. What
+is answered is therefore what the caller's transaction sees, exactly, whatever was kept: the versions are read each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.rolls.chunks import CHUNK_BYTES, Bits, Numbers, count_chunks
+from aftertouch.rolls.sql import ReadBits, read_bits, read_roll, read_versions
+from aftertouch.store.campaigns import Campaign
+
+_MOST_BYTES = 256 * 1024 * 1024
+"""A decoded roll takes 8 bytes a person, a kind of receipts an eighth of a byte: three campaigns to ten million people."""
+
+
+@dataclass(frozen=True)
+class _Receipts:
+    """One kind of a campaign: bits over the whole roll, and the version of each chunk of them. Never changed in place."""
+
+    versions: NDArray[np.uint32]
+    bits: Bits
+
+
+class Copies:
+    """What was read of campaigns, the least recently used forgotten first."""
+
+    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._rolls: OrderedDict[int, Numbers] = OrderedDict()
+        self._receipts: OrderedDict[int, dict[int, _Receipts]] = OrderedDict()
+
+    async def read_roll(self, conn: AsyncConnection, campaign: Campaign) -> Numbers:
+        """The contact numbers of a launched campaign's people, in the order of positions."""
+        roll = self._rolls.get(campaign.campaign_id)
+        if roll is None:
+            roll = await read_roll(conn, campaign.campaign_id)
+            self._rolls[campaign.campaign_id] = roll
+        self._rolls.move_to_end(campaign.campaign_id)
+        self._forget()
+        return roll
+
+    async def read_receipts(self, conn: AsyncConnection, campaign: Campaign, kinds: Collection[int]) -> dict[int, Bits]:
+        """The bits of these kinds by position, in whole chunks, as the transaction sees them."""
+        chunks = count_chunks(campaign.recipients)
+        kept = self._receipts.get(campaign.campaign_id, {})
+        empty = _Receipts(np.zeros(chunks, np.uint32), np.zeros(chunks * CHUNK_BYTES, np.uint8))
+        versions = await read_versions(conn, campaign.campaign_id, list(kinds), chunks)
+        stale = {kind: np.flatnonzero(seen != kept.get(kind, empty).versions) for kind, seen in versions.items()}
+        # A row that is not there is not read: this transaction may have begun before another one's that left the copy.
+        wanted = {kind: places[versions[kind][places] != 0] for kind, places in stale.items()}
+        read = await read_bits(conn, campaign.campaign_id, campaign.recipients, wanted) if any(map(len, wanted.values())) else {}
+        merged = await asyncio.to_thread(
+            lambda: {kind: _merge(kept.get(kind, empty), places, read.get(kind)) for kind, places in stale.items() if len(places)}
+        )
+        found = {kind: kept.get(kind, empty) for kind in versions} | merged
+        self._receipts[campaign.campaign_id] = self._receipts.get(campaign.campaign_id, {}) | merged
+        self._receipts.move_to_end(campaign.campaign_id)
+        self._forget()
+        return {kind: receipts.bits for kind, receipts in found.items()}
+
+    def _forget(self) -> None:
+        rolls = sum(roll.nbytes for roll in self._rolls.values())
+        receipts = sum(kind.bits.nbytes for kinds in self._receipts.values() for kind in kinds.values())
+        while self._rolls and rolls > self._most_bytes:
+            rolls -= self._rolls.popitem(last=False)[1].nbytes
+        while self._receipts and receipts > self._most_bytes:
+            receipts -= sum(kind.bits.nbytes for kind in self._receipts.popitem(last=False)[1].values())
+
+
+def _merge(kept: _Receipts, stale: Numbers, new: ReadBits | None) -> _Receipts:
+    versions, bits = kept.versions.copy(), kept.bits.copy()
+    versions[stale] = 0
+    bits.reshape(-1, CHUNK_BYTES)[stale] = 0
+    if new is not None:
+        versions[new.chunks] = new.versions
+        bits.reshape(-1, CHUNK_BYTES)[new.chunks] = new.bits
+    return _Receipts(versions, bits)
