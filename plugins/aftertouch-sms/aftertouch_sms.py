@@ -1,4 +1,4 @@
-"""SMS through Twilio: its own SDK writes and signs the requests, status callbacks bring what became of the messages.
+"""SMS through Twilio: one form posted for each message, and status callbacks that bring what became of it.
 
 The token travels in the query of each message's StatusCallback, so a callback settles even a message whose creation was never
 answered. Twilio has no idempotency key for messages: a request that may have arrived is never sent again.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hmac import compare_digest
@@ -17,14 +17,10 @@ from types import TracebackType
 from typing import Annotated, ClassVar, Self, cast
 from urllib.parse import parse_qsl, urlencode
 
-import aiohttp
 from multidict import MultiDict, MultiDictProxy
 from pydantic import Field, SecretStr, model_validator
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
-from twilio.http import AsyncHttpClient
-from twilio.http.response import Response
 from twilio.request_validator import RequestValidator
-from twilio.rest import Client
 
 from aftertouch.channels import (
     Accepted,
@@ -48,11 +44,10 @@ from aftertouch.channels import (
     parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
+from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
 
 MAX_BODY = 1600
 """Characters (Twilio: error 21617)."""
-MAX_ANSWER = 65_536
-"""Bytes of an answer that are read; Twilio's are below 2,000."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 
@@ -119,7 +114,7 @@ class SmsSettings(Settings):
     messaging_service_sid: str = Field(default="", pattern=r"^(MG[0-9a-fA-F]{32})?$")
     sender: str = ""
     """A phone number, short code or alphanumeric sender, where there is no Messaging Service."""
-    api_url: str = Field(default="https://api.twilio.com", pattern=r"^https?://[^/?#]+/?$")
+    api_url: str = Field(default="https://api.twilio.com", pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/?$")
     validity_period_seconds: int | None = Field(default=None, ge=1, le=36_000)
     """How long a message may wait in Twilio's queue; Twilio's own default is ten hours."""
     timeout_seconds: float = Field(default=15, gt=0)
@@ -149,81 +144,29 @@ class SmsContent(Content):
     """At most 1,600 characters once rendered; carriers bill by segments of 153, or 67 when it is not plain GSM-7."""
 
 
-class UnsuccessfulAnswerError(Exception):
-    """Carries the outcome past the SDK, whose own exceptions lose the response's headers."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        self.outcome = outcome
-
-
-class TwilioTransport(AsyncHttpClient):  # type: ignore[misc]
-    """The SDK's HTTP client on a session of ours.
-
-    ``AsyncTwilioHttpClient`` (9.13) passes on no timeout at all, whatever it is given, and needs aiohttp's deprecated BasicAuth.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(logging.getLogger(__name__), is_async=True, timeout=seconds)
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
-
-    async def close(self) -> None:
-        await self._session.close()
-
-    async def request(
-        self,
-        method: str,
-        uri: str,
-        params: Mapping[str, str] | None = None,
-        data: Mapping[str, object] | None = None,
-        headers: Mapping[str, str] | None = None,
-        auth: tuple[str, str] | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - the SDK's signature; the session's limits hold
-        allow_redirects: bool = False,
-    ) -> Response:
-        """Make one request.
-
-        Raises:
-            UnsuccessfulAnswerError: for every status but a 2xx.
-            aiohttp.ClientError, TimeoutError: as aiohttp does, and when a 2xx is not a JSON object.
-        """
-        headers = dict(headers or {})
-        if auth is not None:
-            headers["Authorization"] = aiohttp.encode_basic_auth(*auth)
-        async with self._session.request(
-            method, uri, params=params, data=urlencode(data or {}), headers=headers, allow_redirects=False
-        ) as response:
-            try:
-                await response.content.readexactly(MAX_ANSWER + 1)
-            except asyncio.IncompleteReadError as end:
-                answer = _parse_object(end.partial)
-            else:
-                answer = None
-        if not response.ok or response.status >= 300:
-            raise UnsuccessfulAnswerError(_judge_answer(response, answer))
-        if answer is None:
-            raise aiohttp.ClientPayloadError("a 2xx without a JSON object")
-        return Response(response.status, json.dumps(answer), response.headers)
+def judge_answer(answer: Answer) -> Outcome:
+    """Say what an answer of the Messages resource means."""
+    created = _parse_object(answer.body)
+    if 200 <= answer.status <= 299:
+        if created is None:
+            return Unclear(detail=f"http_{answer.status} without a JSON object")
+        sid = created.get("sid")
+        return Accepted(message_id=sid if isinstance(sid, str) else "")
+    code = (created or {}).get("code")
+    if not isinstance(code, int):
+        if answer.status in (502, 504):
+            # Only a gateway spoke: what stands behind it may have taken the message before it fell silent.
+            return Unclear(detail=f"http_{answer.status}")
+        code = f"http_{answer.status}"
+    return Refused(code=str(code), retry_after=parse_retry_after(answer.headers.get("retry-after")))
 
 
-def _parse_object(body: bytes) -> dict[str, object] | None:
+def _parse_object(body: bytes | None) -> dict[str, object] | None:
     try:
-        value = json.loads(body)
+        value = json.loads(body or b"")
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _judge_answer(response: aiohttp.ClientResponse, answer: Mapping[str, object] | None) -> Outcome:
-    code = (answer or {}).get("code")
-    if not isinstance(code, int):
-        if response.status in (502, 504):
-            # Only a gateway spoke: what stands behind it may have taken the message before it fell silent.
-            return Unclear(detail=f"http_{response.status}")
-        code = f"http_{response.status}"
-    return Refused(code=str(code), retry_after=parse_retry_after(response.headers.get("Retry-After")))
 
 
 @lru_cache(maxsize=1)
@@ -261,30 +204,33 @@ class SmsChannel(Channel):
     reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
 
     settings: SmsSettings
-    _transport: TwilioTransport
-    _client: Client
+    _http: HttpClient
 
     def __init__(self, settings: SmsSettings, *, webhook_url: str) -> None:
         super().__init__(settings, webhook_url=webhook_url)
         self._validator = RequestValidator(settings.auth_token.get_secret_value())
-        self._options: dict[str, object] = (
-            {"messaging_service_sid": settings.messaging_service_sid}
+        self._origin, base = split_url(settings.api_url)
+        self._target = f"{base.rstrip('/')}/2010-04-01/Accounts/{settings.account_sid}/Messages.json"
+        credentials = b64encode(f"{settings.account_sid}:{settings.auth_token.get_secret_value()}".encode()).decode()
+        self._headers = {
+            "Authorization": f"Basic {credentials}",
+            "Content-Type": "application/x-www-form-urlencoded",
+            "Accept": "application/json",
+        }
+        self._options = (
+            {"MessagingServiceSid": settings.messaging_service_sid}
             if settings.messaging_service_sid
-            else {"from_": settings.sender}
+            else {"From": settings.sender}
         )
         if settings.validity_period_seconds is not None:
-            self._options["validity_period"] = settings.validity_period_seconds
+            self._options["ValidityPeriod"] = str(settings.validity_period_seconds)
 
     async def __aenter__(self) -> Self:
-        self._transport = TwilioTransport(self.settings.timeout_seconds)
-        self._client = Client(self.settings.account_sid, self.settings.auth_token.get_secret_value(), http_client=self._transport)
-        # The SDK would otherwise rewrite the host by TWILIO_EDGE and TWILIO_REGION of the environment.
-        self._client.edge = self._client.region = None
-        self._client.api.base_url = self.settings.api_url
+        self._http = HttpClient(timeout=self.settings.timeout_seconds)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._transport.close()
+        await self._http.close()
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)
@@ -296,22 +242,21 @@ class SmsChannel(Channel):
             return Refused(code="empty_text")
         if len(body) > MAX_BODY:
             return Refused(code="payload_too_large")
+        form = {
+            "To": message.address.phone,
+            "Body": body,
+            # By default Twilio calls back once more at most, and only when it could not connect. The fragment asks for five
+            # more attempts after any failure (Twilio: Webhooks, "Connection overrides"); it is not part of the request.
+            "StatusCallback": f"{self.webhook_url}?t={message.token}#rc=5&rp=all",
+            **self._options,
+        }
         try:
-            created = await self._client.messages.create_async(
-                to=message.address.phone,
-                body=body,
-                # By default Twilio calls back once more at most, and only when it could not connect. The fragment asks for five
-                # more attempts after any failure (Twilio: Webhooks, "Connection overrides"); it is not part of the request.
-                status_callback=f"{self.webhook_url}?t={message.token}#rc=5&rp=all",
-                **self._options,
-            )
-        except UnsuccessfulAnswerError as answer:
-            return answer.outcome
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            answer = await self._http.post(self._origin, self._target, self._headers, urlencode(form).encode())
+        except NotSent:
             return Refused(code="connect_error")
-        except (aiohttp.ClientError, TimeoutError) as error:
-            return Unclear(detail=type(error).__name__)
-        return Accepted(message_id=created.sid or "")
+        except NoAnswer as error:
+            return Unclear(detail=str(error))
+        return judge_answer(answer)
 
     def verify(self, request: WebhookRequest) -> None:
         """Check Twilio's signature over the address and the form (Twilio: "Validating requests").

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-import aiohttp
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
 
@@ -42,11 +41,10 @@ from aftertouch.channels import (
     parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
+from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
 
 MAX_BODY = 1024
 """Characters of a template's body with its parameters filled in (Meta: error 132005)."""
-MAX_ANSWER = 65_536
-"""Bytes of an answer that are read; Meta's are below 2,000."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 _FORBIDDEN_TEXT = re.compile(r"[\n\r\t]| {5}")
@@ -95,7 +93,7 @@ class WhatsAppSettings(Settings):
     """The key of the webhooks' signatures."""
     verify_token: SecretStr = Field(min_length=1)
     """A word of ours that Meta repeats when the webhook's address is registered."""
-    api_url: str = Field(default="https://graph.facebook.com", pattern=r"^https?://[^/?#]+/?$")
+    api_url: str = Field(default="https://graph.facebook.com", pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/?$")
     """Meta's Graph API, or a sandbox."""
     api_version: str = Field(default="v23.0", pattern=r"^v[0-9]+\.[0-9]+$")
     """Of the Graph API; Meta retires each about two years after it came out."""
@@ -182,23 +180,24 @@ class WhatsAppChannel(Channel):
     reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
 
     settings: WhatsAppSettings
-    _session: aiohttp.ClientSession
+    _http: HttpClient
 
     def __init__(self, settings: WhatsAppSettings, *, webhook_url: str) -> None:
         super().__init__(settings, webhook_url=webhook_url)
-        self._url = f"{settings.api_url.rstrip('/')}/{settings.api_version}/{settings.phone_number_id}/messages"
+        self._origin, base = split_url(settings.api_url)
+        self._target = f"{base.rstrip('/')}/{settings.api_version}/{settings.phone_number_id}/messages"
+        self._headers = {
+            "Authorization": f"Bearer {settings.access_token.get_secret_value()}",
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+        }
 
     async def __aenter__(self) -> Self:
-        seconds = self.settings.timeout_seconds
-        self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {self.settings.access_token.get_secret_value()}"},
-            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        self._http = HttpClient(timeout=self.settings.timeout_seconds)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._session.close()
+        await self._http.close()
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[WhatsAppAddress, WhatsAppContent]]", messages)
@@ -222,13 +221,12 @@ class WhatsAppChannel(Channel):
             "biz_opaque_callback_data": message.token,
         }
         try:
-            async with self._session.post(self._url, json=request, allow_redirects=False) as response:
-                answer = await _read_object(response)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            answer = await self._http.post(self._origin, self._target, self._headers, json.dumps(request).encode())
+        except NotSent:
             return Refused(code="connect_error")
-        except (aiohttp.ClientError, TimeoutError) as error:
-            return Unclear(detail=type(error).__name__)
-        return judge_answer(response, answer)
+        except NoAnswer as error:
+            return Unclear(detail=str(error))
+        return judge_answer(answer)
 
     def verify(self, request: WebhookRequest) -> None:
         """Check the registration's word, or the signature over the body's bytes (Meta: Webhooks, "Validate payloads")."""
@@ -291,32 +289,29 @@ def write_template(content: WhatsAppContent) -> dict[str, object]:
     return {"name": content.template, "language": {"code": content.language}, "components": components}
 
 
-def judge_answer(response: aiohttp.ClientResponse, answer: Mapping[str, object] | None) -> Outcome:
+def judge_answer(answer: Answer) -> Outcome:
     """Say what an answer of the messages endpoint means."""
-    if 200 <= response.status <= 299:
-        for message in _list_of(answer, "messages"):
+    said = _parse_object(answer.body)
+    if 200 <= answer.status <= 299:
+        for message in _list_of(said, "messages"):
             if isinstance(message, dict) and isinstance(message.get("id"), str):
                 return Accepted(message_id=message["id"])
-        return Unclear(detail=f"http_{response.status} without a message id")
-    code = _read_code((answer or {}).get("error"))
+        return Unclear(detail=f"http_{answer.status} without a message id")
+    code = _read_code((said or {}).get("error"))
     if code is None:
-        if response.status in (502, 504):
+        if answer.status in (502, 504):
             # Only a gateway spoke: what stands behind it may have taken the message before it fell silent.
-            return Unclear(detail=f"http_{response.status}")
-        code = f"http_{response.status}"
-    return Refused(code=code, retry_after=parse_retry_after(response.headers.get("Retry-After")))
+            return Unclear(detail=f"http_{answer.status}")
+        code = f"http_{answer.status}"
+    return Refused(code=code, retry_after=parse_retry_after(answer.headers.get("retry-after")))
 
 
-async def _read_object(response: aiohttp.ClientResponse) -> dict[str, object] | None:
+def _parse_object(body: bytes | None) -> dict[str, object] | None:
     try:
-        await response.content.readexactly(MAX_ANSWER + 1)
-    except asyncio.IncompleteReadError as end:
-        try:
-            value = json.loads(end.partial)
-        except (ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
-    return None
+        value = json.loads(body or b"")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _list_of(parent: object, key: str) -> list[object]:

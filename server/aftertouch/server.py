@@ -7,6 +7,7 @@ close.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import secrets
 import socket
@@ -151,7 +152,18 @@ async def open_core(
             log.warning("a channel cannot send", action="load_plugins", channel=name, obstacles=list(obstacles))
         ledger = Ledger(engine, registry.types, TokenCodec(read_secret_key(config)))
         await stack.enter_async_context(ledger)
+        _spare_collections()
         yield Core(engine, registry, ledger)
+
+
+def _spare_collections() -> None:
+    """Let the garbage collector leave alone what is there now, and look less often: next to nothing here is in cycles.
+
+    Walking 150,000 objects of modules over and over took a seventh of a sending worker's CPU.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 async def keep_house(engine: AsyncEngine) -> None:

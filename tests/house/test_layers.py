@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = sorted(ROOT.glob("plugins/*/*.py"))
-DOOR = {"aftertouch", "aftertouch.channels", "aftertouch.hookspecs"}
+DOOR = {"aftertouch", "aftertouch.channels", "aftertouch.hookspecs", "aftertouch.http"}
 
 
 def list_imports(path: Path) -> set[str]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from liquid.exceptions import LiquidError
 
 from aftertouch.channels import Content
+from aftertouch.delivery import render as rendering
 from aftertouch.delivery.render import ContentTemplate, RenderError, find_template_errors
 
 
@@ -92,6 +97,8 @@ def test_lists_and_objects_are_rendered_inside() -> None:
         ("{{ a", "expected"),
         ("{% if %}{% endif %}", ""),
         ("{% nonsense %}", "nonsense"),
+        ("{%" + "x" * 60_000, "expected '%}'"),
+        ("{% if a %}{% endif %}{% " + "x" * 60_000, "expected '%}'"),
         ("{{ a | nonsense }}", "there is no filter 'nonsense'"),
         ("{% include 'other' %}", "there is no template 'other'"),
     ],
@@ -104,3 +111,49 @@ def test_errors_of_templates_are_found_with_their_place(text: str, cause: str) -
 
 def test_errors_are_none_in_a_content_without_templates() -> None:
     assert list(find_template_errors({"a": "{ x }", "b": [1, None, True, {}]})) == []
+
+
+NAMES = ["a", "b", "now", "today", "size", "first", "empty", "true", "nil", "external_id", "a-b", "ä"]
+QUOTED = st.tuples(st.sampled_from("'\""), st.text(st.characters(exclude_characters="'\"\\"))).map(
+    lambda q: f"{q[0]}{q[1]}{q[0]}"
+)
+VARIABLES = st.one_of(
+    st.sampled_from(NAMES),
+    st.builds("{} | default: {}".format, st.sampled_from(NAMES), QUOTED | st.sampled_from(NAMES)),
+    st.sampled_from(["a | upcase", "a.b", "a['b']", "a[b]", "'x'", "5", "a | default", "a | default: 1"]),
+    st.sampled_from(["a | default: '', allow_false: true"]),
+)
+TAGS = ["{", "}}", "{%", "{% if a %}x{% endif %}", "{% assign a = 'x' %}", "{# x #}"]
+PIECES = st.one_of(
+    st.text(),
+    st.sampled_from([*TAGS, "\r\n", "\n", " ", "x" * 40_000]),
+    st.builds("{{{{{} {} {}}}}}".format, st.sampled_from(["", "-"]), VARIABLES, st.sampled_from(["", "-"])),
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["", " ", "\r", "é", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["b", "size"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.lists(PIECES, max_size=5).map("".join), st.dictionaries(st.sampled_from(NAMES), VALUES))
+def test_text_that_is_compiled_is_what_liquid_renders(text: str, attributes: dict[str, Any]) -> None:
+    try:
+        template = rendering._parse(text)
+    except LiquidError:
+        return
+
+    def attempt(render: rendering.Render) -> object:
+        try:
+            # What time it is depends on when it was asked.
+            return re.sub(r"\d\d:\d\d:[0-9.]+", "now", render(attributes))
+        except Exception as error:
+            return type(error)
+
+    assert attempt(rendering._compile_text(template)) == attempt(template.render)
+
+
+@pytest.mark.parametrize("text", ["Hi", "Hi {{ a }}", "{{ a | default: 'there' }}, {{- b -}} !"])
+def test_text_with_plain_variables_is_not_left_to_liquid(text: str) -> None:
+    template = rendering._parse(text)
+    assert rendering._compile_text(template) != template.render

@@ -7,10 +7,13 @@ lacking: nobody is ever greeted with a hole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from liquid import Environment, FalsyStrictUndefined
-from liquid.exceptions import LiquidError, TemplateNotFoundError, UndefinedError
+from liquid import BoundTemplate, Environment, FalsyStrictUndefined
+from liquid.builtin.content import ContentNode
+from liquid.builtin.expressions import Filter, FilteredExpression, Path, PositionalArgument, StringLiteral
+from liquid.builtin.output import OutputNode
+from liquid.exceptions import LiquidError, LiquidSyntaxError, TemplateNotFoundError, UndefinedError
 
 from aftertouch.channels import Content
 
@@ -47,7 +50,7 @@ def find_template_errors(content: Any, path: str = "content") -> Iterator[tuple[
     if isinstance(content, str):
         try:
             # Liquid meets a filter or template that does not exist only when it renders: everybody would be skipped.
-            used = _LIQUID.from_string(content).analyze().filters
+            used = _parse(content).analyze().filters
         except TemplateNotFoundError as error:
             yield path, f"there is no template {str(error).splitlines()[0]!r}: a content cannot render or include another"
         except LiquidError as error:
@@ -60,6 +63,14 @@ def find_template_errors(content: Any, path: str = "content") -> Iterator[tuple[
     elif isinstance(content, list):
         for index, value in enumerate(content):
             yield from find_template_errors(value, f"{path}[{index}]")
+
+
+def _parse(text: str) -> BoundTemplate:
+    # Liquid's lexer tries every end of what follows a tag without one: 16 s for 16,000 characters.
+    start = text.rfind("{%")
+    if start >= 0 and "%}" not in text[start:]:
+        raise LiquidSyntaxError("expected '%}' after the last '{%'", token=None)
+    return _LIQUID.from_string(text)
 
 
 class ContentTemplate:
@@ -94,7 +105,7 @@ def _compile(value: Any) -> Render:
     if isinstance(value, str):
         if "{{" not in value and "{%" not in value:
             return lambda _: value
-        return _LIQUID.from_string(value).render
+        return _compile_text(_parse(value))
     if isinstance(value, Mapping):
         fields = {key: _compile(inner) for key, inner in value.items()}
         return lambda attributes: {key: render(attributes) for key, render in fields.items()}
@@ -102,3 +113,61 @@ def _compile(value: Any) -> Render:
         items = [_compile(inner) for inner in value]
         return lambda attributes: [render(attributes) for render in items]
     return lambda _: value
+
+
+class _Variable(NamedTuple):
+    name: str
+    default: str | None
+
+
+_OWN_VARIABLES = frozenset(("now", "today"))
+"""Defined in Liquid itself, whatever the attributes are."""
+
+
+def _compile_text(template: BoundTemplate) -> Render:
+    """What Liquid would render, in a tenth of its 20 µs where the template is text and plain variables, as nearly all are.
+
+    It is read off Liquid's own parse tree, and whatever is not plain about a template or an attribute is left to Liquid.
+    """
+    parts: list[str | _Variable] = []
+    for node in template.nodes:
+        part = _simplify(node)
+        if part is None:
+            return template.render
+        parts.append(part)
+
+    def render(attributes: Mapping[str, Any]) -> str:
+        texts = []
+        for part in parts:
+            if isinstance(part, _Variable):
+                text = attributes.get(part.name, part.default)
+                if type(text) is not str or not text:
+                    return template.render(attributes)
+                texts.append(text)
+            else:
+                texts.append(part)
+        whole = "".join(texts)
+        size = len(whole) if whole.isascii() else len(whole.encode())
+        # Liquid has its own way with line breaks.
+        if "\r" in whole or size > _Environment.output_stream_limit:
+            return template.render(attributes)
+        return whole
+
+    return render
+
+
+def _simplify(node: object) -> str | _Variable | None:
+    """A node that is a text, or a variable with at most a text as its default; None for any other."""
+    match node:
+        case ContentNode(text=str(text)):
+            return text
+        case OutputNode(expression=FilteredExpression(left=Path(path=[str(name)]), filters=[])):
+            return _Variable(name, None)
+        case OutputNode(
+            expression=FilteredExpression(
+                left=Path(path=[str(name)]),
+                filters=[Filter(name="default", args=[PositionalArgument(value=StringLiteral(value=str(default)))])],
+            )
+        ) if name not in _OWN_VARIABLES:
+            return _Variable(name, default)
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
@@ -12,9 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from aftertouch.store.tables import kinds
 
 
-@dataclass(frozen=True, order=True)
-class Kind:
-    """A signal and, for a failure or a skip, why."""
+class Kind(NamedTuple):
+    """A signal and, for a failure or a skip, why; a tuple, since one is made and looked up for every message."""
 
     signal: str
     reason_class: str = ""

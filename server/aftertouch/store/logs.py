@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +59,8 @@ class EventBatch:
         )
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One message that was handed to a provider."""
+class Attempt(NamedTuple):
+    """One message that was handed to a provider; a tuple, since there is one for every message."""
 
     slot: int
     position: int
@@ -143,18 +144,31 @@ async def store_attempts(conn: AsyncConnection, attempts: Sequence[Attempt]) -> 
     if not attempts:
         return
     pg = await driver(conn)
-    await pg.execute(
-        "INSERT INTO attempts (arrive_time, slot, position, kind, address_hash, channel, message_id)"
-        " SELECT now(), * FROM unnest(%b::bigint[], %b::int[], %b::int[], %b::bytea[], %b::text[], %b::text[])",
-        (
-            [attempt.slot for attempt in attempts],
-            [attempt.position for attempt in attempts],
-            [attempt.kind for attempt in attempts],
-            [attempt.address_hash for attempt in attempts],
-            [attempt.channel for attempt in attempts],
-            [attempt.message_id for attempt in attempts],
-        ),
-    )
+    columns = "arrive_time, slot, position, kind, address_hash, channel, message_id"
+    async with pg.cursor().copy(f"COPY attempts ({columns}) FROM STDIN (FORMAT BINARY)") as copy:
+        await copy.write(encode_attempts(attempts))
+
+
+def encode_attempts(attempts: Sequence[Attempt]) -> bytes:
+    """The attempts in PostgreSQL's binary COPY format: 1 µs each, an INSERT over arrays takes several."""
+    now = int(datetime.now(UTC).timestamp() * MICROSECONDS) - _POSTGRES_EPOCH
+    parts = [_COPY_HEADER]
+    for slot, position, kind, address_hash, channel, message_id in attempts:
+        name, number = channel.encode(), message_id.encode()
+        parts += (
+            _ATTEMPT.pack(7, 8, now, 8, slot, 4, position, 4, kind, len(address_hash)),
+            address_hash,
+            _LENGTH.pack(len(name)),
+            name,
+            _LENGTH.pack(len(number)),
+            number,
+        )
+    parts.append(_COPY_TRAILER)
+    return b"".join(parts)
+
+
+_ATTEMPT = Struct(">hiqiqiiiii")
+_LENGTH = Struct(">i")
 
 
 async def keep_unrecognized(conn: AsyncConnection, channel: str, items: Sequence[str]) -> None:
