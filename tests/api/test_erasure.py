@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sqlalchemy import insert, text
 
-from aftertouch.channels import Receipt
+from aftertouch.channels import Receipt, Webhook
 from aftertouch.client import Client
 from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.rpc.values import to_struct
@@ -182,8 +182,10 @@ async def test_later_receipts_of_the_erased_are_taken_and_counted(shared_world: 
     before = (await world.get_campaign(draft.name)).counts.signals
     (token,) = world.core.ledger.tokens.make(campaign.campaign_id, np.array([position]))
     for signal, code in (("delivered", None), ("failed", "30005"), ("failed", "21610")):
-        await world.core.ledger.ingest_receipts("sms", [Receipt(token=token, signal=signal, code=code, time=datetime.now(UTC))])
-    await world.core.ledger.ingest_receipts("sms", [Receipt(message_id=message_id, signal="delivered")])
+        receipt = Receipt(token=token, signal=signal, code=code, time=datetime.now(UTC))
+        await world.core.ledger.ingest_webhooks("sms", [Webhook(receipts=(receipt,))])
+    by_message = Receipt(message_id=message_id, signal="delivered")
+    await world.core.ledger.ingest_webhooks("sms", [Webhook(receipts=(by_message,))])
     events = [events_pb2.Event(token=token, signal="delivered")]
     answer = await world.client.events.IngestEvents(events_pb2.IngestEventsRequest(parent="apps/acme", events=events))
     assert (answer.accepted_count, len(answer.rejections)) == (1, 0)
@@ -202,6 +204,25 @@ async def test_event_by_the_erased_name_is_rejected(shared_world: World) -> None
     request = events_pb2.IngestEventsRequest(parent="apps/acme", events=[events_pb2.Event(recipient=target, signal="delivered")])
     (rejection,) = (await world.client.events.IngestEvents(request)).rejections
     assert rejection.reason == events_pb2.RejectedEvent.Reason.CONTACT_UNKNOWN
+
+
+async def test_event_by_a_name_that_was_in_use_is_rejected_once_it_is_erased(shared_world: World) -> None:
+    """And when somebody new has it, the event is not taken for the one who was erased."""
+    world = shared_world
+    external_id = pick(world, 9)
+    (source, *_) = await list_sent(world)
+    target = events_pb2.RecipientTarget(campaign=source.name, external_id=external_id)
+    request = events_pb2.IngestEventsRequest(parent="apps/acme", events=[events_pb2.Event(recipient=target, signal="sent")])
+    assert not (await world.client.events.IngestEvents(request)).rejections
+    await erase(world.client, external_id)
+    async with asyncio.timeout(20):
+        # A server looks every second for who was erased.
+        while not (rejections := (await world.client.events.IngestEvents(request)).rejections):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert rejections[0].reason == events_pb2.RejectedEvent.Reason.CONTACT_UNKNOWN
+    await upsert(world, external_id, "+34699000009")
+    (rejection,) = (await world.client.events.IngestEvents(request)).rejections
+    assert rejection.reason == events_pb2.RejectedEvent.Reason.NOT_A_RECIPIENT
 
 
 async def test_same_external_id_is_somebody_new_afterwards(shared_world: World) -> None:
