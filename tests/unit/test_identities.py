@@ -46,3 +46,14 @@ def test_identity_with_a_zero_byte_is_nobody() -> None:
     identities = Identities()
     identities.add([b"a", b""], np.array([1, 2]))
     assert identities.find([b"a\0", b"\0", b"a", b""]).tolist() == [-1, -1, 1, 2]
+
+
+def test_identities_that_are_forgotten_are_unknown_and_hide_no_other() -> None:
+    identities = Identities()
+    external_ids = [f"person-{number}".encode() for number in range(SMALLEST // 2 - 2)] + [b"x" * 100]
+    numbers = np.arange(len(external_ids))
+    identities.add(external_ids, numbers)
+    identities.forget(numbers[::2])
+    assert identities.find(external_ids).tolist() == [number if number % 2 else -1 for number in numbers.tolist()]
+    identities.add(external_ids[::2], numbers[::2] + 10_000)
+    assert identities.find(external_ids).tolist() == [number + 10_000 * (number % 2 == 0) for number in numbers.tolist()]

@@ -17,11 +17,13 @@ from aftertouch.rolls.chunks import Numbers
 WIDTH = 32
 """Bytes of an external_id that stand in the table itself; longer ones are rare, and go into a dict."""
 SMALLEST = 1 << 10
+_EMPTY, _GONE = -1, -2
+"""In place of a number; whoever looks for another text goes on past one that is gone."""
 _Words = NDArray[np.uint64]
 
 
 class Identities:
-    """Contact numbers of one app by external_id, in UTF-8. Nothing is ever removed."""
+    """Contact numbers of one app by external_id, in UTF-8."""
 
     def __init__(self) -> None:
         self._long: dict[bytes, int] = {}
@@ -42,7 +44,7 @@ class Identities:
             numbers = self._numbers[places]
             is_same = (self._words[places] == words).all(axis=1) & (numbers >= 0)
             found[left[is_same]] = numbers[is_same]
-            goes_on = ~is_same & (numbers >= 0)
+            goes_on = ~is_same & (numbers != _EMPTY)
             left, words = left[goes_on], words[goes_on]
             places = (places[goes_on] + 1) & self._mask
         for index in np.flatnonzero(~is_short).tolist():
@@ -57,6 +59,14 @@ class Identities:
         self.reserve(self._count + int(is_short.sum()))
         self._insert(words[is_short], numbers[is_short])
 
+    def forget(self, numbers: Numbers) -> None:
+        """Know these contacts no more, nor what they were called."""
+        gone = np.isin(self._numbers, numbers)
+        self._numbers[gone] = _GONE
+        self._words[gone] = 0
+        erased = set(numbers.tolist())
+        self._long = {external_id: number for external_id, number in self._long.items() if number not in erased}
+
     def reserve(self, count: int) -> None:
         """Make room for so many, at once instead of by and by: moving a million takes 0.3 s."""
         if self._mask < 2 * count:
@@ -69,7 +79,7 @@ class Identities:
         self._count += len(numbers)
         places = self._hash(words)
         while len(numbers):
-            free = np.flatnonzero(self._numbers[places] < 0)
+            free = np.flatnonzero(self._numbers[places] == _EMPTY)
             self._numbers[places[free]] = numbers[free]
             # Of several that want one place numpy lets the last have it.
             self._words[places[free]] = words[free]
@@ -82,7 +92,7 @@ class Identities:
         self._count = 0
         self._mask = size - 1
         self._shift = np.uint64(64 - self._mask.bit_length())
-        self._numbers = np.full(size, -1, np.int64)
+        self._numbers = np.full(size, _EMPTY, np.int64)
         self._words = np.zeros((size, WIDTH // 8), np.uint64)
 
     def _hash(self, words: _Words) -> Numbers:

@@ -1,4 +1,6 @@
-"""What an event is placed by: launched campaigns, contact numbers, rolls, kinds. None of it ever changes, so it is kept at hand.
+"""What an event is placed by: launched campaigns, contact numbers, rolls, kinds. It never changes, so it is kept at hand.
+
+Only contacts that are erased are forgotten again.
 
 Each is bounded; what was used least recently is dropped first.
 """
@@ -6,20 +8,25 @@ Each is bounded; what was used least recently is dropped first.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import compress
 from typing import Generic, TypeVar
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from aftertouch.errors import DatabaseUnavailable
 from aftertouch.ingest.identities import Identities
 from aftertouch.rolls.chunks import Numbers, Roll
 from aftertouch.rolls.sql import read_roll
 from aftertouch.store.campaigns import Campaign, find_campaigns, read_campaigns
 from aftertouch.store.contacts import count_contacts, find_numbers, page_numbers
 from aftertouch.store.engine import transaction
+from aftertouch.store.erasures import list_erased
 from aftertouch.store.kinds import Kind, intern_kinds
 
 MOST_CAMPAIGNS = 10_000
@@ -27,6 +34,10 @@ MOST_IDENTITIES = 2_000_000
 """Contact numbers by external_id: 160 bytes each at the most, so 320 MB."""
 IDENTITIES_PAGE = 20_000
 """Read at a time, so that nobody else waits longer than 20 ms."""
+FORGET_SECONDS = 1.0
+"""Between two looks at who was erased: until then events by an erased name still count for the number that is nobody any more."""
+LONGEST_ERASING = timedelta(minutes=10)
+"""From an erasure's time, when its transaction begins, to its commit."""
 MOST_ROLL_POSITIONS = 25_000_000
 """Of decoded rolls: 14 bytes each at the most, so 350 MB."""
 MOST_KINDS = 10_000
@@ -70,6 +81,22 @@ class _Contacts:
     is_whole: bool = False
     """All were read once; those that are made later are looked up one by one."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    erased: Numbers = field(default_factory=lambda: np.empty(0, np.int64))
+    """Those of late, whom a look-up that was under way may still bring."""
+    seen_time: float = field(default_factory=time.monotonic)
+    """Up to when it is known who was erased."""
+    next_look: float = 0.0
+
+    def learn(self, external_ids: Sequence[bytes], numbers: Numbers) -> None:
+        """Keep what was read, without those who were erased meanwhile."""
+        kept = ~np.isin(numbers, self.erased)
+        self.known.add(list(compress(external_ids, kept)), numbers[kept])
+
+    def forget(self, erased: Numbers) -> None:
+        """Know those no more who were erased."""
+        if len(new := np.setdiff1d(erased, self.erased)):
+            self.known.forget(new)
+        self.erased = erased
 
 
 class Lookups:
@@ -117,6 +144,8 @@ class Lookups:
     async def find_numbers(self, app_id: int, external_ids: Sequence[bytes]) -> Numbers:
         """The contact number of each external_id, in UTF-8; -1 where there is none."""
         contacts = self._contacts.setdefault(app_id, _Contacts())
+        if time.monotonic() >= contacts.next_look:
+            await self._forget_erased(app_id, contacts)
         numbers = contacts.known.find(external_ids)
         unknown = np.flatnonzero(numbers < 0).tolist()
         if unknown:
@@ -132,9 +161,20 @@ class Lookups:
                 read = {text.encode(): number for text, number in (await find_numbers(conn, app_id, texts)).items()}
             if sum(len(contacts.known) for contacts in self._contacts.values()) + len(read) > MOST_IDENTITIES:
                 self._contacts = {app_id: (contacts := _Contacts())}
-            contacts.known.add(list(read), np.array(list(read.values()), np.int64))
+            contacts.learn(list(read), np.array(list(read.values()), np.int64))
             numbers[unknown] = [read.get(external_ids[index], -1) for index in unknown]
         return numbers
+
+    async def _forget_erased(self, app_id: int, contacts: _Contacts) -> None:
+        now = time.monotonic()
+        contacts.next_look = now + FORGET_SECONDS
+        try:
+            async with transaction(self._engine) as conn:
+                erased = await list_erased(conn, app_id, timedelta(seconds=now - contacts.seen_time) + LONGEST_ERASING)
+        except DatabaseUnavailable:
+            return  # nobody is erased meanwhile either
+        contacts.seen_time = now
+        contacts.forget(np.array(erased, np.int64))
 
     async def _load_identities(self, app_id: int, contacts: _Contacts) -> None:
         """Read all external_ids of an app whose people keep being asked for, where they fit: 0.8 µs each, by one 5 µs."""
@@ -151,7 +191,7 @@ class Lookups:
                 async with transaction(self._engine) as conn:
                     page = await page_numbers(conn, app_id, after, IDENTITIES_PAGE)
                 external_ids = [external_id.encode() for external_id, _ in page]
-                contacts.known.add(external_ids, np.fromiter((number for _, number in page), np.int64, len(page)))
+                contacts.learn(external_ids, np.fromiter((number for _, number in page), np.int64, len(page)))
                 if len(page) < IDENTITIES_PAGE:
                     break
                 after = page[-1][0]

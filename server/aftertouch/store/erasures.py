@@ -85,6 +85,14 @@ async def erase_contact(conn: AsyncConnection, app_id: int, external_id: str) ->
     )
 
 
+async def list_erased(conn: AsyncConnection, app_id: int, within: timedelta) -> list[int]:
+    """The contact numbers of those who were erased of late."""
+    rows = await conn.execute(
+        select(erasures.c.number).where(erasures.c.app_id == app_id, erasures.c.erase_time > func.now() - within)
+    )
+    return [row.number for row in rows]
+
+
 async def blank_late_attempts(conn: AsyncConnection) -> int:
     """Remove what was recorded of messages that were with their provider when the person was erased; how many they were."""
     blanked = 0
