@@ -1,6 +1,6 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint bench-ingest bench-retarget format protos docs constraints clean
+.PHONY: help demo test test-faults lint bench-ingest bench-retarget bench-send format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,6 +33,9 @@ bench-ingest: .venv/dev ## Measure durable events per second over one stream, be
 
 bench-retarget: .venv/dev ## Measure questions of a campaign to 10 million people, beside a table with a row for each delivery.
 	$(BIN)/python -m tests.bench.retarget
+
+bench-send: .venv/dev ## Measure messages per second of one worker, beside ECDH alone and a loop over pywebpush; and a launch to 10 million.
+	$(BIN)/python -m tests.bench.send
 
 format: .venv/dev ## Format Python and protos.
 	$(BIN)/ruff check --fix .

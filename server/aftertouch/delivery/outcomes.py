@@ -32,8 +32,14 @@ class Verdict:
     """Of the refusal, whether it is final or not."""
 
 
+_SENT = Verdict((Kind("sent"),))
+"""What nearly everybody's is."""
+
+
 def judge(channel_type: ChannelType, outcomes: Sequence[Outcome], tries: int, *, in_trouble: bool) -> Verdict:
     """What became of a person, from the outcomes of each of their addresses: one that was reached is enough."""
+    if len(outcomes) == 1 and isinstance(outcomes[0], Accepted) and not outcomes[0].signals:
+        return _SENT
     accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
     if accepted:
         extra = frozenset.intersection(*(frozenset(outcome.signals) for outcome in accepted))
