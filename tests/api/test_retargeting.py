@@ -372,7 +372,7 @@ async def test_selection_is_bounded_and_is_one_thing(shared_world: World) -> Non
     both = any_of(leaf, leaf)
     both.source, both.include_apart = leaf.source, True
     for selection, fields in [
-        (nest(6), ["selection" + ".any_of.selections[0]" * 5]),
+        (nest(6), ["selection" + ".any_of.selections[0]" * 4 + f".any_of.selections[{index}]" for index in (0, 1)]),
         (any_of(any_of(*[leaf] * 10), any_of(*[leaf] * 11)), ["selection"]),
         (any_of(leaf), ["selection.any_of.selections"]),
         (any_of(*[leaf] * 21), ["selection.any_of.selections"]),
