@@ -215,6 +215,25 @@ async def test_event_by_the_erased_name_is_rejected(shared_world: World) -> None
     assert rejection.reason == events_pb2.RejectedEvent.Reason.CONTACT_UNKNOWN
 
 
+async def test_event_by_a_name_that_was_in_use_is_rejected_once_it_is_erased(shared_world: World) -> None:
+    """And when somebody new has it, the event is not taken for the one who was erased."""
+    world = shared_world
+    external_id = pick(world, 9)
+    (source, *_) = await list_sent(world)
+    target = events_pb2.RecipientTarget(campaign=source.name, external_id=external_id)
+    request = events_pb2.IngestEventsRequest(parent="apps/acme", events=[events_pb2.Event(recipient=target, signal="sent")])
+    assert not (await world.client.events.IngestEvents(request)).rejections
+    await erase(world.client, external_id)
+    async with asyncio.timeout(20):
+        # A server looks every second for who was erased.
+        while not (rejections := (await world.client.events.IngestEvents(request)).rejections):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert rejections[0].reason == events_pb2.RejectedEvent.Reason.CONTACT_UNKNOWN
+    await upsert(world, external_id, "+34699000009")
+    (rejection,) = (await world.client.events.IngestEvents(request)).rejections
+    assert rejection.reason == events_pb2.RejectedEvent.Reason.NOT_A_RECIPIENT
+
+
 async def test_same_external_id_is_somebody_new_afterwards(shared_world: World) -> None:
     world = shared_world
     external_id = pick(world, 3)

@@ -186,6 +186,7 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
     rows = contacts_pb2.ImportContactsRequest(parent=app, contacts=[contact])
     opening = events_pb2.StreamEventsRequest(open=events_pb2.OpenStream(parent=app, producer="intruder"))
     return {
+        "UpdateApp": client.apps.UpdateApp(apps_pb2.UpdateAppRequest(app=apps_pb2.App(name=app, display_name="mine now"))),
         "GetApp": client.apps.GetApp(apps_pb2.GetAppRequest(name=app)),
         "CreateApiKey": client.apps.CreateApiKey(apps_pb2.CreateApiKeyRequest(parent=app, api_key=key)),
         "ListApiKeys": client.apps.ListApiKeys(apps_pb2.ListApiKeysRequest(parent=app)),
@@ -214,6 +215,11 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         ),
         "DeleteCampaign": client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=draft)),
         "LaunchCampaign": client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=draft)),
+        "UnscheduleCampaign": client.campaigns.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=draft)),
+        "PauseCampaign": client.campaigns.PauseCampaign(campaigns_pb2.PauseCampaignRequest(name=sent)),
+        "CancelCampaign": client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=sent)),
+        "WatchCampaign": client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=sent)).read(),
+        "SendTest": client.campaigns.SendTest(campaigns_pb2.SendTestRequest(name=draft, contact=names["contact"])),
         "ResumeCampaign": client.campaigns.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=sent)),
         "ListRecipients": client.campaigns.ListRecipients(campaigns_pb2.ListRecipientsRequest(parent=sent)),
         "IngestEvents": client.events.IngestEvents(
@@ -226,6 +232,10 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "PreviewRetarget": client.retargeting.PreviewRetarget(
             retargeting_pb2.PreviewRetargetRequest(selection=selection, channel="sms")
         ),
+        "GetMatrix": client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=sent)),
+        "ListRetargetContacts": client.retargeting.ListRetargetContacts(
+            retargeting_pb2.ListRetargetContactsRequest(selection=selection, channel="sms")
+        ).read(),
         "CreateRetarget": client.retargeting.CreateRetarget(
             retargeting_pb2.CreateRetargetRequest(selection=selection, channel="sms")
         ),
