@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -149,15 +149,19 @@ ROW_ACTIONS = {
 """WhatsApp's actions as a table of rows is asked for them."""
 
 
-async def clock(work: Callable[[], Awaitable[Any]], rounds: int = ROUNDS) -> tuple[float, Any]:
-    """The median of milliseconds, and the last answer; the first round fills what is kept, and is not counted."""
-    answer = await work()
-    taken = []
+async def clock(works: Sequence[Callable[[], Awaitable[Any]]], rounds: int = ROUNDS) -> list[tuple[float, Any]]:
+    """The median of milliseconds and the last answer of each, taken in turns so that other work on the machine meets all alike.
+
+    The first round fills what is kept, and is not counted.
+    """
+    answers = [await work() for work in works]
+    taken: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
-        began = time.perf_counter()
-        answer = await work()
-        taken.append((time.perf_counter() - began) * 1e3)
-    return median(taken), answer
+        for place, work in enumerate(works):
+            began = time.perf_counter()
+            answers[place] = await work()
+            taken[place].append((time.perf_counter() - began) * 1e3)
+    return [(median(times), answer) for times, answer in zip(taken, answers, strict=True)]
 
 
 class Questions:
@@ -259,19 +263,22 @@ async def measure(people: int) -> dict[str, Any]:
             began = time.perf_counter()
             await questions.get_matrix(large)
             first_ms = (time.perf_counter() - began) * 1e3
-            one_set, found = await clock(partial(count_one_set, engine, large, delivered))
-            assert found == np.count_nonzero(large.signals["delivered"])
-            actions, found = await clock(partial(questions.list_actions, large))
-            assert found == counts, (found, counts)
-            matrix, cells = await clock(partial(questions.get_matrix, large))
+            (one_set, one_found), (actions, actions_found), (matrix, cells), (funnel, shown), (rows, rows_found) = await clock(
+                [
+                    partial(count_one_set, engine, large, delivered),
+                    partial(questions.list_actions, large),
+                    partial(questions.get_matrix, large),
+                    partial(questions.preview, large),
+                    partial(count_rows, engine, large),
+                ]
+            )
+            assert one_found == np.count_nonzero(large.signals["delivered"])
+            assert actions_found == rows_found == counts, (actions_found, rows_found, counts)
             for (action, channel), count in cells.items():
                 if channel in active:
                     assert count == np.count_nonzero(expected[action] & active[channel][large.roll]), (action, channel)
-            funnel, shown = await clock(partial(questions.preview, large))
             assert shown.matched_count == counts["not_read"] == shown.audience_count + sum(drop.count for drop in shown.drops)
             assert shown.audience_count == cells["not_read", "sms"]
-            rows, found = await clock(partial(count_rows, engine, large), rounds=3)
-            assert found == counts, (found, counts)
             create = await measure_create(questions, large, active["sms"])
             create_small = await measure_create(questions, small, active["sms"])
     return {

@@ -197,7 +197,8 @@ def gather(bits: Bits, roll: Numbers) -> Bits:
 
 
 def set_numbers(numbers: Numbers, blocks: int) -> Bits:
-    """Contact numbers as bits."""
+    """Contact numbers as bits; contacts beyond the blocks, made since these were counted, are left out."""
+    numbers = numbers[numbers < blocks * CHUNK]
     if len(numbers) * _SPARSE < blocks * CHUNK:
         bits = np.zeros(blocks * CHUNK_BYTES, np.uint8)
         np.bitwise_or.at(bits, numbers >> 3, (0x80 >> (numbers & 7)).astype(np.uint8))
