@@ -33,6 +33,7 @@ from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.report import count_campaign, list_recipients
 from aftertouch.rolls.chunks import Numbers
 from aftertouch.rolls.sql import delete_roll, write_roll
+from aftertouch.rpc.filters import read_filter
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
@@ -85,9 +86,10 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.ListCampaignsResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        question = f"{request.parent}/campaigns"
+        where = _read_filter(call, request.filter)
+        question = f"{request.parent}/campaigns {where}" if request.filter else f"{request.parent}/campaigns"
         before = read_page_token(request.page_token, question, int)
-        found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1)
+        found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1, where)
         page = fill_page([await to_campaign(call, campaign) for campaign in found[:size]])
         return campaigns_pb2.ListCampaignsResponse(
             campaigns=page,
@@ -311,6 +313,20 @@ async def find(call: Call, name: str, *, field: str = "name", lock: bool = False
     if campaign is None:
         raise NotFound(name)
     return campaign
+
+
+def _read_filter(call: Call, text: str) -> store.CampaignFilter:
+    values = read_filter(text, {"state": "=", "channel": "=", "root": "=", "display_name": ":"})
+    state = values.get("state")
+    if state is not None and state not in campaigns_pb2.Campaign.State.keys():  # noqa: SIM118 - an enum wrapper is no mapping
+        raise FieldsInvalid([Violation("filter", f"there is no state {state!r}")])
+    root = values.get("root")
+    return store.CampaignFilter(
+        state=state,
+        channel=values.get("channel"),
+        root=None if root is None else read_name(call, root, "campaigns", "filter"),
+        text=values.get("display_name"),
+    )
 
 
 def _check_etag(name: str, campaign: store.Campaign, etag: str) -> None:

@@ -125,7 +125,7 @@ class CampaignsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCampaigns(self, request, context):
-        """Lists campaigns without their counts, newest first.
+        """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID for a filter that cannot be read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,7 @@ class CampaignsStub:
     GetCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
     ListCampaigns: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListCampaignsRequest, _campaigns_pb2.ListCampaignsResponse]
-    """Lists campaigns without their counts, newest first."""
+    """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID for a filter that cannot be read."""
     UpdateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]
     """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
     FIELDS_INVALID.
@@ -97,7 +97,7 @@ class CampaignsAsyncStub(CampaignsStub):
     GetCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
     ListCampaigns: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListCampaignsRequest, _campaigns_pb2.ListCampaignsResponse]  # type: ignore[assignment]
-    """Lists campaigns without their counts, newest first."""
+    """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID for a filter that cannot be read."""
     UpdateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
     FIELDS_INVALID.
@@ -166,7 +166,7 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.ListCampaignsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.ListCampaignsResponse, _abc.Awaitable[_campaigns_pb2.ListCampaignsResponse]]:
-        """Lists campaigns without their counts, newest first."""
+        """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID for a filter that cannot be read."""
 
     @_abc_1.abstractmethod
     def UpdateCampaign(
