@@ -37,6 +37,7 @@ from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
 from aftertouch.store.erasures import blank_late_attempts
+from aftertouch.store.imports import forget_imports
 from aftertouch.store.paces import forget_limits
 from aftertouch.store.partitions import create_partitions, drop_partitions, lock_partitions
 from aftertouch.store.requests import forget_requests
@@ -183,6 +184,7 @@ async def keep_house(engine: AsyncEngine) -> None:
         await forget_requests(conn)
         await forget_limits(conn)
         await forget_sessions(conn)
+        await forget_imports(conn)
 
 
 async def _keep_house_hourly(engine: AsyncEngine) -> None:

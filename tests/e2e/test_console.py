@@ -84,7 +84,9 @@ async def world(shared_world: World) -> World:
 async def campaign(world: World) -> str:
     """The id of a campaign that was sent."""
     listed = await world.client.campaigns.ListCampaigns(
-        campaigns_pb2.ListCampaignsRequest(parent=world.client.parent, filter="channel = whatsapp AND state = SENT")
+        campaigns_pb2.ListCampaignsRequest(
+            parent=world.client.parent, filter=campaigns_pb2.CampaignFilter(channel="whatsapp", state="SENT")
+        )
     )
     return listed.campaigns[-1].name.rpartition("/")[2]
 

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aftertouch.console import campaigns, composer, contacts, entrance, retargets, settings, words
+from aftertouch.console import campaigns, composer, contacts, entrance, lists, retargets, settings, words
 from aftertouch.console.accounts import Accounts
 from aftertouch.console.tasks import Tasks
 from aftertouch.console.visits import PREFIX, Console, Visit, is_ours, set_session
@@ -83,12 +83,13 @@ PAGES = (
     Page("/campaigns/{campaign}/row", campaigns.show_row, "read"),
     Page("/campaigns/{campaign}/live", campaigns.show_live, "read"),
     Page("/campaigns/{campaign}/people.csv", campaigns.export, "read"),
-    Page("/campaigns/{campaign}/resume", campaigns.resume, "manage", "POST"),
+    Page("/campaigns/{campaign}/state", campaigns.change_state, "manage", "POST"),
     Page("/campaigns/{campaign}/retarget", retargets.show, "manage"),
     Page("/campaigns/{campaign}/retarget", retargets.create, "manage", "POST"),
     Page("/campaigns/{campaign}/edit", composer.show, "manage"),
     Page("/campaigns/{campaign}/form", composer.change_form, "manage", "POST"),
     Page("/campaigns/{campaign}/save", composer.save, "manage", "POST"),
+    Page("/campaigns/{campaign}/test", composer.send_test, "manage", "POST"),
     Page("/campaigns/{campaign}/launch", composer.launch, "manage", "POST"),
     Page("/campaigns/{campaign}/delete", composer.delete, "manage", "POST"),
     Page("/contacts", contacts.show_list, "read"),
@@ -96,6 +97,12 @@ PAGES = (
     Page("/contacts/import", contacts.start_import, "manage", "POST", largest=contacts.LARGEST_FILE),
     Page("/contacts/imports/{number}", contacts.show_import, "manage"),
     Page("/contacts/person", contacts.show, "read"),
+    Page("/contacts/person/erase", contacts.erase, "manage", "POST"),
+    Page("/contacts/explain", contacts.explain, "read"),
+    Page("/lists", lists.show_all, "read"),
+    Page("/lists", lists.create, "manage", "POST", largest=lists.LARGEST_FILE),
+    Page("/lists/{list}/add", lists.add, "manage", "POST", largest=lists.LARGEST_FILE),
+    Page("/lists/{list}/delete", lists.delete, "manage", "POST"),
     Page("/channels", settings.show_channels, "read"),
     Page("/channels/check", settings.check_address, "manage", "POST"),
     Page("/keys", settings.show_keys, "admin"),
@@ -104,6 +111,8 @@ PAGES = (
     Page("/users", settings.show_users, "admin"),
     Page("/users", settings.create_user, "admin", "POST"),
     Page("/users/change", settings.change_user, "admin", "POST"),
+    Page("/rules", settings.show_rules, "admin"),
+    Page("/rules", settings.change_rules, "admin", "POST"),
     Page("/audit", settings.show_audit, "admin"),
     Page("/account", entrance.show_account, "read"),
     Page("/account", entrance.change_password, "read", "POST"),

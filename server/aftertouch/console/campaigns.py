@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from aftertouch.console import words
+from aftertouch.console.charts import read_chart
 from aftertouch.console.visits import Visit, is_recent, read_id, to_time
 from aftertouch.errors import AftertouchError, FieldsInvalid, Violation
-from aftertouch.rpc.filters import quote
 from aftertouch.signals import CORE_IMPLICATIONS
 from aftertouch.store.campaigns import find_campaigns
 from aftertouch.store.engine import transaction
+from aftertouch.store.lists import find_list
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 
 PAGE_SIZE = 25
@@ -53,6 +54,8 @@ class Standing:
     launch_time: datetime | None
     finish_time: datetime | None
     create_time: datetime | None
+    schedule_time: datetime | None
+    send_by_time: datetime | None
 
     @property
     def state(self) -> str:
@@ -85,11 +88,27 @@ class Standing:
 
 async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> list[Standing]:
     """Campaigns with the names of what they refer to."""
-    sources = {read_id(c.audience.retarget.source) for c in campaigns if c.audience.HasField("retarget")}
+    sources = {read_id(leaf.source) for c in campaigns for leaf in list_leaves(c.audience.retarget)}
     roots = {read_id(c.root) for c in campaigns if c.root}
+    lists = sorted({read_id(c.audience.list) for c in campaigns if c.audience.list})
     async with transaction(visit.console.engine) as conn:
         named = await find_campaigns(conn, visit.app.app_id, sorted(sources | roots))
+        listed = {name: await find_list(conn, visit.app.app_id, name) for name in lists}
     types = visit.console.registry.types
+
+    def describe_selection(selection: campaigns_pb2.RetargetSelection) -> str:
+        match selection.WhichOneof("combination"):
+            case "any_of":
+                return " or ".join(map(describe_selection, selection.any_of.selections))
+            case "all_of":
+                return " and ".join(map(describe_selection, selection.all_of.selections))
+            case "all_but":
+                return f"{describe_selection(selection.all_but.all)} but not {describe_selection(selection.all_but.but)}"
+        source = named.get(read_id(selection.source))
+        found = types.get(source.channel) if source else None
+        action = found.actions.get(selection.action) if found else None
+        label = action.action.label if action else selection.action
+        return f"{label} \u00b7 {source.display_name}" if source else label
 
     def describe_audience(audience: campaigns_pb2.Audience) -> str:
         match audience.WhichOneof("kind"):
@@ -97,12 +116,11 @@ async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> lis
                 return "All subscribers"
             case "given_contacts":
                 return words.count_people(len(audience.given_contacts.contacts))
+            case "list":
+                found = listed[read_id(audience.list)]
+                return f"List {found.display_name}" if found else "A list that was deleted"
             case "retarget":
-                source = named.get(read_id(audience.retarget.source))
-                found = types.get(source.channel) if source else None
-                action = found.actions.get(audience.retarget.action) if found else None
-                label = action.action.label if action else audience.retarget.action
-                return f"{label} · {source.display_name}" if source else label
+                return describe_selection(audience.retarget)
             case _:
                 return "No audience"
 
@@ -116,9 +134,26 @@ async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> lis
             launch_time=to_time(campaign.launch_time),
             finish_time=to_time(campaign.finish_time),
             create_time=to_time(campaign.create_time),
+            schedule_time=to_time(campaign.schedule_time),
+            send_by_time=to_time(campaign.send_by_time),
         )
         for campaign in campaigns
     ]
+
+
+def list_leaves(selection: campaigns_pb2.RetargetSelection) -> Iterator[campaigns_pb2.RetargetSelection]:
+    """The questions that a selection combines; nothing of an empty one."""
+    match selection.WhichOneof("combination"):
+        case "all_but":
+            operands = [selection.all_but.all, selection.all_but.but]
+        case None:
+            operands = []
+        case operator:
+            operands = list(getattr(selection, operator).selections)
+    if selection.source:
+        yield selection
+    for operand in operands:
+        yield from list_leaves(operand)
 
 
 async def read(visit: Visit) -> Standing:
@@ -131,13 +166,9 @@ async def read(visit: Visit) -> Standing:
 async def show_list(visit: Visit) -> Response:
     """Campaigns, newest first. Their counts come with each row's own request, so that no large one delays the page."""
     text, state, channel = visit.query("q"), visit.query("state"), visit.query("channel")
-    conditions = [
-        *([f"state = {quote(state)}"] if state else []),
-        *([f"channel = {quote(channel)}"] if channel else []),
-        *([f"display_name : {quote(text)}"] if text else []),
-    ]
+    wanted = campaigns_pb2.CampaignFilter(state=State.Value(state) if state in words.STATES else State.STATE_UNSPECIFIED, channel=channel, text=text)
     request = campaigns_pb2.ListCampaignsRequest(
-        parent=visit.parent, page_size=PAGE_SIZE, page_token=visit.query("after"), filter=" AND ".join(conditions)
+        parent=visit.parent, page_size=PAGE_SIZE, page_token=visit.query("after"), filter=wanted
     )
     listed = await visit.client.campaigns.ListCampaigns(request)
     return visit.render(
@@ -202,7 +233,8 @@ class Member:
 async def read_chain(visit: Visit, standing: Standing) -> list[Member]:
     """The chain that a campaign belongs to, as a tree in the order of its branches; empty when it has no waves."""
     root = standing.message.root or standing.message.name
-    request = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=100, filter=f"root = {quote(root)}")
+    wanted = campaigns_pb2.CampaignFilter(root=root)
+    request = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=100, filter=wanted)
     waves = (await visit.client.campaigns.ListCampaigns(request)).campaigns
     if not waves:
         return []
@@ -215,11 +247,19 @@ async def read_chain(visit: Visit, standing: Standing) -> list[Member]:
     def walk(name: str, depth: int) -> None:
         found = standings.pop(name)
         members.append(Member(found, depth, found.message.counts.signals["sent"]))
-        for wave in [w for w in campaigns if w.audience.retarget.source == name and w.name in standings]:
+        for wave in [w for w in campaigns if w.name in standings and _comes_after(w, name)]:
             walk(wave.name, depth + 1)
 
     walk(root, 0)
+    # Waves of a source outside of the chain, combined with one inside.
+    for name in list(standings):
+        walk(name, 1)
     return members
+
+
+def _comes_after(wave: campaigns_pb2.Campaign, name: str) -> bool:
+    """True when a campaign is the first that a wave asks: what it hangs on in the tree."""
+    return next((leaf.source for leaf in list_leaves(wave.audience.retarget)), "") == name
 
 
 async def show(visit: Visit) -> Response:
@@ -249,6 +289,7 @@ async def _read_page(visit: Visit, standing: Standing) -> dict[str, Any]:
         "actions": actions,
         "refusal": refusal,
         "last_time": retargetable_until(visit, standing),
+        "chart": await read_chart(visit, standing.message) if standing.is_launched else None,
     }
 
 
@@ -257,10 +298,20 @@ def retargetable_until(visit: Visit, standing: Standing) -> datetime | None:
     return standing.launch_time and standing.launch_time + timedelta(days=visit.app.retention_days)
 
 
-async def resume(visit: Visit) -> Response:
-    """Go on with a paused campaign."""
-    name = visit.name("campaigns", visit.param("campaign"))
-    await visit.client.campaigns.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=name))
+async def change_state(visit: Visit) -> Response:
+    """Pause, resume, cancel or unschedule, as the pressed button says."""
+    name, client = visit.name("campaigns", visit.param("campaign")), visit.client.campaigns
+    match (await visit.read_form()).get("do"):
+        case "pause":
+            await client.PauseCampaign(campaigns_pb2.PauseCampaignRequest(name=name))
+        case "resume":
+            await client.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=name))
+        case "cancel":
+            await client.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=name))
+        case "unschedule":
+            await client.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=name))
+        case _:
+            raise FieldsInvalid([Violation("do", "is none of pause, resume, cancel and unschedule")])
     return visit.redirect(f"/campaigns/{visit.param('campaign')}")
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from google.protobuf import json_format
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
@@ -19,10 +23,10 @@ from aftertouch.console.retargets import Place
 from aftertouch.console.visits import Visit, name_faults, read_id
 from aftertouch.declarations import ChannelType
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
-from aftertouch.rpc.values import to_struct
+from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.store import unfinished
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+from aftertouch.v1 import campaigns_pb2, lists_pb2, retargeting_pb2
 
 _EXTERNAL_IDS = re.compile(r"[^\n,;]+")
 
@@ -42,23 +46,27 @@ class Review:
 
 async def show_new(visit: Visit) -> Response:
     """Name, channel and audience of a new campaign."""
-    return _render_new(visit, {"audience": "all"}, name_faults())
+    return await _render_new(visit, {"audience": "all"}, name_faults())
 
 
-def _render_new(visit: Visit, values: Mapping[str, str], faults: Mapping[str, str]) -> Response:
+async def _render_new(visit: Visit, values: Mapping[str, str], faults: Mapping[str, str]) -> Response:
     registry = visit.console.registry
     channels = [(name, found.channel.label, name in registry.channels) for name, found in visit.list_channels()]
-    return visit.render("new.html", 400 if faults else 200, values=values, faults=faults, channels=channels)
+    request = lists_pb2.ListListsRequest(parent=visit.parent, page_size=1000)
+    lists = (await visit.client.lists.ListLists(request)).lists
+    return visit.render("new.html", 400 if faults else 200, values=values, faults=faults, channels=channels, lists=lists)
 
 
 async def create(visit: Visit) -> Response:
     """Make the draft and go on with its content."""
     form = await visit.read_form()
-    values = {name: str(form.get(name, "")) for name in ("display_name", "channel", "audience", "contacts")}
+    values = {name: str(form.get(name, "")) for name in ("display_name", "channel", "audience", "contacts", "list")}
     audience = campaigns_pb2.Audience()
     if values["audience"] == "given":
         names = [visit.name("contacts", found[0].strip()) for found in _EXTERNAL_IDS.finditer(values["contacts"])]
         audience.given_contacts.contacts.extend(names)
+    elif values["audience"] == "list":
+        audience.list = values["list"]
     else:
         audience.all_subscribers.SetInParent()
     campaign = campaigns_pb2.Campaign(display_name=values["display_name"], channel=values["channel"], audience=audience)
@@ -67,13 +75,15 @@ async def create(visit: Visit) -> Response:
         made = await visit.client.campaigns.CreateCampaign(request)
     except FieldsInvalid as error:
         places = [Violation(_name_place(found.field), found.description) for found in error.violations]
-        return _render_new(visit, values, name_faults(places))
+        return await _render_new(visit, values, name_faults(places))
     return visit.redirect(f"/campaigns/{read_id(made.name)}/edit")
 
 
 def _name_place(path: str) -> str:
     """The field of the form that a violation is about."""
     name = path.removeprefix("campaign.")
+    if name.startswith("audience.list"):
+        return "list"
     return "contacts" if name.startswith("audience") else name
 
 
@@ -99,15 +109,18 @@ async def _render(
     is_stored: bool,
     violations: Sequence[Violation] = (),
     problem: str = "",
+    when: Mapping[str, str] | None = None,
 ) -> Response:
     found = _find_type(visit, standing)
     contact = await previews.find_contact(visit, standing.message.channel, visit.query("as"))
+    when = {name: (when or {}).get(name, "") for name in ("when", "schedule_time", "send_by_time")}
     return visit.render(
         "compose.html",
         400 if problem or violations else 200,
         campaign=standing,
         form=_make_form(found, content, violations),
-        name_faults=[violation.description for violation in violations if violation.field == "campaign.display_name"],
+        faults=name_faults(violations, "campaign."),
+        when=when,
         contact=contact,
         attributes=previews.list_attributes(contact),
         preview=previews.draw(found, content, contact) if contact and is_stored else None,
@@ -234,17 +247,62 @@ async def launch(visit: Visit) -> Response:
     try:
         # What is seen is what is sent: a save that is still on its way makes no conflict.
         stored = await _store(visit, standing, form, content, etag="")
-        request = campaigns_pb2.LaunchCampaignRequest(name=stored.name, etag=stored.etag)
+        request = campaigns_pb2.LaunchCampaignRequest(
+            name=stored.name,
+            etag=stored.etag,
+            schedule_time=_read_time(form, "schedule_time") if form.get("when") == "later" else None,
+            send_by_time=_read_time(form, "send_by_time"),
+        )
         await visit.client.campaigns.LaunchCampaign(request)
     except FieldsInvalid as error:
-        problem = "Something in the message is missing or wrong. Nothing was sent."
-        return await _render(visit, standing, content, is_stored=False, violations=error.violations, problem=problem)
+        problem = "Something is missing or wrong. Nothing was sent."
+        return await _render(
+            visit, standing, content, is_stored=False, violations=error.violations, problem=problem, when=_read_values(form)
+        )
     except AftertouchError as error:
         if error.code not in ("FAILED_PRECONDITION", "ABORTED"):
             raise
         fresh = (await describe(visit, [await visit.client.campaigns.GetCampaign(_get(standing))]))[0]
-        return await _render(visit, fresh, content, is_stored=False, problem=words.explain(error))
+        return await _render(visit, fresh, content, is_stored=False, problem=words.explain(error), when=_read_values(form))
     return visit.redirect(f"/campaigns/{standing.id}")
+
+
+def _read_time(form: FormData, name: str) -> Timestamp | None:
+    """A time that was chosen in the viewer's zone, which the page's script names; in UTC without it.
+
+    Raises:
+        FieldsInvalid: it is no time.
+    """
+    text = str(form.get(name, ""))
+    if not text:
+        return None
+    try:
+        zone = ZoneInfo(str(form.get("time_zone", "")) or "UTC")
+        time = datetime.fromisoformat(text).replace(tzinfo=zone)
+    except (ValueError, OSError, ZoneInfoNotFoundError) as error:
+        raise FieldsInvalid([Violation(name, "is not a date and time")]) from error
+    return to_timestamp(time)
+
+
+async def send_test(visit: Visit) -> Response:
+    """Save what was typed, and send it to one contact now."""
+    form = await visit.read_form()
+    standing = await read(visit)
+    name = visit.name("contacts", str(form.get("as", "")))
+    try:
+        stored = await _store(visit, standing, form, _read_content(_find_type(visit, standing), form), etag="")
+        request = campaigns_pb2.SendTestRequest(name=stored.name, contact=name, request_id=str(uuid.uuid4()))
+        sent = await visit.client.campaigns.SendTest(request)
+    except FieldsInvalid as error:
+        return visit.render("test_part.html", outcomes=[], problem="; ".join(v.description for v in error.violations))
+    except AftertouchError as error:
+        return visit.render("test_part.html", outcomes=[], problem=words.explain(error))
+    results = campaigns_pb2.SendTestResponse.Result
+    outcomes = [
+        (results.Name(one.result).lower(), words.REASONS.get(one.reason_class, (one.reason_class, ""))[0], one.reason_code)
+        for one in sent.outcomes
+    ]
+    return visit.render("test_part.html", outcomes=outcomes, problem="")
 
 
 def _get(standing: Standing) -> campaigns_pb2.GetCampaignRequest:

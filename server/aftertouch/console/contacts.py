@@ -16,16 +16,18 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from aftertouch.console import words
-from aftertouch.console.visits import Visit, is_recent, to_time
+from aftertouch.console.visits import Visit, is_recent, read_id, to_time
 from aftertouch.contact_files import HeaderError, check_header, read_contacts
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound
+from aftertouch.rpc.values import to_struct
 from aftertouch.store import imports as store
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import contacts_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2
 
 log = structlog.get_logger()
 
 PAGE_SIZE = 50
+LONGEST_ID = 200
 BATCH = 1000
 """Contacts in one message of an import: the most that it may have."""
 LARGEST_FILE = 1 << 30
@@ -38,28 +40,48 @@ _State = contacts_pb2.Subscription.State
 
 
 async def show_list(visit: Visit) -> Response:
-    """Contacts in the order in which they were made, or the one whose id is asked for."""
-    text = visit.query("q").strip()
+    """Contacts in the order in which they were made; those whose id begins with a text, who have an address, or of a list."""
+    text, name = visit.query("q").strip(), visit.query("list")
+    wanted = None
     if text:
-        name = visit.name("contacts", text)
-        try:
-            found = [await visit.client.contacts.GetContact(contacts_pb2.GetContactRequest(name=name))]
-        except (NotFound, FieldsInvalid):
-            found = []
-        listed = contacts_pb2.ListContactsResponse(contacts=found)
-    else:
-        request = contacts_pb2.ListContactsRequest(parent=visit.parent, page_size=PAGE_SIZE, page_token=visit.query("after"))
-        listed = await visit.client.contacts.ListContacts(request)
+        wanted = contacts_pb2.ContactFilter(external_id_prefix=text[:LONGEST_ID])
+    elif name:
+        wanted = contacts_pb2.ContactFilter(list=visit.name("lists", name))
+    request = contacts_pb2.ListContactsRequest(
+        parent=visit.parent, page_size=PAGE_SIZE, page_token=visit.query("after"), filter=wanted
+    )
+    listed = await visit.client.contacts.ListContacts(request)
+    if text and not listed.contacts and not request.page_token:
+        listed.contacts.extend(await _find_by_address(visit, text))
     async with transaction(visit.console.engine) as conn:
         imports = await store.list_imports(conn, visit.app.app_id, 5) if visit.may("manage") else []
     return visit.render(
         "contacts.html",
         contacts=[_describe(visit, contact) for contact in listed.contacts],
         text=text,
+        list=name,
         after=visit.query("after"),
         next=listed.next_page_token,
         imports=imports,
     )
+
+
+async def _find_by_address(visit: Visit, text: str) -> list[contacts_pb2.Contact]:
+    """Who has this text as an address on a channel whose addresses are one text, as a phone number is."""
+    found: dict[str, contacts_pb2.Contact] = {}
+    for channel, kind in visit.console.registry.types.items():
+        fields = [name for name, info in kind.channel.address_model.model_fields.items() if info.is_required()]
+        if len(fields) != 1 or channel not in visit.console.registry.channels:
+            continue
+        wanted = contacts_pb2.AddressFilter(channel=channel, address=to_struct({fields[0]: text}))
+        request = contacts_pb2.ListContactsRequest(parent=visit.parent, filter=contacts_pb2.ContactFilter(address=wanted))
+        try:
+            listed = await visit.client.contacts.ListContacts(request)
+        except FieldsInvalid:
+            # It is no address of this channel.
+            continue
+        found |= {contact.name: contact for contact in listed.contacts}
+    return list(found.values())
 
 
 def _describe(visit: Visit, contact: contacts_pb2.Contact) -> dict[str, Any]:
@@ -105,7 +127,55 @@ async def show(visit: Visit) -> Response:
     """One person. The id is in the query: it may be anything, a slash excepted."""
     request = contacts_pb2.GetContactRequest(name=visit.name("contacts", visit.query("id")))
     contact = await visit.client.contacts.GetContact(request)
-    return visit.render("contact.html", contact=_describe(visit, contact))
+    campaigns = [
+        {
+            "id": read_id(found.campaign),
+            "display_name": found.display_name,
+            "channel": found.channel,
+            "launch_time": to_time(found.launch_time),
+            "signals": _list_news(visit, found),
+            "reasons": found.reasons,
+        }
+        for found in contact.campaigns
+    ]
+    return visit.render("contact.html", contact=_describe(visit, contact), campaigns=campaigns, fault="")
+
+
+def _list_news(visit: Visit, found: contacts_pb2.ContactCampaign) -> list[str]:
+    """What is true of a person in a campaign, as its channel says it; what another signal implies is left out."""
+    kind = visit.console.registry.types.get(found.channel)
+    if kind is None:
+        return list(found.signals)
+    labels = {signal.name: signal.label for signal in kind.channel.signals}
+    implied = {
+        signal for signal, proofs in kind.evidence.items() for proof in proofs if proof != signal and proof in found.signals
+    }
+    return [labels.get(signal, signal.capitalize()) for signal in found.signals if signal not in implied]
+
+
+async def explain(visit: Visit) -> Response:
+    """Why a person was, or was not, messaged by a campaign."""
+    external_id, campaign = visit.query("id"), visit.query("campaign")
+    request = contacts_pb2.ExplainContactRequest(
+        name=visit.name("contacts", external_id), campaign=visit.name("campaigns", campaign)
+    )
+    found = await visit.client.contacts.ExplainContact(request)
+    events = [(to_time(event.time), event.signal, event.reason) for event in found.events]
+    shown = await visit.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=request.campaign))
+    return visit.render("explain.html", found=found, external_id=external_id, campaign=shown.display_name, events=events)
+
+
+async def erase(visit: Visit) -> Response:
+    """Erase a person for good, when their id was typed once more."""
+    form = await visit.read_form()
+    external_id = str(form.get("id", ""))
+    request = contacts_pb2.GetContactRequest(name=visit.name("contacts", external_id))
+    contact = await visit.client.contacts.GetContact(request)
+    if form.get("again") != external_id:
+        described = _describe(visit, contact)
+        return visit.render("contact.html", 400, contact=described, campaigns=[], fault="Type the id exactly as it is.")
+    await visit.client.contacts.EraseContact(contacts_pb2.EraseContactRequest(name=request.name))
+    return visit.redirect("/contacts?erased=1")
 
 
 # Files

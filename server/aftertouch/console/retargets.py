@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from markupsafe import Markup
 from starlette.responses import Response
 
 from aftertouch.console import words
 from aftertouch.console.campaigns import Standing, State, read, retargetable_until
-from aftertouch.console.visits import Visit, is_recent, read_id
+from aftertouch.console.visits import Visit, read_id, to_time
 from aftertouch.errors import AftertouchError
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 
+_MINUTES = 60
 _Reason = retargeting_pb2.PreviewRetargetResponse.Reason
 
 
@@ -54,7 +57,14 @@ async def show(visit: Visit) -> Response:
     return await _render(visit, source, visit.query("action"), visit.query("channel"), visit.query("apart") == "1")
 
 
-async def _render(visit: Visit, source: Standing, action: str, channel: str, include_apart: bool, problem: str = "") -> Response:
+async def _render(
+    visit: Visit, source: Standing, action: str, channel: str, include_apart: bool, *, problem: str = "", existing: str = ""
+) -> Response:
+    """The dialog.
+
+    Args:
+        existing: the draft that somebody made of the same people and channel already.
+    """
     template = "retarget_part.html" if visit.is_partial else "retarget.html"
     try:
         request = retargeting_pb2.ListActionsRequest(parent=source.message.name)
@@ -70,17 +80,18 @@ async def _render(visit: Visit, source: Standing, action: str, channel: str, inc
     chosen = by_name.get(channel) or by_name.get(source.message.channel) or places[0]
     return visit.render(
         template,
-        400 if problem else 200,
+        409 if existing else 400 if problem else 200,
         campaign=source,
         refusal="",
         problem=problem,
+        existing=existing,
         listed=listed,
         action=next(counted for counted in listed.actions if counted.action.action == action),
         include_apart=include_apart,
         places=places,
         place=chosen,
         reason_class=visit.query("reason_class"),
-        warnings=_list_warnings(visit, source),
+        warnings=_list_warnings(visit, source, chosen.preview.unsettled),
         request_id=str(uuid.uuid4()),
     )
 
@@ -97,17 +108,21 @@ async def _read_places(visit: Visit, selection: campaigns_pb2.RetargetSelection)
     ]
 
 
-def _list_warnings(visit: Visit, source: Standing) -> list[str]:
+def _list_warnings(visit: Visit, source: Standing, unsettled: Iterable[campaigns_pb2.Unsettled]) -> list[Markup]:
     """What matters before somebody retargets."""
     warnings = []
     if source.message.state == State.SENDING:
-        warnings.append("This campaign is still being sent, so these numbers will change.")
-    elif is_recent(source.finish_time, 3600):
-        warnings.append("This campaign was sent less than an hour ago. Who has not read or clicked yet may still do so.")
+        warnings.append(Markup("This campaign is still being sent, so these numbers will change."))
+    for early in unsettled:
+        minutes = early.delay.seconds // _MINUTES
+        after = f"{minutes} minutes" if minutes < 180 else f"{round(minutes / _MINUTES)} hours"
+        text = Markup("Some may still answer: 95 of 100 do within {} ({}). From {} on these numbers hardly change.")
+        warnings.append(text.format(after, early.signal, words.show_time(to_time(early.settle_time))))
     last_time = retargetable_until(visit, source)
     if last_time and (left := last_time - datetime.now(UTC)) < timedelta(days=3):
         hours = max(int(left.total_seconds() // 3600), 0)
-        warnings.append(f"What people did is kept for {hours} more hours. Launch the follow-up before then.")
+        text = Markup("What people did is kept for {} more hours. Launch the follow-up before then.")
+        warnings.append(text.format(hours))
     return warnings
 
 
@@ -126,10 +141,14 @@ async def create(visit: Visit) -> Response:
         ),
         channel=channel,
         request_id=str(form.get("request_id", "")),
+        allow_duplicate=form.get("again") == "1",
     )
     try:
         made = await visit.client.retargeting.CreateRetarget(request)
     except AftertouchError as error:
+        if error.reason == "DRAFT_EXISTS":
+            existing = read_id(error.metadata["campaign"])
+            return await _render(visit, source, action, channel, include_apart, existing=existing)
         if error.reason == "FIELDS_INVALID":
             return await _render(visit, source, action, channel, include_apart, problem=str(error))
         raise

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 
 import aiohttp
+from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.responses import Response
 
@@ -63,6 +64,43 @@ async def check_address(visit: Visit) -> Response:
     except (aiohttp.ClientError, TimeoutError) as error:
         is_reachable, found = False, f"{url} did not answer: {type(error).__name__}"
     return await _render_channels(visit, found, is_reachable=is_reachable)
+
+
+# Rules
+
+
+async def show_rules(visit: Visit) -> Response:
+    """When people are left alone."""
+    app = await visit.client.apps.GetApp(apps_pb2.GetAppRequest(name=visit.parent))
+    hours, cap = app.quiet_hours, app.frequency_cap
+    values = {"start": hours.start, "end": hours.end, "default_time_zone": hours.default_time_zone}
+    values |= {"messages": str(cap.messages or ""), "hours": str(cap.hours or "")}
+    return visit.render("rules.html", values=values, faults=name_faults())
+
+
+async def change_rules(visit: Visit) -> Response:
+    """Change them; what is left empty does not hold any more."""
+    form = await visit.read_form()
+    values = {name: str(form.get(name, "")).strip() for name in ("start", "end", "default_time_zone", "messages", "hours")}
+    app = apps_pb2.App(name=visit.parent)
+    if values["start"] or values["end"]:
+        app.quiet_hours.start, app.quiet_hours.end = values["start"], values["end"]
+        app.quiet_hours.default_time_zone = values["default_time_zone"]
+    try:
+        if values["messages"] or values["hours"]:
+            app.frequency_cap.messages = _read_number(values["messages"], "app.frequency_cap.messages")
+            app.frequency_cap.hours = _read_number(values["hours"], "app.frequency_cap.hours")
+        mask = FieldMask(paths=["quiet_hours", "frequency_cap"])
+        await visit.client.apps.UpdateApp(apps_pb2.UpdateAppRequest(app=app, update_mask=mask))
+    except FieldsInvalid as error:
+        return visit.render("rules.html", 400, values=values, faults=name_faults(error.violations, "app."))
+    return visit.redirect("/rules?saved=1")
+
+
+def _read_number(text: str, field: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise FieldsInvalid([Violation(field, "must be a whole number")])
+    return int(text)
 
 
 # Keys

@@ -29,6 +29,7 @@ REASONS: Mapping[str, tuple[str, str]] = {
     "rate": ("Sent too fast", "The provider asked to slow down. These were tried again until the limit of tries."),
     "transient": ("Provider did not answer", "A passing failure outlasted all tries. Retarget them later."),
     "unsubscribed": ("No active address", "They lost their address or opted out between launch and sending."),
+    "policy": ("Left out by a rule of yours", "See the code: a canceled campaign, its end, quiet hours or the frequency cap."),
     "unknown": ("Unknown code", "The provider gave a code that nobody has met yet. Its documentation may explain it."),
 }
 """By reason class: what it means, and what to do about it."""
@@ -37,6 +38,9 @@ DROPS: Mapping[str, str] = {
     "NO_SUBSCRIPTION": "have no address on this channel",
     "OPTED_OUT": "opted out of this channel",
     "INVALID": "have an address that does not work",
+    "HELD": "are held back by the provider for now",
+    "OVER_FREQUENCY_CAP": "were messaged as often as your frequency cap allows",
+    "IN_OPEN_WAVE": "are in another follow-up that is still being sent",
 }
 
 STANDINGS: Mapping[str, str] = {"active": "active", "opted_out": "opted out", "invalid": "does not work"}
@@ -89,6 +93,8 @@ def explain(error: AftertouchError) -> str:
                 f"This campaign was sent more than {error.metadata['retention_days']} days ago."
                 " What people did is kept no longer, so nobody can be retargeted by it."
             )
+        case "LIST_IN_USE":
+            return "A campaign that is not launched yet is for this list. Give it another audience, or delete it."
         case "CHANNEL_NOT_READY":
             return f"The channel {error.metadata['channel']} cannot send: {error.metadata['problems']}."
         case "INTERNAL":

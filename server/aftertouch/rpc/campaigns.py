@@ -33,7 +33,6 @@ from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.report import count_campaign, list_recipients
 from aftertouch.rolls.chunks import Numbers
 from aftertouch.rolls.sql import delete_roll, write_roll
-from aftertouch.rpc.filters import read_filter
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
@@ -87,7 +86,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         check_parent(call, request.parent)
         size = size_page(request.page_size)
         where = _read_filter(call, request.filter)
-        question = f"{request.parent}/campaigns {where}" if request.filter else f"{request.parent}/campaigns"
+        question = f"{request.parent}/campaigns {where}"
         before = read_page_token(request.page_token, question, int)
         found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1, where)
         page = fill_page([await to_campaign(call, campaign) for campaign in found[:size]])
@@ -315,17 +314,12 @@ async def find(call: Call, name: str, *, field: str = "name", lock: bool = False
     return campaign
 
 
-def _read_filter(call: Call, text: str) -> store.CampaignFilter:
-    values = read_filter(text, {"state": "=", "channel": "=", "root": "=", "display_name": ":"})
-    state = values.get("state")
-    if state is not None and state not in campaigns_pb2.Campaign.State.keys():  # noqa: SIM118 - an enum wrapper is no mapping
-        raise FieldsInvalid([Violation("filter", f"there is no state {state!r}")])
-    root = values.get("root")
+def _read_filter(call: Call, wanted: campaigns_pb2.CampaignFilter) -> store.CampaignFilter:
     return store.CampaignFilter(
-        state=state,
-        channel=values.get("channel"),
-        root=None if root is None else read_name(call, root, "campaigns", "filter"),
-        text=values.get("display_name"),
+        state=campaigns_pb2.Campaign.State.Name(wanted.state) if wanted.state else None,
+        channel=wanted.channel or None,
+        root=read_name(call, wanted.root, "campaigns", "filter.root") if wanted.root else None,
+        text=wanted.text or None,
     )
 
 

@@ -264,10 +264,14 @@ async def _begin_once(call: Call, request: Message, request_id: str) -> bytes | 
 
 
 def _name_resource(request: Message, response: Message) -> str:
-    """What a call changed: the resource that it returned or named; empty for contacts poured in, which name none."""
+    """What a call changed: the resource that it returned or named; empty for contacts poured in, which name none.
+
+    Of a contact only that it was one: somebody who is erased is named nowhere any more.
+    """
     for message in (response, request):
-        if name := getattr(message, "name", ""):
-            return str(name)
+        if name := str(getattr(message, "name", "")):
+            collection, is_contact, _ = name.partition("/contacts/")
+            return f"{collection}/contacts" if is_contact else name
     return ""
 
 

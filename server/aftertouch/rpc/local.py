@@ -16,7 +16,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.rpc.interceptor import Call, Caller, Method, answer_unary
 from aftertouch.rpc.validation import check_message
-from aftertouch.v1 import apps_pb2_grpc, campaigns_pb2_grpc, channels_pb2_grpc, contacts_pb2_grpc, retargeting_pb2_grpc
+from aftertouch.v1 import (
+    apps_pb2_grpc,
+    campaigns_pb2_grpc,
+    channels_pb2_grpc,
+    contacts_pb2_grpc,
+    events_pb2_grpc,
+    lists_pb2_grpc,
+    retargeting_pb2_grpc,
+)
 
 Servicers = Mapping[str, object]
 """By the service's name, as in ``Campaigns``."""
@@ -32,6 +40,8 @@ class LocalClient:
         self.apps = apps_pb2_grpc.AppsStub(channel)
         self.channels = channels_pb2_grpc.ChannelsStub(channel)
         self.contacts = contacts_pb2_grpc.ContactsStub(channel)
+        self.lists = lists_pb2_grpc.ListsStub(channel)
+        self.events = events_pb2_grpc.EventsStub(channel)
         self.campaigns = campaigns_pb2_grpc.CampaignsStub(channel)
         self.retargeting = retargeting_pb2_grpc.RetargetingStub(channel)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.store.tables import contact_imports
+
+KEPT_FOR = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ async def find_import(conn: AsyncConnection, app_id: int, import_id: int) -> Con
     columns = contact_imports.c
     row = (await conn.execute(select(*_COLUMNS).where(columns.app_id == app_id, columns.import_id == import_id))).one_or_none()
     return ContactImport(**row._mapping) if row else None
+
+
+async def forget_imports(conn: AsyncConnection) -> None:
+    """Delete what is older than a week: rejected rows have people's ids in them."""
+    await conn.execute(delete(contact_imports).where(contact_imports.c.create_time < func.now() - KEPT_FOR))
 
 
 async def list_imports(conn: AsyncConnection, app_id: int, limit: int) -> list[ContactImport]:

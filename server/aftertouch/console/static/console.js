@@ -12,7 +12,10 @@ function showTimes(root) {
   }
 }
 
-document.addEventListener("DOMContentLoaded", () => showTimes(document));
+document.addEventListener("DOMContentLoaded", () => {
+  showTimes(document);
+  for (const field of document.querySelectorAll("[data-time-zone]")) field.value = format.resolvedOptions().timeZone;
+});
 document.addEventListener("htmx:load", (event) => showTimes(event.detail.elt));
 
 const dialog = document.getElementById("dialog");
