@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest_plugins = ["tests.fix_database", "tests.fix_world"]
+pytest_plugins = ["tests.fix_database", "tests.fix_world", "tests.fix_console"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import os
+import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -29,11 +30,15 @@ app = typer.Typer(
 )
 apps = typer.Typer(help="Apps are tenants: everything belongs to one.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: what callers of an app authenticate with.", no_args_is_help=True)
+users = typer.Typer(help="Users: who signs in to the console of an app.", no_args_is_help=True)
 contacts = typer.Typer(help="The people of an app.", no_args_is_help=True)
 lists = typer.Typer(help="Named sets of people.", no_args_is_help=True)
 channels = typer.Typer(help="The installed channels, and what they lack.", invoke_without_command=True)
-for _group, _name in ((apps, "apps"), (keys, "keys"), (contacts, "contacts"), (lists, "lists"), (channels, "channels")):
+_GROUPS = {"apps": apps, "keys": keys, "users": users, "contacts": contacts, "lists": lists, "channels": channels}
+for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
+
+SANDBOX_USER = "you@example.com"
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -139,7 +144,9 @@ async def _serve(with_sandbox: bool) -> None:
         if with_sandbox:
             # Only now is the port known that the ingress was given.
             world.meta.webhooks.url = f"http://{addresses.http}/v1/webhooks/whatsapp"
-            await _settle_in(engine, world, addresses.grpc)
+            password = await _settle_in(engine, world, addresses.grpc)
+            if config.serve_console:
+                out.print(f"sign in at http://{addresses.http}/console as {SANDBOX_USER} with {password}", markup=False)
         out.print(f"gRPC on {addresses.grpc}, webhooks on http://{addresses.http}", markup=False)
         ready = ", ".join(sorted(registry.channels)) or "none"
         out.print(f"channels that can send: {ready}; `aftertouch channels` tells about the others", markup=False)
@@ -164,8 +171,8 @@ async def _serve_beside(descriptor: int) -> None:
     watching.cancel()
 
 
-async def _settle_in(engine: Any, world: Any, address: str) -> None:
-    """Make the app that plays in the sandbox, once, with its people; and a new key for it."""
+async def _settle_in(engine: Any, world: Any, address: str) -> str:
+    """Make the app that plays in the sandbox, once, with its people; a new key for it, and a new password for its user."""
     from aftertouch.client import Client
     from aftertouch.contact_files import read_contacts
     from aftertouch.store import apps as store
@@ -175,10 +182,13 @@ async def _settle_in(engine: Any, world: Any, address: str) -> None:
         found = await store.find_app(conn, "sandbox")
         created = found or await store.create_app(conn, "sandbox", "Sandbox")
         _, secret = await store.create_api_key(conn, created.app_id, "aftertouch serve --sandbox", ["admin"])
+        password = secrets.token_urlsafe(9)
+        await _admit_user(conn, created, SANDBOX_USER, "admin", password, reset=True)
     # The push addresses hold the sandbox's port, which is new at every start.
     async with Client(address, api_key=secret, app="sandbox") as client:
         await client.import_contacts(read_contacts(world.population.list_rows()))
     out.print(f"the app is sandbox with {world.settings.size:,} people; its key for this run:\n{secret}", markup=False)
+    return password
 
 
 @app.command()
@@ -372,6 +382,72 @@ async def _create_key(name: str, scopes: list[str], display_name: str) -> None:
         key, secret = await store.create_api_key(conn, found.app_id, display_name, scopes)
     err.print(f"{found.name}/apiKeys/{key.api_key} may {', '.join(key.scopes)}; its secret is shown only now:", markup=False)
     out.print(secret, markup=False)
+
+
+@users.command("create")
+def create_user(
+    name: Annotated[str, typer.Argument(help="The app.")],
+    email: Annotated[str, typer.Argument(help="What they sign in with.")],
+    role: Annotated[str, typer.Option(help="viewer looks, marketer also sends, admin also manages keys and users.")] = "marketer",
+    reset: Annotated[bool, typer.Option(help="Give a user who exists a new password.")] = False,
+) -> None:
+    """Make a user of the console, with a password that is asked for, or made and printed when there is no terminal."""
+    password = typer.prompt("Password", hide_input=True, confirmation_prompt=True) if sys.stdin.isatty() else ""
+    _run(_create_user(name, email, role, password, reset))
+
+
+async def _create_user(name: str, email: str, role: str, password: str, reset: bool) -> None:
+    from aftertouch.errors import NotFound
+    from aftertouch.store.apps import find_app
+
+    made = "" if password else secrets.token_urlsafe(12)
+    async with _open_connection() as conn:
+        found = await find_app(conn, name)
+        if found is None:
+            raise NotFound(f"apps/{name}")
+        await _admit_user(conn, found, email, role, password or made, reset=reset)
+    err.print(f"{email} is a {role} of {found.name}; they sign in at /console", markup=False)
+    if made:
+        out.print(made, markup=False)
+
+
+async def _admit_user(conn: Any, app: Any, email: str, role: str, password: str, *, reset: bool) -> None:
+    """Make a user, or with ``reset`` give one who exists this password and role."""
+    from aftertouch.console.accounts import Accounts, check_user
+    from aftertouch.store import users as store
+    from aftertouch.store.audit import record_entry
+
+    email = check_user(email, role)
+    password_hash = await Accounts().hash(password)
+    user = await store.find_user(conn, app.app_id, email) if reset else None
+    if user is None:
+        await store.create_user(conn, app.app_id, email, role, password_hash)
+    else:
+        await store.set_password_hash(conn, user.user_id, password_hash)
+        await store.set_role(conn, user.user_id, role)
+    await record_entry(conn, app.app_id, "command line", "Users/CreateUser", f"{app.name}/users/{email}")
+
+
+@users.command("list")
+def list_users(name: Annotated[str, typer.Argument(help="The app.")]) -> None:
+    """List who may sign in."""
+    _run(_list_users(name))
+
+
+async def _list_users(name: str) -> None:
+    from aftertouch.errors import NotFound
+    from aftertouch.store.apps import find_app
+    from aftertouch.store.users import list_users as read_users
+
+    table = Table("User", "Role", "Made", "Last signed in", box=None)
+    async with _open_connection() as conn:
+        found = await find_app(conn, name)
+        if found is None:
+            raise NotFound(f"apps/{name}")
+        for user in await read_users(conn, found.app_id):
+            signed_in = f"{user.sign_in_time:%Y-%m-%d %H:%M}" if user.sign_in_time else "never"
+            table.add_row(user.email, user.role, f"{user.create_time:%Y-%m-%d}", signed_in)
+    out.print(table)
 
 
 @channels.callback()

@@ -89,6 +89,7 @@ class Config(BaseModel):
     )
     processes: int = Field(1, ge=1, le=16, description="Server processes of `aftertouch serve`, which share both ports")
     channelz: bool = Field(False, description="Serve gRPC's channelz; costs about a tenth of the throughput")
+    serve_console: bool = Field(True, description="Serve the console for people at <http_address>/console")
     log_format: Literal["console", "json"] = Field("console", description="How log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least important lines to log")
 

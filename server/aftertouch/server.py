@@ -22,6 +22,8 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.config import Config
+from aftertouch.console.app import open_console
+from aftertouch.console.visits import PREFIX
 from aftertouch.delivery.breaker import BreakerSettings
 from aftertouch.delivery.worker import Worker
 from aftertouch.errors import AftertouchError
@@ -30,16 +32,18 @@ from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.spool import Spool
 from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.plugins import Discovery, Registry, build_registry
-from aftertouch.rpc.server import serve_grpc
+from aftertouch.rpc.server import create_servicers, serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
 from aftertouch.store.erasures import blank_late_attempts
+from aftertouch.store.imports import forget_imports
 from aftertouch.store.paces import forget_limits
 from aftertouch.store.partitions import create_partitions, drop_partitions, lock_partitions
 from aftertouch.store.requests import forget_requests
+from aftertouch.store.users import forget_sessions
 from aftertouch.web.ingress import WEBHOOKS, create_ingress
-from aftertouch.web.server import serve_http
+from aftertouch.web.server import mount, serve_http
 
 log = structlog.get_logger()
 
@@ -179,6 +183,8 @@ async def keep_house(engine: AsyncEngine) -> None:
             log.info("messages of people who were erased meanwhile were blanked", action="erase_contact", count=blanked)
         await forget_requests(conn)
         await forget_limits(conn)
+        await forget_sessions(conn)
+        await forget_imports(conn)
 
 
 async def _keep_house_hourly(engine: AsyncEngine) -> None:
@@ -222,11 +228,15 @@ async def serve(
         core = await stack.enter_async_context(open_core(config, database_url, discovery, environment, public_url + WEBHOOKS))
         await keep_house(core.engine)
         intake = await stack.enter_async_context(_open_intake(config, core, stopping))
-        ingress = create_ingress(core.registry, intake, public_url)
-        await stack.enter_async_context(serve_http(ingress, listener))
+        servicers = create_servicers(core.registry, core.ledger)
+        http = create_ingress(core.registry, intake, public_url)
+        if config.serve_console:
+            console = await stack.enter_async_context(open_console(core.engine, core.registry, servicers, public_url))
+            http = mount(http, console, ("/", PREFIX))
+        await stack.enter_async_context(serve_http(http, listener))
         port = await stack.enter_async_context(
             serve_grpc(
-                *(core.engine, core.registry, core.ledger, config.grpc_address),
+                *(core.engine, servicers, config.grpc_address),
                 with_channelz=config.channelz,
                 is_shared=is_shared,
             )

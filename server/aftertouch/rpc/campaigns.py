@@ -85,9 +85,10 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.ListCampaignsResponse:
         check_parent(call, request.parent)
         size = size_page(request.page_size)
-        question = f"{request.parent}/campaigns"
+        where = _read_filter(call, request.filter)
+        question = f"{request.parent}/campaigns {where}"
         before = read_page_token(request.page_token, question, int)
-        found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1)
+        found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1, where)
         page = fill_page([await to_campaign(call, campaign) for campaign in found[:size]])
         return campaigns_pb2.ListCampaignsResponse(
             campaigns=page,
@@ -311,6 +312,15 @@ async def find(call: Call, name: str, *, field: str = "name", lock: bool = False
     if campaign is None:
         raise NotFound(name)
     return campaign
+
+
+def _read_filter(call: Call, wanted: campaigns_pb2.CampaignFilter) -> store.CampaignFilter:
+    return store.CampaignFilter(
+        state=campaigns_pb2.Campaign.State.Name(wanted.state) if wanted.state else None,
+        channel=wanted.channel or None,
+        root=read_name(call, wanted.root, "campaigns", "filter.root") if wanted.root else None,
+        text=wanted.text or None,
+    )
 
 
 def _check_etag(name: str, campaign: store.Campaign, etag: str) -> None:

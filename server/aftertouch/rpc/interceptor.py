@@ -10,6 +10,7 @@ import hashlib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ from aftertouch.errors import (
 from aftertouch.rpc.errors import to_status
 from aftertouch.rpc.validation import check_message
 from aftertouch.store.apps import App, find_caller
+from aftertouch.store.audit import record_entry
 from aftertouch.store.engine import transaction
 from aftertouch.store.requests import begin_request, finish_request
 from aftertouch.v1 import options_pb2
@@ -56,12 +58,34 @@ _INCLUDED = {
 """What each scope of a key allows."""
 
 
-class Call:
-    """One call: its app, and its transaction."""
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, however that is known: a key, or a user who is signed in."""
 
-    def __init__(self, engine: AsyncEngine, app: App, method: Method, stack: AsyncExitStack) -> None:
+    app: App
+    scopes: tuple[str, ...]
+    actor: str
+    """What the audit log calls them, as in ``apiKeys/0123456789ab``."""
+
+    def may(self, scope: str) -> bool:
+        """True when one of the caller's scopes includes this one."""
+        return any(scope in _INCLUDED[held] for held in self.scopes)
+
+
+class Call:
+    """One call: its app, and its transaction.
+
+    Raises:
+        ScopeInsufficient: the caller may not make it.
+    """
+
+    def __init__(self, engine: AsyncEngine, caller: Caller, method: Method, stack: AsyncExitStack) -> None:
+        if not caller.may(method.scope.removeprefix("SCOPE_").lower()):
+            raise ScopeInsufficient(method.path, method.scope)
         self.engine = engine
-        self.app = app
+        self.app = caller.app
+        self.actor = caller.actor
+        self.method = method
         self.parse = method.parse
         """Reads a request from its bytes, which is what a method with streams in both directions is given."""
         self._transaction = AsyncExitStack()
@@ -100,7 +124,9 @@ class Method:
         if not scope:
             raise TypeError(f"{path} declares no required_scope")
         self.path = path
+        self.short_name = f"{found.containing_service.name}/{name}"
         self.scope = options_pb2.Scope.Name(scope)
+        self.changes = self.scope in ("SCOPE_MANAGE", "SCOPE_ADMIN") and not name.startswith("List")
         self.request_class = GetMessageClass(found.input_type)
         self.response_class = GetMessageClass(found.output_type)
 
@@ -158,15 +184,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
             async def work() -> bytes:
                 async with AsyncExitStack() as stack:
                     call = await self._admit(method, secret, stack)
-                    request = method.parse(data)
-                    check_message(request)
-                    request_id = getattr(request, "request_id", "")
-                    if request_id and (stored := await self._begin_once(method, call, request, request_id)) is not None:
-                        return stored
-                    response = await serve(request, call)
+                    response = await answer_unary(call, serve, method.parse(data))
                     answered: bytes = response.SerializeToString()
-                    if request_id:
-                        await finish_request(await call.begin(), call.app.app_id, request_id, _forget_secret(response))
                 return answered
 
             return await _guard(method.path, work, context)
@@ -217,23 +236,52 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if caller is None:
             raise ApiKeyInvalid
         app, key = caller
-        wanted = method.scope.removeprefix("SCOPE_").lower()
-        if not any(wanted in _INCLUDED[scope] for scope in key.scopes):
-            raise ScopeInsufficient(method.path, method.scope)
-        return Call(self._engine, app, method, stack)
+        return Call(self._engine, Caller(app, key.scopes, f"apiKeys/{key.api_key}"), method, stack)
 
-    @staticmethod
-    async def _begin_once(method: Method, call: Call, request: Message, request_id: str) -> bytes | None:
-        """The stored answer of a request_id; None when this call is the first and has to make it."""
-        request.ClearField("request_id")
-        fingerprint = hashlib.sha256(method.path.encode() + b"\n" + request.SerializeToString(deterministic=True)).digest()
-        return await begin_request(await call.begin(), call.app.app_id, request_id, fingerprint)
+
+async def answer_unary(call: Call, serve: Callable[[Any, Call], Awaitable[Message]], request: Message) -> Message:
+    """Check a request and answer it; one with a request_id once, and one that changes something with an entry in the audit log.
+
+    Whoever calls commits by leaving the call's stack, and rolls back by an error.
+    """
+    check_message(request)
+    request_id = getattr(request, "request_id", "")
+    if request_id and (stored := await _begin_once(call, request, request_id)) is not None:
+        return call.method.response_class.FromString(stored)
+    response = await serve(request, call)
+    if request_id:
+        await finish_request(await call.begin(), call.app.app_id, request_id, _forget_secret(response))
+    if call.method.changes and not getattr(request, "validate_only", False) and (resource := _name_resource(request, response)):
+        await record_entry(await call.begin(), call.app.app_id, call.actor, call.method.short_name, resource)
+    return response
+
+
+async def _begin_once(call: Call, request: Message, request_id: str) -> bytes | None:
+    """The stored answer of a request_id; None when this call is the first and has to make it."""
+    request.ClearField("request_id")
+    fingerprint = hashlib.sha256(call.method.path.encode() + b"\n" + request.SerializeToString(deterministic=True)).digest()
+    return await begin_request(await call.begin(), call.app.app_id, request_id, fingerprint)
+
+
+def _name_resource(request: Message, response: Message) -> str:
+    """What a call changed: the resource that it returned or named; empty for contacts poured in, which name none.
+
+    Of a contact only that it was one: somebody who is erased is named nowhere any more.
+    """
+    for message in (response, request):
+        if name := str(getattr(message, "name", "")):
+            collection, is_contact, _ = name.partition("/contacts/")
+            return f"{collection}/contacts" if is_contact else name
+    return ""
 
 
 def _forget_secret(response: Message) -> bytes:
     """The answer as it is stored for a repeat: a key's secret is shown once and stored nowhere."""
     if "secret" in response.DESCRIPTOR.fields_by_name:
-        response.ClearField("secret")
+        stored = type(response)()
+        stored.CopyFrom(response)
+        stored.ClearField("secret")
+        return stored.SerializeToString()
     return response.SerializeToString()
 
 

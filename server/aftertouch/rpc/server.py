@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 from grpc_channelz.v1 import channelz
@@ -58,9 +59,23 @@ SERVICES = tuple(
 """The descriptors of our services."""
 
 
+def create_servicers(registry: Registry, ledger: Ledger) -> dict[str, Any]:
+    """Our services by name."""
+    copies = Copies()
+    return {
+        "Apps": Apps(),
+        "Channels": Channels(registry),
+        "Contacts": Contacts(registry),
+        "Lists": Lists(),
+        "Campaigns": Campaigns(registry, ledger, copies),
+        "Events": Events(ledger),
+        "Retargeting": Retargeting(registry, copies),
+    }
+
+
 @asynccontextmanager
 async def serve_grpc(
-    engine: AsyncEngine, registry: Registry, ledger: Ledger, address: str, *, with_channelz: bool, is_shared: bool
+    engine: AsyncEngine, servicers: Mapping[str, Any], address: str, *, with_channelz: bool, is_shared: bool
 ) -> AsyncIterator[int]:
     """Serve on ``address`` (``host:port``, port 0 takes a free one) and hand out the port; calls under way end first.
 
@@ -81,15 +96,13 @@ async def serve_grpc(
             ("grpc.so_reuseport", int(is_shared)),
         ],
     )
-    copies = Copies()
-    apps_pb2_grpc.add_AppsServicer_to_server(Apps(), server)
-    channels_pb2_grpc.add_ChannelsServicer_to_server(Channels(registry), server)
-    contacts_pb2_grpc.add_ContactsServicer_to_server(Contacts(registry), server)
-    lists_pb2_grpc.add_ListsServicer_to_server(Lists(), server)
-    campaigns_pb2_grpc.add_CampaignsServicer_to_server(Campaigns(registry, ledger, copies), server)
-    events = Events(ledger)
-    events_pb2_grpc.add_EventsServicer_to_server(events, server)
-    retargeting_pb2_grpc.add_RetargetingServicer_to_server(Retargeting(registry, copies), server)
+    apps_pb2_grpc.add_AppsServicer_to_server(servicers["Apps"], server)
+    channels_pb2_grpc.add_ChannelsServicer_to_server(servicers["Channels"], server)
+    contacts_pb2_grpc.add_ContactsServicer_to_server(servicers["Contacts"], server)
+    lists_pb2_grpc.add_ListsServicer_to_server(servicers["Lists"], server)
+    campaigns_pb2_grpc.add_CampaignsServicer_to_server(servicers["Campaigns"], server)
+    events_pb2_grpc.add_EventsServicer_to_server(servicers["Events"], server)
+    retargeting_pb2_grpc.add_RetargetingServicer_to_server(servicers["Retargeting"], server)
     names = [service.full_name for service in SERVICES]
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
@@ -107,5 +120,5 @@ async def serve_grpc(
         yield port
     finally:
         await checker.enter_graceful_shutdown()
-        events.stop()
+        servicers["Events"].stop()
         await asyncio.shield(server.stop(GRACE_SECONDS))

@@ -101,11 +101,36 @@ async def read_campaigns(conn: AsyncConnection, campaign_ids: list[int]) -> dict
     return {row.campaign_id: _campaign(row) for row in rows}
 
 
-async def list_campaigns(conn: AsyncConnection, app_id: int, before: int | None, limit: int) -> list[Campaign]:
+@dataclass(frozen=True)
+class CampaignFilter:
+    """Which campaigns to list; None asks nothing."""
+
+    state: str | None = None
+    channel: str | None = None
+    root: str | None = None
+    """The id of the campaign at the root: only its waves."""
+    text: str | None = None
+    """Part of the display name, in capitals or not."""
+
+
+async def list_campaigns(
+    conn: AsyncConnection, app_id: int, before: int | None, limit: int, where: CampaignFilter | None = None
+) -> list[Campaign]:
     """Newest first, those made before the campaign with this number."""
-    statement = select(campaigns).where(campaigns.c.app_id == app_id).order_by(campaigns.c.campaign_id.desc()).limit(limit)
+    columns = campaigns.c
+    statement = select(campaigns).where(columns.app_id == app_id).order_by(columns.campaign_id.desc()).limit(limit)
     if before is not None:
-        statement = statement.where(campaigns.c.campaign_id < before)
+        statement = statement.where(columns.campaign_id < before)
+    where = where or CampaignFilter()
+    if where.state is not None:
+        statement = statement.where(columns.state == where.state)
+    if where.channel is not None:
+        statement = statement.where(columns.channel == where.channel)
+    if where.root is not None:
+        root = select(columns.campaign_id).where(columns.app_id == app_id, columns.campaign == where.root).scalar_subquery()
+        statement = statement.where(columns.root_id == root)
+    if where.text is not None:
+        statement = statement.where(columns.display_name.icontains(where.text, autoescape=True))
     return [_campaign(row) for row in await conn.execute(statement)]
 
 

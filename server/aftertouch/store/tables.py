@@ -336,3 +336,75 @@ paces = Table(
     comment="when each limit has room again; of no use after a crash",
     prefixes=["UNLOGGED"],
 )
+
+users = Table(
+    "users",
+    metadata,
+    Column("user_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("app_id", BigInteger, ForeignKey(apps.c.app_id), nullable=False),
+    Column("email", Text, nullable=False, comment="in lower case"),
+    Column("role", Text, nullable=False, comment="viewer, marketer or admin"),
+    Column("password_hash", Text, nullable=False, comment="argon2id, with its salt and parameters"),
+    _time("create_time", default=True),
+    _time("sign_in_time", nullable=True),
+    UniqueConstraint("app_id", "email"),
+    comment="people who sign in to the console",
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_hash", LargeBinary, primary_key=True, comment="sha256 of the cookie, which has 256 random bits"),
+    Column("user_id", BigInteger, ForeignKey(users.c.user_id, ondelete="CASCADE"), nullable=False, index=True),
+    _time("create_time", default=True),
+    _time("use_time", default=True),
+)
+
+sign_in_failures = Table(
+    "sign_in_failures",
+    metadata,
+    Column("account_hash", LargeBinary, nullable=False, comment="of app and email, whether they exist or not"),
+    _time("time", default=True),
+    Column("failure_id", BigInteger, Identity(always=True), nullable=False),
+    PrimaryKeyConstraint("account_hash", "time", "failure_id"),
+)
+
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    Column("app_id", BigInteger, ForeignKey(apps.c.app_id), nullable=False),
+    Column("entry_id", BigInteger, Identity(always=True), nullable=False),
+    _time("time", default=True),
+    Column("actor", Text, nullable=False, comment="as in users/ana@example.com or apiKeys/0123456789ab"),
+    Column("method", Text, nullable=False, comment="as in Campaigns/LaunchCampaign"),
+    Column("resource", Text, nullable=False),
+    PrimaryKeyConstraint("app_id", "entry_id"),
+    comment="who changed what",
+)
+
+contact_imports = Table(
+    "contact_imports",
+    metadata,
+    Column("app_id", BigInteger, ForeignKey(apps.c.app_id), nullable=False),
+    Column("import_id", BigInteger, Identity(always=True), nullable=False),
+    Column("file_name", Text, nullable=False),
+    Column("state", Text, nullable=False, comment="RUNNING, DONE or FAILED"),
+    Column("problem", Text, nullable=False, server_default=text("''"), comment="why it failed"),
+    Column("read_count", BigInteger, nullable=False, server_default=text("0"), comment="rows that were handed over"),
+    Column("created_count", BigInteger, nullable=False, server_default=text("0")),
+    Column("updated_count", BigInteger, nullable=False, server_default=text("0")),
+    Column("rejected_count", BigInteger, nullable=False, server_default=text("0")),
+    Column("rejections", JSONB, nullable=False, server_default=text("'[]'::jsonb"), comment="the first ones, with reasons"),
+    _time("create_time", default=True),
+    _time("update_time", default=True),
+    PrimaryKeyConstraint("app_id", "import_id"),
+    comment="files of contacts that came through the console",
+)
+
+unfinished_contents = Table(
+    "unfinished_contents",
+    metadata,
+    Column("campaign_id", BigInteger, ForeignKey(campaigns.c.campaign_id, ondelete="CASCADE"), primary_key=True),
+    Column("content", JSONB, nullable=False),
+    comment="what somebody has typed for a draft, which its channel does not take yet",
+)

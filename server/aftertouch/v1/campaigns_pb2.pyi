@@ -705,26 +705,66 @@ class ListCampaignsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """`apps/{app}`."""
     page_size: _builtins.int
     """At most this many; 0 means 50, the most is 1000."""
     page_token: _builtins.str
     """From the last answer."""
+    @_builtins.property
+    def filter(self) -> Global___CampaignFilter:
+        """Only these; all when it is not set."""
+
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: Global___CampaignFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCampaignsRequest: _TypeAlias = ListCampaignsRequest  # noqa: Y015
+
+@_typing.final
+class CampaignFilter(_message.Message):
+    """Which campaigns to list: those that meet everything that is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    state: Global___Campaign.State.ValueType
+    """Where they stand."""
+    channel: _builtins.str
+    """The channel's id, as in "sms"."""
+    root: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`: the waves of the chain that began with it."""
+    text: _builtins.str
+    """What their display_name contains, in upper or lower case."""
+    def __init__(
+        self,
+        *,
+        state: Global___Campaign.State.ValueType = ...,
+        channel: _builtins.str = ...,
+        root: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "root", b"root", "state", b"state", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CampaignFilter: _TypeAlias = CampaignFilter  # noqa: Y015
 
 @_typing.final
 class ListCampaignsResponse(_message.Message):

@@ -125,7 +125,8 @@ class CampaignsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCampaigns(self, request, context):
-        """Lists campaigns without their counts, newest first.
+        """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND
+        for a root of another app.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

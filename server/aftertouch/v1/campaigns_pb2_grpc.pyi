@@ -43,7 +43,9 @@ class CampaignsStub:
     GetCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
     ListCampaigns: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListCampaignsRequest, _campaigns_pb2.ListCampaignsResponse]
-    """Lists campaigns without their counts, newest first."""
+    """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND
+    for a root of another app.
+    """
     UpdateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]
     """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
     FIELDS_INVALID.
@@ -97,7 +99,9 @@ class CampaignsAsyncStub(CampaignsStub):
     GetCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
     ListCampaigns: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListCampaignsRequest, _campaigns_pb2.ListCampaignsResponse]  # type: ignore[assignment]
-    """Lists campaigns without their counts, newest first."""
+    """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND
+    for a root of another app.
+    """
     UpdateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
     FIELDS_INVALID.
@@ -166,7 +170,9 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.ListCampaignsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.ListCampaignsResponse, _abc.Awaitable[_campaigns_pb2.ListCampaignsResponse]]:
-        """Lists campaigns without their counts, newest first."""
+        """Lists campaigns without their counts, newest first. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND
+        for a root of another app.
+        """
 
     @_abc_1.abstractmethod
     def UpdateCampaign(

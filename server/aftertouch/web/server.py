@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 GRACE_SECONDS = 10
 
@@ -42,6 +42,18 @@ def bind(address: str, *, is_shared: bool = False) -> socket.socket:
         listener.close()
         raise OSError(f"cannot listen on {address}: is another server running there? ({error.strerror})") from error
     return listener
+
+
+def mount(ingress: ASGIApp, beside: ASGIApp, paths: tuple[str, str]) -> ASGIApp:
+    """Serve ``beside`` at the first path and below the second, and everything else by the ingress."""
+    root, below = paths
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        is_ingress = path != root and path != below and not path.startswith(f"{below}/")
+        await (ingress if is_ingress else beside)(scope, receive, send)
+
+    return serve
 
 
 @asynccontextmanager

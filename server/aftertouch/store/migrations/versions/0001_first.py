@@ -326,3 +326,82 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state = 'SCHEDULED'"),
     )
+    op.create_table(
+        "users",
+        sa.Column("user_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("email", sa.Text(), nullable=False, comment="in lower case"),
+        sa.Column("role", sa.Text(), nullable=False, comment="viewer, marketer or admin"),
+        sa.Column("password_hash", sa.Text(), nullable=False, comment="argon2id, with its salt and parameters"),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("sign_in_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("users_app_id_fkey")),
+        sa.PrimaryKeyConstraint("user_id", name=op.f("users_pkey")),
+        sa.UniqueConstraint("app_id", "email", name=op.f("users_app_id_email_key")),
+        comment="people who sign in to the console",
+    )
+    op.create_table(
+        "sessions",
+        sa.Column("session_hash", sa.LargeBinary(), nullable=False, comment="sha256 of the cookie, which has 256 random bits"),
+        sa.Column("user_id", sa.BigInteger(), nullable=False),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("use_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["users.user_id"], name=op.f("sessions_user_id_fkey"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("session_hash", name=op.f("sessions_pkey")),
+    )
+    op.create_index(op.f("sessions_user_id_idx"), "sessions", ["user_id"], unique=False)
+    op.create_table(
+        "sign_in_failures",
+        sa.Column("account_hash", sa.LargeBinary(), nullable=False, comment="of app and email, whether they exist or not"),
+        sa.Column("time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("failure_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.PrimaryKeyConstraint("account_hash", "time", "failure_id", name=op.f("sign_in_failures_pkey")),
+    )
+    op.create_table(
+        "audit_entries",
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("entry_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False, comment="as in users/ana@example.com or apiKeys/0123456789ab"),
+        sa.Column("method", sa.Text(), nullable=False, comment="as in Campaigns/LaunchCampaign"),
+        sa.Column("resource", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("audit_entries_app_id_fkey")),
+        sa.PrimaryKeyConstraint("app_id", "entry_id", name=op.f("audit_entries_pkey")),
+        comment="who changed what",
+    )
+    op.create_table(
+        "contact_imports",
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("import_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("file_name", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False, comment="RUNNING, DONE or FAILED"),
+        sa.Column("problem", sa.Text(), server_default=sa.text("''"), nullable=False, comment="why it failed"),
+        sa.Column(
+            "read_count", sa.BigInteger(), server_default=sa.text("0"), nullable=False, comment="rows that were handed over"
+        ),
+        sa.Column("created_count", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("updated_count", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("rejected_count", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column(
+            "rejections",
+            postgresql.JSONB(),
+            server_default=sa.text("'[]'::jsonb"),
+            nullable=False,
+            comment="the first ones, with reasons",
+        ),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("contact_imports_app_id_fkey")),
+        sa.PrimaryKeyConstraint("app_id", "import_id", name=op.f("contact_imports_pkey")),
+        comment="files of contacts that came through the console",
+    )
+    op.create_table(
+        "unfinished_contents",
+        sa.Column("campaign_id", sa.BigInteger(), nullable=False),
+        sa.Column("content", postgresql.JSONB(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["campaign_id"], ["campaigns.campaign_id"], name=op.f("unfinished_contents_campaign_id_fkey"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("campaign_id", name=op.f("unfinished_contents_pkey")),
+        comment="what somebody has typed for a draft, which its channel does not take yet",
+    )

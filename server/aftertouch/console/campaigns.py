@@ -1,0 +1,384 @@
+"""The list of campaigns, a campaign's page while it is sent and afterwards, and the export of its people."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+
+from aftertouch.console import words
+from aftertouch.console.charts import read_chart
+from aftertouch.console.visits import Visit, is_recent, read_id, to_time
+from aftertouch.errors import AftertouchError, FieldsInvalid, Violation
+from aftertouch.signals import CORE_IMPLICATIONS
+from aftertouch.store.campaigns import find_campaigns
+from aftertouch.store.engine import transaction
+from aftertouch.store.lists import find_list
+from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+
+PAGE_SIZE = 25
+EXPORT_PAGE = 1000
+
+State = campaigns_pb2.Campaign.State
+LAUNCHED = frozenset({State.SENDING, State.PAUSED, State.SENT, State.CANCELED})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One bar of a funnel."""
+
+    label: str
+    count: int
+    share: str
+    width: float
+    """In per cent of the whole."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A campaign and what is known of it, as its row and its page show it."""
+
+    id: str
+    message: campaigns_pb2.Campaign
+    channel: str
+    """For people."""
+    audience: str
+    root: str
+    """The display name of the chain's root, of a wave."""
+    launch_time: datetime | None
+    finish_time: datetime | None
+    create_time: datetime | None
+    schedule_time: datetime | None
+    send_by_time: datetime | None
+
+    @property
+    def state(self) -> str:
+        """The state's name."""
+        return State.Name(self.message.state)
+
+    @property
+    def is_launched(self) -> bool:
+        """True when it has recipients, who can be retargeted."""
+        return self.message.state in LAUNCHED and bool(self.launch_time)
+
+    @property
+    def is_moving(self) -> bool:
+        """True when its numbers change while somebody looks."""
+        return self.message.state == State.SENDING or is_recent(self.finish_time, 600)
+
+    @property
+    def recipients(self) -> int:
+        """How many people are on its roll."""
+        return self.message.counts.recipients
+
+    @property
+    def done(self) -> int:
+        """How many of them were dealt with."""
+        signals = self.message.counts.signals
+        if self.message.state == State.SENT:
+            return self.recipients
+        return min(signals["attempted"] + signals["skipped"], self.recipients)
+
+
+async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> list[Standing]:
+    """Campaigns with the names of what they refer to."""
+    sources = {read_id(leaf.source) for c in campaigns for leaf in list_leaves(c.audience.retarget)}
+    roots = {read_id(c.root) for c in campaigns if c.root}
+    lists = sorted({read_id(c.audience.list) for c in campaigns if c.audience.list})
+    async with transaction(visit.console.engine) as conn:
+        named = await find_campaigns(conn, visit.app.app_id, sorted(sources | roots))
+        listed = {name: await find_list(conn, visit.app.app_id, name) for name in lists}
+    types = visit.console.registry.types
+
+    def describe_selection(selection: campaigns_pb2.RetargetSelection) -> str:
+        match selection.WhichOneof("combination"):
+            case "any_of":
+                return " or ".join(map(describe_selection, selection.any_of.selections))
+            case "all_of":
+                return " and ".join(map(describe_selection, selection.all_of.selections))
+            case "all_but":
+                return f"{describe_selection(selection.all_but.all)} but not {describe_selection(selection.all_but.but)}"
+        source = named.get(read_id(selection.source))
+        found = types.get(source.channel) if source else None
+        action = found.actions.get(selection.action) if found else None
+        label = action.action.label if action else selection.action
+        return f"{label} \u00b7 {source.display_name}" if source else label
+
+    def describe_audience(audience: campaigns_pb2.Audience) -> str:
+        match audience.WhichOneof("kind"):
+            case "all_subscribers":
+                return "All subscribers"
+            case "given_contacts":
+                return words.count_people(len(audience.given_contacts.contacts))
+            case "list":
+                found = listed[read_id(audience.list)]
+                return f"List {found.display_name}" if found else "A list that was deleted"
+            case "retarget":
+                return describe_selection(audience.retarget)
+            case _:
+                return "No audience"
+
+    return [
+        Standing(
+            id=read_id(campaign.name),
+            message=campaign,
+            channel=types[campaign.channel].channel.label if campaign.channel in types else campaign.channel,
+            audience=describe_audience(campaign.audience),
+            root=found.display_name if (found := named.get(read_id(campaign.root))) else "",
+            launch_time=to_time(campaign.launch_time),
+            finish_time=to_time(campaign.finish_time),
+            create_time=to_time(campaign.create_time),
+            schedule_time=to_time(campaign.schedule_time),
+            send_by_time=to_time(campaign.send_by_time),
+        )
+        for campaign in campaigns
+    ]
+
+
+def list_leaves(selection: campaigns_pb2.RetargetSelection) -> Iterator[campaigns_pb2.RetargetSelection]:
+    """The questions that a selection combines; nothing of an empty one."""
+    match selection.WhichOneof("combination"):
+        case "all_but":
+            operands = [selection.all_but.all, selection.all_but.but]
+        case None:
+            operands = []
+        case operator:
+            operands = list(getattr(selection, operator).selections)
+    if selection.source:
+        yield selection
+    for operand in operands:
+        yield from list_leaves(operand)
+
+
+async def read(visit: Visit) -> Standing:
+    """The campaign that the address names, with its counts."""
+    name = visit.name("campaigns", visit.param("campaign"))
+    campaign = await visit.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
+    return (await describe(visit, [campaign]))[0]
+
+
+async def show_list(visit: Visit) -> Response:
+    """Campaigns, newest first. Their counts come with each row's own request, so that no large one delays the page."""
+    text, state, channel = visit.query("q"), visit.query("state"), visit.query("channel")
+    wanted = campaigns_pb2.CampaignFilter(
+        state=State.Value(state) if state in words.STATES else State.STATE_UNSPECIFIED, channel=channel, text=text
+    )
+    request = campaigns_pb2.ListCampaignsRequest(
+        parent=visit.parent, page_size=PAGE_SIZE, page_token=visit.query("after"), filter=wanted
+    )
+    listed = await visit.client.campaigns.ListCampaigns(request)
+    return visit.render(
+        "campaigns_part.html" if visit.is_partial else "campaigns.html",
+        campaigns=await describe(visit, list(listed.campaigns)),
+        text=text,
+        state=state,
+        channel=channel,
+        after=visit.query("after"),
+        next=listed.next_page_token,
+        channels={name: found.channel.label for name, found in sorted(visit.console.registry.types.items())},
+    )
+
+
+async def show_row(visit: Visit) -> Response:
+    """One row of the list, with its counts."""
+    standing = await read(visit)
+    return visit.render("campaign_row.html", campaign=standing, rates=list_rates(visit, standing, asked=True), is_counted=True)
+
+
+def list_signals(visit: Visit, channel: str, *, asked: bool = False) -> list[tuple[str, str]]:
+    """The channel's own signals with their labels, in its order; those that its actions ask for, or all."""
+    found = visit.console.registry.types.get(channel)
+    if found is None:
+        return []
+    names = {name for action in found.actions.values() for name in action.expression.names}
+    return [(signal.name, signal.label) for signal in found.channel.signals if signal.name in names or not asked]
+
+
+def list_rates(visit: Visit, standing: Standing, *, asked: bool = False) -> list[tuple[str, str]]:
+    """What a channel knows of a campaign's people, as shares of those that it was sent to."""
+    signals = standing.message.counts.signals
+    known = list_signals(visit, standing.message.channel, asked=asked)
+    return [(label, words.share(signals[name], signals["sent"])) for name, label in known]
+
+
+def list_steps(visit: Visit, standing: Standing) -> list[Step]:
+    """The funnel: from the roll through what every channel knows to the channel's own signals."""
+    counts = standing.message.counts
+    steps = [
+        ("Recipients", counts.recipients),
+        ("Attempted", counts.signals["attempted"]),
+        ("Sent", counts.signals["sent"]),
+        *((label, counts.signals[name]) for name, label in list_signals(visit, standing.message.channel, asked=True)),
+    ]
+    return [
+        Step(label, count, words.share(count, counts.recipients), round(100 * count / max(counts.recipients, 1), 2))
+        for label, count in steps
+    ]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A campaign of a chain, at its depth."""
+
+    standing: Standing
+    depth: int
+    added: int
+    """People whom this wave was sent to."""
+
+
+async def read_chain(visit: Visit, standing: Standing) -> list[Member]:
+    """The chain that a campaign belongs to, as a tree in the order of its branches; empty when it has no waves."""
+    root = standing.message.root or standing.message.name
+    wanted = campaigns_pb2.CampaignFilter(root=root)
+    request = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=100, filter=wanted)
+    waves = (await visit.client.campaigns.ListCampaigns(request)).campaigns
+    if not waves:
+        return []
+    names = [root, *(wave.name for wave in reversed(waves))]
+    get = visit.client.campaigns.GetCampaign
+    campaigns = [await get(campaigns_pb2.GetCampaignRequest(name=name)) for name in names]
+    standings = {standing.message.name: standing for standing in await describe(visit, campaigns)}
+    members: list[Member] = []
+
+    def walk(name: str, depth: int) -> None:
+        found = standings.pop(name)
+        members.append(Member(found, depth, found.message.counts.signals["sent"]))
+        for wave in [w for w in campaigns if w.name in standings and _comes_after(w, name)]:
+            walk(wave.name, depth + 1)
+
+    walk(root, 0)
+    # Waves of a source outside of the chain, combined with one inside.
+    for name in list(standings):
+        walk(name, 1)
+    return members
+
+
+def _comes_after(wave: campaigns_pb2.Campaign, name: str) -> bool:
+    """True when a campaign is the first that a wave asks: what it hangs on in the tree."""
+    return next((leaf.source for leaf in list_leaves(wave.audience.retarget)), "") == name
+
+
+async def show(visit: Visit) -> Response:
+    """A campaign's page; a draft's is its form."""
+    standing = await read(visit)
+    if standing.message.state == State.DRAFT and visit.may("manage"):
+        return visit.redirect(f"/campaigns/{standing.id}/edit")
+    return visit.render("campaign.html", **await _read_page(visit, standing), chain=await read_chain(visit, standing))
+
+
+async def show_live(visit: Visit) -> Response:
+    """The part of a campaign's page that changes while it is sent."""
+    return visit.render("campaign_live.html", **await _read_page(visit, await read(visit)))
+
+
+async def _read_page(visit: Visit, standing: Standing) -> dict[str, Any]:
+    actions, refusal = None, ""
+    if standing.is_launched:
+        try:
+            actions = await visit.client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=standing.message.name))
+        except AftertouchError as error:
+            refusal = words.explain(error)
+    return {
+        "campaign": standing,
+        "steps": list_steps(visit, standing),
+        "rates": list_rates(visit, standing),
+        "actions": actions,
+        "refusal": refusal,
+        "last_time": retargetable_until(visit, standing),
+        "chart": await read_chart(visit, standing.message) if standing.is_launched else None,
+    }
+
+
+def retargetable_until(visit: Visit, standing: Standing) -> datetime | None:
+    """When what people did is forgotten."""
+    return standing.launch_time and standing.launch_time + timedelta(days=visit.app.retention_days)
+
+
+async def change_state(visit: Visit) -> Response:
+    """Pause, resume, cancel or unschedule, as the pressed button says."""
+    name, client = visit.name("campaigns", visit.param("campaign")), visit.client.campaigns
+    match (await visit.read_form()).get("do"):
+        case "pause":
+            await client.PauseCampaign(campaigns_pb2.PauseCampaignRequest(name=name))
+        case "resume":
+            await client.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=name))
+        case "cancel":
+            await client.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=name))
+        case "unschedule":
+            await client.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=name))
+        case _:
+            raise FieldsInvalid([Violation("do", "is none of pause, resume, cancel and unschedule")])
+    return visit.redirect(f"/campaigns/{visit.param('campaign')}")
+
+
+async def export(visit: Visit) -> Response:
+    """A group of a campaign's people as CSV: all, those of an action, or those who failed for a reason."""
+    standing = await read(visit)
+    matches = _choose_people(visit, standing)
+
+    async def write() -> AsyncIterator[str]:
+        signals = [*CORE_IMPLICATIONS, *(name for name, _ in list_signals(visit, standing.message.channel))]
+        yield _write_row(["external_id", *signals, "reasons"])
+        token = ""
+        while True:
+            request = campaigns_pb2.ListRecipientsRequest(parent=standing.message.name, page_size=EXPORT_PAGE, page_token=token)
+            page = await visit.client.campaigns.ListRecipients(request)
+            yield "".join(
+                _write_row(
+                    [
+                        read_id(person.contact),
+                        *("yes" if signal in person.signals else "no" for signal in signals),
+                        " ".join(person.reasons),
+                    ]
+                )
+                for person in page.recipients
+                if matches(person)
+            )
+            token = page.next_page_token
+            if not token:
+                return
+            # Somebody else's pages come between.
+            await asyncio.sleep(0)
+
+    group = visit.query("action") or visit.query("reason").replace("/", "-") or "all"
+    headers = {"content-disposition": f'attachment; filename="{standing.id}-{_clean(group)}.csv"'}
+    return StreamingResponse(write(), headers=headers, media_type="text/csv; charset=utf-8")
+
+
+def _choose_people(visit: Visit, standing: Standing) -> Callable[[campaigns_pb2.Recipient], bool]:
+    action, reason = visit.query("action"), visit.query("reason")
+    if reason:
+        return lambda person: reason in person.reasons
+    if not action:
+        return lambda person: True
+    found = visit.console.registry.types.get(standing.message.channel)
+    compiled = found.actions.get(action) if found else None
+    if compiled is None:
+        raise FieldsInvalid([Violation("action", f"this campaign's channel has no action {action!r}")])
+    apart = compiled.apart
+
+    def is_in(person: campaigns_pb2.Recipient) -> bool:
+        def value_of(signal: str) -> int:
+            return int(signal in person.signals)
+
+        in_apart = apart is not None and apart.evaluate(value_of) & 1
+        return bool(compiled.expression.evaluate(value_of) & 1) and not in_apart
+
+    return is_in
+
+
+def _write_row(cells: list[str]) -> str:
+    line = io.StringIO()
+    # A spreadsheet takes a cell that begins so for a formula.
+    csv.writer(line).writerow([f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell for cell in cells])
+    return line.getvalue()
+
+
+def _clean(text: str) -> str:
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "-" for letter in text)[:80]

@@ -1,0 +1,316 @@
+"""New campaigns: the form of a draft with its preview and its review, saved while somebody types, and the launch."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from google.protobuf import json_format
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+from starlette.datastructures import FormData
+from starlette.responses import Response
+
+from aftertouch.console import previews, words
+from aftertouch.console.campaigns import Standing, State, describe, read
+from aftertouch.console.contents import Field, make_form, read_form
+from aftertouch.console.retargets import Place
+from aftertouch.console.visits import Visit, name_faults, read_id
+from aftertouch.declarations import ChannelType
+from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
+from aftertouch.rpc.values import to_struct, to_timestamp
+from aftertouch.store import unfinished
+from aftertouch.store.engine import transaction
+from aftertouch.v1 import campaigns_pb2, lists_pb2, retargeting_pb2
+
+_EXTERNAL_IDS = re.compile(r"[^\n,;]+")
+
+
+@dataclass(frozen=True)
+class Review:
+    """Whom a draft would reach now, or why nobody."""
+
+    place: Place | None
+    """The funnel, of a wave."""
+    recipients: int
+    problem: str
+
+
+# Making one
+
+
+async def show_new(visit: Visit) -> Response:
+    """Name, channel and audience of a new campaign."""
+    return await _render_new(visit, {"audience": "all"}, name_faults())
+
+
+async def _render_new(visit: Visit, values: Mapping[str, str], faults: Mapping[str, str]) -> Response:
+    registry = visit.console.registry
+    channels = [(name, found.channel.label, name in registry.channels) for name, found in visit.list_channels()]
+    request = lists_pb2.ListListsRequest(parent=visit.parent, page_size=1000)
+    lists = (await visit.client.lists.ListLists(request)).lists
+    return visit.render("new.html", 400 if faults else 200, values=values, faults=faults, channels=channels, lists=lists)
+
+
+async def create(visit: Visit) -> Response:
+    """Make the draft and go on with its content."""
+    form = await visit.read_form()
+    values = {name: str(form.get(name, "")) for name in ("display_name", "channel", "audience", "contacts", "list")}
+    audience = campaigns_pb2.Audience()
+    if values["audience"] == "given":
+        names = [visit.name("contacts", found[0].strip()) for found in _EXTERNAL_IDS.finditer(values["contacts"])]
+        audience.given_contacts.contacts.extend(names)
+    elif values["audience"] == "list":
+        audience.list = values["list"]
+    else:
+        audience.all_subscribers.SetInParent()
+    campaign = campaigns_pb2.Campaign(display_name=values["display_name"], channel=values["channel"], audience=audience)
+    request = campaigns_pb2.CreateCampaignRequest(parent=visit.parent, campaign=campaign)
+    try:
+        made = await visit.client.campaigns.CreateCampaign(request)
+    except FieldsInvalid as error:
+        places = [Violation(_name_place(found.field), found.description) for found in error.violations]
+        return await _render_new(visit, values, name_faults(places))
+    return visit.redirect(f"/campaigns/{read_id(made.name)}/edit")
+
+
+def _name_place(path: str) -> str:
+    """The field of the form that a violation is about."""
+    name = path.removeprefix("campaign.")
+    if name.startswith("audience.list"):
+        return "list"
+    return "contacts" if name.startswith("audience") else name
+
+
+# Composing it
+
+
+async def show(visit: Visit) -> Response:
+    """The draft's form, with what was typed when somebody left it."""
+    standing = await read(visit)
+    if standing.message.state != State.DRAFT:
+        return visit.redirect(f"/campaigns/{standing.id}")
+    async with transaction(visit.console.engine) as conn:
+        kept = await unfinished.find_unfinished(conn, visit.app.app_id, standing.id)
+    stored = json_format.MessageToDict(standing.message.content)
+    return await _render(visit, standing, stored if kept is None else kept, is_stored=kept is None and bool(stored))
+
+
+async def _render(
+    visit: Visit,
+    standing: Standing,
+    content: Mapping[str, Any],
+    *,
+    is_stored: bool,
+    violations: Sequence[Violation] = (),
+    problem: str = "",
+    when: Mapping[str, str] | None = None,
+) -> Response:
+    found = _find_type(visit, standing)
+    contact = await previews.find_contact(visit, standing.message.channel, visit.query("as"))
+    when = {name: (when or {}).get(name, "") for name in ("when", "schedule_time", "send_by_time")}
+    return visit.render(
+        "compose.html",
+        400 if problem or violations else 200,
+        campaign=standing,
+        form=_make_form(found, content, violations),
+        faults=name_faults(violations, "campaign."),
+        when=when,
+        contact=contact,
+        attributes=previews.list_attributes(contact),
+        preview=previews.draw(found, content, contact) if contact and is_stored else None,
+        review=await _review(visit, standing),
+        saved="Saved" if is_stored else "",
+        problem=problem,
+    )
+
+
+def _find_type(visit: Visit, standing: Standing) -> ChannelType:
+    found = visit.console.registry.types.get(standing.message.channel)
+    if found is None:
+        raise NotFound(f"channels/{standing.message.channel}")
+    return found
+
+
+def _make_form(found: ChannelType, content: Mapping[str, Any], violations: Iterable[Violation] = ()) -> Field:
+    ours = [violation for violation in violations if violation.field.startswith("campaign.content")]
+    return make_form(found.channel.content_model.model_json_schema(), content, ours)
+
+
+def _read_values(form: FormData) -> dict[str, str]:
+    return {name: value for name, value in form.multi_items() if isinstance(value, str)}
+
+
+def _read_content(found: ChannelType, form: FormData) -> dict[str, Any]:
+    return read_form(found.channel.content_model.model_json_schema(), _read_values(form))
+
+
+async def change_form(visit: Visit) -> Response:
+    """The form with one more or one fewer item, or another kind of value, as the pressed button says."""
+    form = await visit.read_form()
+    standing = await read(visit)
+    found = _find_type(visit, standing)
+    schema = found.channel.content_model.model_json_schema()
+    values = _read_values(form)
+    if path := values.get("add", ""):
+        content = read_form(schema, values | {f"{path}.9999": "", f"{path}.9999.key": ""})
+    elif path := values.get("remove", ""):
+        kept = {name: value for name, value in values.items() if name != path and not name.startswith((f"{path}.", f"{path}@"))}
+        content = read_form(schema, kept)
+    else:
+        content = read_form(schema, values)
+    return visit.render("content_form.html", form=make_form(schema, content, values=values))
+
+
+async def save(visit: Visit) -> Response:
+    """Save what was typed, whether it is complete or not, and show it as somebody would get it."""
+    form = await visit.read_form()
+    standing = await read(visit)
+    found = _find_type(visit, standing)
+    contact = await previews.find_contact(visit, standing.message.channel, str(form.get("as", "")))
+    content = _read_content(found, form)
+    try:
+        stored = await _store(visit, standing, form, content, etag=str(form.get("etag", "")))
+    except FieldsInvalid as error:
+        labels = [field.label for field in _make_form(found, content, error.violations).faulty]
+        status = f"Kept. Missing or wrong: {', '.join(labels or ['Name'])}"
+        return visit.render("saved_part.html", etag=standing.message.etag, preview=None, contact=contact, status=status)
+    preview = previews.draw(found, content, contact) if contact else None
+    return visit.render("saved_part.html", etag=stored.etag, preview=preview, contact=contact, status="Saved")
+
+
+async def _store(
+    visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], *, etag: str
+) -> campaigns_pb2.Campaign:
+    """Store name and content with the draft; content that is refused is kept as unfinished.
+
+    Raises:
+        FieldsInvalid, EtagMismatch, CampaignStateWrong.
+    """
+    app_id = visit.app.app_id
+    campaign = campaigns_pb2.Campaign(
+        name=standing.message.name,
+        display_name=str(form.get("display_name", "")),
+        content=to_struct(content),
+        etag=etag,
+    )
+    mask = FieldMask(paths=["display_name", "content"])
+    try:
+        stored = await visit.client.campaigns.UpdateCampaign(
+            campaigns_pb2.UpdateCampaignRequest(campaign=campaign, update_mask=mask)
+        )
+    except FieldsInvalid:
+        async with transaction(visit.console.engine) as conn:
+            await unfinished.keep_unfinished(conn, app_id, standing.id, content)
+        raise
+    async with transaction(visit.console.engine) as conn:
+        await unfinished.forget_unfinished(conn, app_id, standing.id)
+    return stored
+
+
+async def _review(visit: Visit, standing: Standing) -> Review:
+    """Whom it would reach if it were launched now."""
+    try:
+        if standing.message.audience.HasField("retarget"):
+            request = retargeting_pb2.PreviewRetargetRequest(
+                selection=standing.message.audience.retarget, channel=standing.message.channel
+            )
+            shown = await visit.client.retargeting.PreviewRetarget(request)
+            place = Place(standing.message.channel, standing.channel, True, shown)
+            return Review(place, shown.audience_count, "" if shown.audience_count else words.explain_empty())
+        return Review(None, await _count(visit, standing), "")
+    except AftertouchError as error:
+        return Review(None, 0, words.explain(error))
+
+
+async def _count(visit: Visit, standing: Standing) -> int:
+    """How many people a launch would go to; of a draft without content as well, which cannot be launched yet."""
+    if standing.message.HasField("content"):
+        request = campaigns_pb2.LaunchCampaignRequest(name=standing.message.name, validate_only=True)
+        return (await visit.client.campaigns.LaunchCampaign(request)).counts.recipients
+    return -1
+
+
+async def launch(visit: Visit) -> Response:
+    """Save and launch; whatever is refused is shown at its field."""
+    form = await visit.read_form()
+    standing = await read(visit)
+    if standing.message.state != State.DRAFT:
+        # Pressed twice: the first press launched it.
+        return visit.redirect(f"/campaigns/{standing.id}")
+    content = _read_content(_find_type(visit, standing), form)
+    try:
+        # What is seen is what is sent: a save that is still on its way makes no conflict.
+        stored = await _store(visit, standing, form, content, etag="")
+        request = campaigns_pb2.LaunchCampaignRequest(
+            name=stored.name,
+            etag=stored.etag,
+            schedule_time=_read_time(form, "schedule_time") if form.get("when") == "later" else None,
+            send_by_time=_read_time(form, "send_by_time"),
+        )
+        await visit.client.campaigns.LaunchCampaign(request)
+    except FieldsInvalid as error:
+        problem = "Something is missing or wrong. Nothing was sent."
+        return await _render(
+            visit, standing, content, is_stored=False, violations=error.violations, problem=problem, when=_read_values(form)
+        )
+    except AftertouchError as error:
+        if error.code not in ("FAILED_PRECONDITION", "ABORTED"):
+            raise
+        fresh = (await describe(visit, [await visit.client.campaigns.GetCampaign(_get(standing))]))[0]
+        return await _render(visit, fresh, content, is_stored=False, problem=words.explain(error), when=_read_values(form))
+    return visit.redirect(f"/campaigns/{standing.id}")
+
+
+def _read_time(form: FormData, name: str) -> Timestamp | None:
+    """A time that was chosen in the viewer's zone, which the page's script names; in UTC without it.
+
+    Raises:
+        FieldsInvalid: it is no time.
+    """
+    text = str(form.get(name, ""))
+    if not text:
+        return None
+    try:
+        zone = ZoneInfo(str(form.get("time_zone", "")) or "UTC")
+        time = datetime.fromisoformat(text).replace(tzinfo=zone)
+    except (ValueError, OSError, ZoneInfoNotFoundError) as error:
+        raise FieldsInvalid([Violation(name, "is not a date and time")]) from error
+    return to_timestamp(time)
+
+
+async def send_test(visit: Visit) -> Response:
+    """Save what was typed, and send it to one contact now."""
+    form = await visit.read_form()
+    standing = await read(visit)
+    name = visit.name("contacts", str(form.get("as", "")))
+    try:
+        stored = await _store(visit, standing, form, _read_content(_find_type(visit, standing), form), etag="")
+        request = campaigns_pb2.SendTestRequest(name=stored.name, contact=name, request_id=str(uuid.uuid4()))
+        sent = await visit.client.campaigns.SendTest(request)
+    except FieldsInvalid as error:
+        return visit.render("test_part.html", outcomes=[], problem="; ".join(v.description for v in error.violations))
+    except AftertouchError as error:
+        return visit.render("test_part.html", outcomes=[], problem=words.explain(error))
+    results = campaigns_pb2.SendTestResponse.Result
+    outcomes = [
+        (results.Name(one.result).lower(), words.REASONS.get(one.reason_class, (one.reason_class, ""))[0], one.reason_code)
+        for one in sent.outcomes
+    ]
+    return visit.render("test_part.html", outcomes=outcomes, problem="")
+
+
+def _get(standing: Standing) -> campaigns_pb2.GetCampaignRequest:
+    return campaigns_pb2.GetCampaignRequest(name=standing.message.name)
+
+
+async def delete(visit: Visit) -> Response:
+    """Delete the draft."""
+    name = visit.name("campaigns", visit.param("campaign"))
+    await visit.client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=name))
+    return visit.redirect("/campaigns")

@@ -1,0 +1,77 @@
+"""What a person would get: a draft's content filled in for one contact, by the code that sends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import json_format
+
+from aftertouch.console import words
+from aftertouch.console.visits import Visit
+from aftertouch.declarations import ChannelType
+from aftertouch.delivery.render import ContentTemplate, RenderError
+from aftertouch.errors import FieldsInvalid, NotFound
+from aftertouch.v1 import contacts_pb2
+
+_TRIED = 50
+"""How many contacts are looked at to find one who can be reached on the channel."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One message, or why there is none."""
+
+    shape: str
+    """How to draw it: notification, bubble, template or fields."""
+    content: Mapping[str, Any]
+    problem: str = ""
+
+
+def draw(found: ChannelType, content: Mapping[str, Any], contact: contacts_pb2.Contact) -> Preview:
+    """The message of a valid content for a contact."""
+    attributes = json_format.MessageToDict(contact.attributes)
+    try:
+        rendered = ContentTemplate(content, found.channel.content_model).render(contact.external_id, attributes)
+    except RenderError as error:
+        return Preview("none", {}, words.SKIPS.get(error.code, error.code))
+    filled = rendered.model_dump(mode="json", exclude_none=True)
+    return Preview(_choose_shape(filled), filled)
+
+
+def _choose_shape(content: Mapping[str, Any]) -> str:
+    """Any channel's content is drawn by what is in it, so a new channel needs no code here."""
+    if "template" in content:
+        return "template"
+    if isinstance(content.get("title"), str):
+        return "notification"
+    if isinstance(content.get("body"), str):
+        return "bubble"
+    return "fields"
+
+
+async def find_contact(visit: Visit, channel: str, external_id: str) -> contacts_pb2.Contact | None:
+    """The contact of this id, or any who can be reached on the channel; None when there is none."""
+    if external_id:
+        try:
+            name = visit.name("contacts", external_id)
+            return await visit.client.contacts.GetContact(contacts_pb2.GetContactRequest(name=name))
+        except (NotFound, FieldsInvalid):
+            return None
+    request = contacts_pb2.ListContactsRequest(parent=visit.parent, page_size=_TRIED)
+    listed = (await visit.client.contacts.ListContacts(request)).contacts
+    active = contacts_pb2.Subscription.ACTIVE
+    return next(
+        (
+            contact
+            for contact in listed
+            if any(subscription.channel == channel and subscription.state == active for subscription in contact.subscriptions)
+        ),
+        listed[0] if listed else None,
+    )
+
+
+def list_attributes(contact: contacts_pb2.Contact | None) -> list[str]:
+    """What a message can be filled in with, by this contact's example."""
+    return sorted(contact.attributes.fields) if contact else []

@@ -1,0 +1,155 @@
+"""The retarget dialog: who, where, and one press that makes the draft."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from markupsafe import Markup
+from starlette.responses import Response
+
+from aftertouch.console import words
+from aftertouch.console.campaigns import Standing, State, read, retargetable_until
+from aftertouch.console.visits import Visit, read_id, to_time
+from aftertouch.errors import AftertouchError
+from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+
+_MINUTES = 60
+_Reason = retargeting_pb2.PreviewRetargetResponse.Reason
+
+
+@dataclass(frozen=True)
+class Place:
+    """A channel, and whom of the chosen people it reaches."""
+
+    channel: str
+    label: str
+    is_ready: bool
+    preview: retargeting_pb2.PreviewRetargetResponse
+
+    @property
+    def drops(self) -> list[str]:
+        """Who is not reached, and why."""
+        return [
+            f"{words.number(drop.count)} {words.DROPS.get(_Reason.Name(drop.reason), _Reason.Name(drop.reason).lower())}"
+            for drop in self.preview.drops
+            if drop.count
+        ]
+
+
+def make_selection(visit: Visit, source: str, action: str, *, include_apart: bool) -> campaigns_pb2.RetargetSelection:
+    """The people of an action of a campaign."""
+    reason_class = visit.query("reason_class")
+    return campaigns_pb2.RetargetSelection(
+        source=source,
+        action=action,
+        include_apart=include_apart,
+        reason_classes=[reason_class] if reason_class else [],
+    )
+
+
+async def show(visit: Visit) -> Response:
+    """The dialog, or as a page of its own; every choice shows its counts at once."""
+    source = await read(visit)
+    return await _render(visit, source, visit.query("action"), visit.query("channel"), visit.query("apart") == "1")
+
+
+async def _render(
+    visit: Visit, source: Standing, action: str, channel: str, include_apart: bool, *, problem: str = "", existing: str = ""
+) -> Response:
+    """The dialog.
+
+    Args:
+        existing: the draft that somebody made of the same people and channel already.
+    """
+    template = "retarget_part.html" if visit.is_partial else "retarget.html"
+    try:
+        request = retargeting_pb2.ListActionsRequest(parent=source.message.name)
+        listed = await visit.client.retargeting.ListActions(request)
+        known = [counted.action.action for counted in listed.actions]
+        action = action if action in known else known[0]
+        selection = make_selection(visit, source.message.name, action, include_apart=include_apart)
+        places = await _read_places(visit, selection)
+    except AftertouchError as error:
+        return visit.render(template, words.STATUSES[error.code], campaign=source, refusal=words.explain(error))
+    by_name = {place.channel: place for place in places}
+    # The same channel first: nothing about these people's addresses is a guess there.
+    chosen = by_name.get(channel) or by_name.get(source.message.channel) or places[0]
+    return visit.render(
+        template,
+        409 if existing else 400 if problem else 200,
+        campaign=source,
+        refusal="",
+        problem=problem,
+        existing=existing,
+        listed=listed,
+        action=next(counted for counted in listed.actions if counted.action.action == action),
+        include_apart=include_apart,
+        places=places,
+        place=chosen,
+        reason_class=visit.query("reason_class"),
+        warnings=_list_warnings(visit, source, chosen.preview.unsettled),
+        request_id=str(uuid.uuid4()),
+    )
+
+
+async def _read_places(visit: Visit, selection: campaigns_pb2.RetargetSelection) -> list[Place]:
+    registry = visit.console.registry
+    ask = visit.client.retargeting.PreviewRetarget
+    names = [name for name, _ in visit.list_channels()]
+    requests = [retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=name) for name in names]
+    previews = await asyncio.gather(*map(ask, requests))
+    return [
+        Place(name, registry.types[name].channel.label, name in registry.channels, preview)
+        for name, preview in zip(names, previews, strict=True)
+    ]
+
+
+def _list_warnings(visit: Visit, source: Standing, unsettled: Iterable[campaigns_pb2.Unsettled]) -> list[Markup]:
+    """What matters before somebody retargets."""
+    warnings = []
+    if source.message.state == State.SENDING:
+        warnings.append(Markup("This campaign is still being sent, so these numbers will change."))
+    for early in unsettled:
+        minutes = early.delay.seconds // _MINUTES
+        after = f"{minutes} minutes" if minutes < 180 else f"{round(minutes / _MINUTES)} hours"
+        text = Markup("Some may still answer: 95 of 100 do within {} ({}). From {} on these numbers hardly change.")
+        warnings.append(text.format(after, early.signal, words.show_time(to_time(early.settle_time))))
+    last_time = retargetable_until(visit, source)
+    if last_time and (left := last_time - datetime.now(UTC)) < timedelta(days=3):
+        hours = max(int(left.total_seconds() // 3600), 0)
+        text = Markup("What people did is kept for {} more hours. Launch the follow-up before then.")
+        warnings.append(text.format(hours))
+    return warnings
+
+
+async def create(visit: Visit) -> Response:
+    """Make the draft and go on with its content."""
+    form = await visit.read_form()
+    source = await read(visit)
+    action, channel, include_apart = str(form.get("action", "")), str(form.get("channel", "")), form.get("apart") == "1"
+    reason_class = str(form.get("reason_class", ""))
+    request = retargeting_pb2.CreateRetargetRequest(
+        selection=campaigns_pb2.RetargetSelection(
+            source=source.message.name,
+            action=action,
+            include_apart=include_apart,
+            reason_classes=[reason_class] if reason_class else [],
+        ),
+        channel=channel,
+        request_id=str(form.get("request_id", "")),
+        allow_duplicate=form.get("again") == "1",
+    )
+    try:
+        made = await visit.client.retargeting.CreateRetarget(request)
+    except AftertouchError as error:
+        if error.reason == "DRAFT_EXISTS":
+            existing = read_id(error.metadata["campaign"])
+            return await _render(visit, source, action, channel, include_apart, existing=existing)
+        if error.reason == "FIELDS_INVALID":
+            return await _render(visit, source, action, channel, include_apart, problem=str(error))
+        raise
+    return visit.redirect(f"/campaigns/{read_id(made.name)}/edit")

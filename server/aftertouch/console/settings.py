@@ -1,0 +1,240 @@
+"""Channels and their webhook addresses; and for admins: keys, users, and the audit log."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+
+import aiohttp
+from google.protobuf.field_mask_pb2 import FieldMask
+from sqlalchemy.ext.asyncio import AsyncConnection
+from starlette.responses import Response
+
+from aftertouch.console import words
+from aftertouch.console.accounts import change_role, check_user
+from aftertouch.console.visits import Visit, name_faults, read_id, to_time
+from aftertouch.errors import AlreadyExists, FieldsInvalid, Violation
+from aftertouch.store import users as store
+from aftertouch.store.audit import list_entries, record_entry
+from aftertouch.store.engine import transaction
+from aftertouch.v1 import apps_pb2, channels_pb2, options_pb2
+
+CHECK_SECONDS = 5.0
+AUDIT_PAGE = 100
+
+_SCOPES = {"read": "Read", "ingest": "Send events", "manage": "Manage campaigns and contacts", "admin": "Everything"}
+
+
+# Channels
+
+
+async def show_channels(visit: Visit) -> Response:
+    """Every channel, whether it can send, and where its provider reports to."""
+    return await _render_channels(visit, None)
+
+
+async def _render_channels(visit: Visit, check: str | None, *, is_reachable: bool = False) -> Response:
+    listed = await visit.client.channels.ListChannels(channels_pb2.ListChannelsRequest(page_size=1000))
+    types = visit.console.registry.types
+    return visit.render(
+        "channels.html",
+        channels=[
+            {
+                "message": channel,
+                "state": channels_pb2.Channel.State.Name(channel.state),
+                "webhook": f"{visit.console.public_url}/v1/webhooks/{read_id(channel.name)}"
+                if types[read_id(channel.name)].channel.capabilities.webhooks
+                else "",
+            }
+            for channel in listed.channels
+        ],
+        check=check,
+        is_reachable=is_reachable,
+    )
+
+
+async def check_address(visit: Visit) -> Response:
+    """Ask our own public address whether we answer there, as a provider would."""
+    url = f"{visit.console.public_url}/healthz"
+    timeout = aiohttp.ClientTimeout(total=CHECK_SECONDS)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, allow_redirects=False) as response:
+            is_reachable = response.status == 200 and await response.content.read(16) == b"ok\n"
+            found = f"{url} answered {response.status}"
+    except (aiohttp.ClientError, TimeoutError) as error:
+        is_reachable, found = False, f"{url} did not answer: {type(error).__name__}"
+    return await _render_channels(visit, found, is_reachable=is_reachable)
+
+
+# Rules
+
+
+async def show_rules(visit: Visit) -> Response:
+    """When people are left alone."""
+    app = await visit.client.apps.GetApp(apps_pb2.GetAppRequest(name=visit.parent))
+    hours, cap = app.quiet_hours, app.frequency_cap
+    values = {"start": hours.start, "end": hours.end, "default_time_zone": hours.default_time_zone}
+    values |= {"messages": str(cap.messages or ""), "hours": str(cap.hours or "")}
+    return visit.render("rules.html", values=values, faults=name_faults())
+
+
+async def change_rules(visit: Visit) -> Response:
+    """Change them; what is left empty does not hold any more."""
+    form = await visit.read_form()
+    values = {name: str(form.get(name, "")).strip() for name in ("start", "end", "default_time_zone", "messages", "hours")}
+    app = apps_pb2.App(name=visit.parent)
+    if values["start"] or values["end"]:
+        app.quiet_hours.start, app.quiet_hours.end = values["start"], values["end"]
+        app.quiet_hours.default_time_zone = values["default_time_zone"]
+    try:
+        if values["messages"] or values["hours"]:
+            app.frequency_cap.messages = _read_number(values["messages"], "app.frequency_cap.messages")
+            app.frequency_cap.hours = _read_number(values["hours"], "app.frequency_cap.hours")
+        mask = FieldMask(paths=["quiet_hours", "frequency_cap"])
+        await visit.client.apps.UpdateApp(apps_pb2.UpdateAppRequest(app=app, update_mask=mask))
+    except FieldsInvalid as error:
+        return visit.render("rules.html", 400, values=values, faults=name_faults(error.violations, "app."))
+    return visit.redirect("/rules?saved=1")
+
+
+def _read_number(text: str, field: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise FieldsInvalid([Violation(field, "must be a whole number")])
+    return int(text)
+
+
+# Keys
+
+
+async def show_keys(visit: Visit) -> Response:
+    """The app's keys."""
+    return await _render_keys(visit)
+
+
+async def _render_keys(visit: Visit, *, secret: str = "", faults: Mapping[str, str] | None = None) -> Response:
+    keys: list[apps_pb2.ApiKey] = []
+    token = ""
+    while True:
+        request = apps_pb2.ListApiKeysRequest(parent=visit.parent, page_size=1000, page_token=token)
+        page = await visit.client.apps.ListApiKeys(request)
+        keys += page.api_keys
+        token = page.next_page_token
+        if not token:
+            break
+    return visit.render(
+        "keys.html",
+        400 if faults else 200,
+        keys=[
+            {
+                "id": read_id(key.name),
+                "display_name": key.display_name,
+                "scopes": [options_pb2.Scope.Name(scope).removeprefix("SCOPE_").lower() for scope in key.scopes],
+                "create_time": to_time(key.create_time),
+                "revoke_time": to_time(key.revoke_time),
+            }
+            for key in reversed(keys)
+        ],
+        scopes=_SCOPES,
+        secret=secret,
+        faults=faults or name_faults(),
+    )
+
+
+async def create_key(visit: Visit) -> Response:
+    """Make a key and show its secret, this once."""
+    form = await visit.read_form()
+    scopes = [options_pb2.Scope.Value(f"SCOPE_{str(scope).upper()}") for scope in form.getlist("scope") if scope in _SCOPES]
+    key = apps_pb2.ApiKey(display_name=str(form.get("display_name", "")), scopes=scopes)
+    try:
+        made = await visit.client.apps.CreateApiKey(apps_pb2.CreateApiKeyRequest(parent=visit.parent, api_key=key))
+    except FieldsInvalid as error:
+        return await _render_keys(visit, faults=name_faults(error.violations, "api_key."))
+    return await _render_keys(visit, secret=made.secret)
+
+
+async def revoke_key(visit: Visit) -> Response:
+    """Revoke a key at once."""
+    name = visit.name("apiKeys", visit.param("key"))
+    await visit.client.apps.DeleteApiKey(apps_pb2.DeleteApiKeyRequest(name=name))
+    return visit.redirect("/keys")
+
+
+# Users
+
+
+async def show_users(visit: Visit) -> Response:
+    """Who may sign in."""
+    return await _render_users(visit)
+
+
+async def _render_users(
+    visit: Visit, *, password: str = "", email: str = "", faults: Mapping[str, str] | None = None
+) -> Response:
+    async with transaction(visit.console.engine) as conn:
+        users = await store.list_users(conn, visit.app.app_id)
+    status, faults = (400 if faults else 200), faults or name_faults()
+    return visit.render("users.html", status, users=users, roles=store.ROLES, password=password, email=email, faults=faults)
+
+
+async def create_user(visit: Visit) -> Response:
+    """Make a user with a password that is shown this once."""
+    form = await visit.read_form()
+    given = str(form.get("email", ""))
+    password = secrets.token_urlsafe(12)
+    try:
+        email = check_user(given, str(form.get("role", "")))
+        password_hash = await visit.console.accounts.hash(password)
+        async with transaction(visit.console.engine) as conn:
+            await store.create_user(conn, visit.app.app_id, email, str(form.get("role", "")), password_hash)
+            await _record(visit, conn, "Users/CreateUser", email)
+    except FieldsInvalid as error:
+        return await _render_users(visit, email=given, faults=name_faults(error.violations))
+    except AlreadyExists:
+        faults = name_faults([Violation("email", "is a user of this app already")])
+        return await _render_users(visit, email=given, faults=faults)
+    return await _render_users(visit, password=password, email=email)
+
+
+async def change_user(visit: Visit) -> Response:
+    """Change a role, give a new password, or delete, as the pressed button says."""
+    form = await visit.read_form()
+    email, what = str(form.get("email", "")), str(form.get("do", ""))
+    password = ""
+    try:
+        match what:
+            case "password":
+                password = secrets.token_urlsafe(12)
+                password_hash = await visit.console.accounts.hash(password)
+                async with transaction(visit.console.engine) as conn:
+                    user = await store.find_user(conn, visit.app.app_id, email)
+                    if user is None:
+                        raise FieldsInvalid([Violation("change", "there is no such user any more")])
+                    await store.set_password_hash(conn, user.user_id, password_hash)
+                    await _record(visit, conn, "Users/SetPassword", email)
+            case "role" | "delete":
+                role = str(form.get("role", "")) if what == "role" else None
+                async with transaction(visit.console.engine) as conn:
+                    await change_role(conn, visit.app, email, role)
+                    await _record(visit, conn, "Users/SetRole" if role else "Users/DeleteUser", email)
+            case _:
+                raise FieldsInvalid([Violation("change", "choose what to change")])
+    except FieldsInvalid as error:
+        return await _render_users(visit, faults=name_faults([Violation("change", words.explain(error))]))
+    return await _render_users(visit, password=password, email=email) if password else visit.redirect("/users")
+
+
+async def _record(visit: Visit, conn: AsyncConnection, method: str, email: str) -> None:
+    await record_entry(conn, visit.app.app_id, visit.caller.actor, method, visit.name("users", email))
+
+
+# The audit log
+
+
+async def show_audit(visit: Visit) -> Response:
+    """Who changed what, newest first."""
+    before = visit.query("before")
+    async with transaction(visit.console.engine) as conn:
+        entries = await list_entries(
+            conn, visit.app.app_id, int(before) if before.isdecimal() and len(before) < 18 else None, AUDIT_PAGE + 1
+        )
+    return visit.render("audit.html", entries=entries[:AUDIT_PAGE], has_more=len(entries) > AUDIT_PAGE)

@@ -1,0 +1,49 @@
+// What the pages need besides htmx: times in the viewer's zone, the dialog, and questions before what cannot be undone.
+// Nothing here decides anything: a page works without it, less comfortably.
+"use strict";
+
+const format = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+
+function showTimes(root) {
+  for (const time of root.querySelectorAll("time[datetime]")) {
+    const moment = new Date(time.dateTime);
+    time.textContent = format.format(moment);
+    time.title = moment.toISOString();
+  }
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  showTimes(document);
+  for (const field of document.querySelectorAll("[data-time-zone]")) field.value = format.resolvedOptions().timeZone;
+});
+document.addEventListener("htmx:load", (event) => showTimes(event.detail.elt));
+
+const dialog = document.getElementById("dialog");
+
+if (dialog) {
+  let opener = null;
+  // The element that asked is remembered by its id: a row that was counted anew meanwhile is another element.
+  document.addEventListener("htmx:beforeRequest", (event) => {
+    if (event.detail.target === dialog) opener = event.detail.elt.id;
+  });
+  document.addEventListener("htmx:afterSwap", (event) => {
+    if (event.detail.target === dialog && !dialog.open) dialog.showModal();
+  });
+  dialog.addEventListener("close", () => {
+    dialog.replaceChildren();
+    document.getElementById(opener)?.focus();
+  });
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
+  });
+}
+
+document.addEventListener("submit", (event) => {
+  const question = event.submitter?.dataset.confirm;
+  if (question && !window.confirm(question)) event.preventDefault();
+});
+
+// A refused part of a page is shown on top; it goes as soon as something succeeds.
+document.addEventListener("htmx:afterRequest", (event) => {
+  if (event.detail.successful) document.getElementById("notice")?.replaceChildren();
+});

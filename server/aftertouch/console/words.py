@@ -1,0 +1,137 @@
+"""What the console says in place of names: states, reasons with what to do about them, refusals, numbers and times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from markupsafe import Markup, escape
+
+from aftertouch.errors import AftertouchError
+
+STATES: Mapping[str, str] = {
+    "DRAFT": "Draft",
+    "SCHEDULED": "Scheduled",
+    "SENDING": "Sending",
+    "PAUSED": "Paused",
+    "SENT": "Sent",
+    "CANCELED": "Canceled",
+    "FAILED": "Failed",
+}
+
+REASONS: Mapping[str, tuple[str, str]] = {
+    "recipient_gone": ("Address does not work", "Nothing to do: the address is marked invalid and gets no more messages."),
+    "opted_out": ("Opted out", "Nothing to do: the person said stop on this channel. Another channel may reach them."),
+    "capped": ("Held back by the provider", "The provider limits messages to this person. Retarget them on another channel."),
+    "window": ("Outside the service window", "Only an approved template reaches them now. Retarget with one."),
+    "content": ("Message could not be sent as it is", "Look at the text and at missing attributes; then retarget them."),
+    "config": ("Account or template is set up wrong", "Ask an administrator to look at Channels and the provider's account."),
+    "rate": ("Sent too fast", "The provider asked to slow down. These were tried again until the limit of tries."),
+    "transient": ("Provider did not answer", "A passing failure outlasted all tries. Retarget them later."),
+    "unsubscribed": ("No active address", "They lost their address or opted out between launch and sending."),
+    "policy": ("Left out by a rule of yours", "See the code: a canceled campaign, its end, quiet hours or the frequency cap."),
+    "unknown": ("Unknown code", "The provider gave a code that nobody has met yet. Its documentation may explain it."),
+}
+"""By reason class: what it means, and what to do about it."""
+
+DROPS: Mapping[str, str] = {
+    "NO_SUBSCRIPTION": "have no address on this channel",
+    "OPTED_OUT": "opted out of this channel",
+    "INVALID": "have an address that does not work",
+    "HELD": "are held back by the provider for now",
+    "OVER_FREQUENCY_CAP": "were messaged as often as your frequency cap allows",
+    "IN_OPEN_WAVE": "are in another follow-up that is still being sent",
+}
+
+STANDINGS: Mapping[str, str] = {"active": "active", "opted_out": "opted out", "invalid": "does not work"}
+"""Of a subscription."""
+
+SKIPS: Mapping[str, str] = {
+    "missing_attribute": "The message uses an attribute that this person does not have. Give it a default.",
+    "template_error": "The message cannot be filled in with this person's attributes.",
+    "invalid_content": "Filled in for this person, the message is not one that the channel takes.",
+}
+"""Why a message cannot be shown for a person, by reason code."""
+
+STATUSES: Mapping[str, int] = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "ABORTED": 409,
+    "FAILED_PRECONDITION": 409,
+    "OUT_OF_RANGE": 400,
+    "RESOURCE_EXHAUSTED": 413,
+    "UNAVAILABLE": 503,
+    "UNIMPLEMENTED": 501,
+    "INTERNAL": 500,
+}
+"""The HTTP status of each canonical code."""
+
+_REFUSALS: Mapping[str, str] = {
+    "SCOPE_INSUFFICIENT": "Your role does not include this. Ask an admin of your app.",
+    "RESOURCE_NOT_FOUND": "This does not exist, or belongs to another app.",
+    "ETAG_MISMATCH": "Somebody else changed this meanwhile. Reload the page, and decide again.",
+    "CONTENT_MISSING": "The message is not complete yet.",
+    "AUDIENCE_EMPTY": "Nobody of this audience can be reached on this channel.",
+    "SOURCE_NOT_SENT": "This campaign was not launched yet; there is nobody to retarget.",
+    "RETARGETING_NOT_ENABLED": "Retargeting is not part of your plan.",
+    "SOURCE_BEFORE_PLAN": "This campaign was sent before your plan included retargeting.",
+    "DATABASE_UNAVAILABLE": "The database does not answer. Nothing was done; try again in a moment.",
+}
+
+
+def explain(error: AftertouchError) -> str:
+    """A refusal in the words of the console."""
+    match error.reason:
+        case "CAMPAIGN_STATE_WRONG":
+            state = STATES.get(error.metadata["state"], error.metadata["state"])
+            return f"This campaign is {state.lower()}, so this cannot be done any more."
+        case "SOURCE_TOO_OLD":
+            return (
+                f"This campaign was sent more than {error.metadata['retention_days']} days ago."
+                " What people did is kept no longer, so nobody can be retargeted by it."
+            )
+        case "LIST_IN_USE":
+            return "A campaign that is not launched yet is for this list. Give it another audience, or delete it."
+        case "CHANNEL_NOT_READY":
+            return f"The channel {error.metadata['channel']} cannot send: {error.metadata['problems']}."
+        case "INTERNAL":
+            return f"A defect of ours. Tell your operator this number: {error.metadata['request']}."
+    return _REFUSALS.get(error.reason, str(error))
+
+
+def explain_empty() -> str:
+    """Why a wave cannot be launched although everything else is right."""
+    return _REFUSALS["AUDIENCE_EMPTY"]
+
+
+def number(value: float) -> str:
+    """1234567 as 1,234,567."""
+    return f"{value:,}"
+
+
+def share(part: int, whole: int) -> str:
+    """A part in per cent: whole ones, with a decimal below ten; nothing is rounded to 0% or 100% that is not."""
+    if not whole:
+        return "-"
+    percent = 100 * part / whole
+    if 0 < percent < 0.1:
+        return "<0.1%"
+    if 99.9 < percent < 100:
+        return ">99.9%"
+    return f"{percent:.1f}%" if percent % 1 and (percent < 10 or percent > 99) else f"{percent:.0f}%"
+
+
+def count_people(value: int) -> str:
+    """A number with its unit."""
+    return "1 person" if value == 1 else f"{value:,} people"
+
+
+def show_time(time: datetime | None) -> Markup:
+    """A time for the page's script to show in the viewer's zone; without it, in UTC."""
+    if time is None:
+        return Markup("")
+    utc = time.astimezone(UTC)
+    return Markup('<time datetime="{}">{}</time>').format(utc.isoformat(timespec="seconds"), escape(f"{utc:%Y-%m-%d %H:%M} UTC"))

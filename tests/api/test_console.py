@@ -1,0 +1,648 @@
+"""The console over HTTP: who gets in, who may see and change what, and what the pages say."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import pytest
+from sqlalchemy import delete, select
+
+from aftertouch.console.accounts import MOST_FAILURES
+from aftertouch.console.app import PAGES
+from aftertouch.rpc.values import to_struct
+from aftertouch.store.engine import transaction
+from aftertouch.store.tables import audit_entries, campaigns, sessions, sign_in_failures
+from aftertouch.store.tables import users as users_table
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2
+from tests.fix_console import PASSWORD, Visitor, create_user
+from tests.fix_world import World
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;"
+USERS = {"viewer": "vera@acme.example", "marketer": "max@acme.example", "admin": "ada@acme.example"}
+
+
+@pytest.fixture(scope="module")
+async def world(shared_world: World) -> World:
+    for role, email in USERS.items():
+        await create_user(shared_world, email, role)
+    await create_user(shared_world, "eve@evil.example", "admin", "evil")
+    return shared_world
+
+
+@pytest.fixture
+async def visitor(world: World) -> AsyncIterator[Visitor]:
+    """Somebody who is not signed in."""
+    async with Visitor(world) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def marketer(visitor: Visitor) -> Visitor:
+    assert await visitor.sign_in(USERS["marketer"]) == 303
+    return visitor
+
+
+@pytest.fixture
+async def admin(visitor: Visitor) -> Visitor:
+    assert await visitor.sign_in(USERS["admin"]) == 303
+    return visitor
+
+
+@pytest.fixture(scope="module")
+async def sent(world: World) -> campaigns_pb2.Campaign:
+    """A campaign that was sent, with receipts."""
+    made = await world.create_campaign("whatsapp")
+    await world.launch(made.name)
+    return await world.get_campaign(made.name)
+
+
+def fill_path(path: str, campaign: str = "no-such") -> str:
+    return path.format(campaign=campaign, number="1", key="0123456789ab")
+
+
+def read_id(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+# Getting in
+
+
+async def test_sign_in_leads_to_the_page_that_was_asked_for(visitor: Visitor) -> None:
+    status, _ = await visitor.get("/contacts?q=a")
+    assert status == 303
+    response, _ = await visitor.request("GET", "/contacts?q=a")
+    assert response.headers["location"] == "/console/sign-in?next=%2Fconsole%2Fcontacts%3Fq%3Da"
+    data = {"app": "acme", "email": USERS["viewer"], "password": PASSWORD, "next": "/console/contacts?q=a"}
+    response, _ = await visitor.request("POST", "/sign-in", data=data)
+    assert (response.status, response.headers["location"]) == (303, "/console/contacts?q=a")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["https://evil.example/", "//evil.example/console/", "/\\evil.example", "javascript:alert(1)", "/console/\\evil", "x\n"],
+)
+async def test_sign_in_leads_to_no_other_site(visitor: Visitor, target: str) -> None:
+    data = {"app": "acme", "email": USERS["viewer"], "password": PASSWORD, "next": target}
+    response, _ = await visitor.request("POST", "/sign-in", data=data)
+    assert response.headers["location"] == "/console/campaigns"
+
+
+async def test_sign_in_with_a_wrong_part_says_the_same_whatever_is_wrong(visitor: Visitor) -> None:
+    texts = set()
+    for app, email, password in (
+        ("acme", USERS["viewer"], "not the password"),
+        ("acme", "nobody@acme.example", PASSWORD),
+        ("evil", USERS["viewer"], PASSWORD),
+        ("nothing", USERS["viewer"], PASSWORD),
+    ):
+        data = {"app": app, "email": email, "password": password}
+        response, text = await visitor.request("POST", "/sign-in", data=data)
+        assert response.status == 403
+        texts.add(re.search(r'role="alert">([^<]*)', text)[1])
+    assert len(texts) == 1
+    assert not visitor.cookie
+
+
+async def test_sign_in_is_refused_after_too_many_failures_whether_the_account_exists_or_not(world: World) -> None:
+    await create_user(world, "guessed@acme.example", "viewer")
+    async with Visitor(world) as visitor:
+        for email in ("guessed@acme.example", "unknown@acme.example"):
+            statuses = [await visitor.sign_in(email, "a wrong password") for _ in range(MOST_FAILURES + 1)]
+            assert statuses == [403] * MOST_FAILURES + [429]
+        assert await visitor.sign_in("Guessed@ACME.example") == 429
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(delete(sign_in_failures))
+        assert await visitor.sign_in("guessed@acme.example") == 303
+
+
+async def test_session_cookie_is_for_this_site_and_no_script(visitor: Visitor) -> None:
+    data = {"app": "acme", "email": USERS["viewer"], "password": PASSWORD}
+    response, _ = await visitor.request("POST", "/sign-in", data=data)
+    cookie = response.headers["set-cookie"].lower()
+    assert all(part in cookie for part in ("httponly", "samesite=lax", "path=/"))
+    assert "secure" not in cookie
+
+
+async def test_session_planted_before_signing_in_is_worth_nothing_after_it(world: World, visitor: Visitor) -> None:
+    """Fixation: somebody set the victim's cookie, and waits for the victim to sign in."""
+    planted = "A" * 43
+    visitor.session.cookie_jar.update_cookies({"aftertouch": planted}, aiohttp.client.URL(visitor.base))
+    assert await visitor.sign_in(USERS["viewer"]) == 303
+    assert visitor.cookie != planted
+    async with Visitor(world) as attacker:
+        attacker.session.cookie_jar.update_cookies({"aftertouch": planted}, aiohttp.client.URL(attacker.base))
+        assert (await attacker.get("/campaigns"))[0] == 303
+
+
+async def test_session_ends_with_signing_out_everywhere_it_is_known(world: World, marketer: Visitor) -> None:
+    kept = marketer.cookie
+    assert await marketer.post("/sign-out") == (303, "/console/sign-in?app=acme")
+    marketer.session.cookie_jar.update_cookies({"aftertouch": kept}, aiohttp.client.URL(marketer.base))
+    assert (await marketer.get("/campaigns"))[0] == 303
+
+
+async def test_session_that_is_old_or_unused_is_over(world: World, visitor: Visitor) -> None:
+    for change in ("create_time = now() - interval '8 days'", "use_time = now() - interval '25 hours'"):
+        assert await visitor.sign_in(USERS["viewer"]) == 303
+        async with transaction(world.core.engine) as conn:
+            await conn.exec_driver_sql(f"UPDATE sessions SET {change}")
+        assert (await visitor.get("/campaigns"))[0] == 303, change
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(delete(sessions))
+
+
+async def test_password_changed_ends_every_other_session(world: World) -> None:
+    await create_user(world, "changing@acme.example", "viewer")
+    async with Visitor(world) as here, Visitor(world) as elsewhere:
+        for visitor in (here, elsewhere):
+            assert await visitor.sign_in("changing@acme.example") == 303
+        wrong = await here.post("/account", {"current": "not it", "password": "another good password"})
+        assert (wrong[0], "is not your password" in wrong[1]) == (400, True)
+        short = await here.post("/account", {"current": PASSWORD, "password": "short"})
+        assert (short[0], "must have 12 to 256 characters" in short[1]) == (400, True)
+        assert (await here.post("/account", {"current": PASSWORD, "password": "another good password"}))[0] == 303
+        assert (await here.get("/campaigns"))[0] == 200
+        assert (await elsewhere.get("/campaigns"))[0] == 303
+        assert await elsewhere.sign_in("changing@acme.example") == 403
+        assert await elsewhere.sign_in("changing@acme.example", "another good password") == 303
+
+
+async def test_password_is_stored_as_argon2id(world: World) -> None:
+    async with transaction(world.core.engine) as conn:
+        hashes = (await conn.execute(select(users_table.c.password_hash))).scalars().all()
+    assert all(found.startswith("$argon2id$") for found in hashes)
+
+
+# Who may what
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.method} {page.path}")
+async def test_page_without_a_session_leads_to_the_sign_in(visitor: Visitor, page: Any) -> None:
+    response, _ = await visitor.request(page.method, fill_path(page.path), data={} if page.method == "POST" else None)
+    assert (response.status, response.headers["location"].partition("?")[0]) == (303, "/console/sign-in")
+
+
+ALLOWED = {"viewer": {"read"}, "marketer": {"read", "manage"}, "admin": {"read", "manage", "admin"}}
+
+
+@pytest.mark.parametrize("role", USERS)
+async def test_role_sees_and_changes_what_is_its_own_and_nothing_else(world: World, visitor: Visitor, role: str) -> None:
+    await visitor.sign_in(USERS[role])
+    for page in PAGES:
+        path = fill_path(page.path)
+        if page.scope not in ALLOWED[role]:
+            answer = await (visitor.get(path) if page.method == "GET" else visitor.post(path))
+            assert (answer[0], "Your role does not include this" in answer[1]) == (403, True), page
+        elif page.method == "GET":
+            assert (await visitor.get(path))[0] in (200, 400, 404), page
+
+
+async def test_role_without_a_right_is_shown_no_button_for_it(visitor: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    await visitor.sign_in(USERS["viewer"])
+    for path in ("/campaigns", f"/campaigns/{read_id(sent.name)}", f"/campaigns/{read_id(sent.name)}/row", "/contacts"):
+        status, text = await visitor.get(path)
+        assert status == 200
+        assert not re.search(r"/retarget|/edit|/import|/new|/keys|/users", text), path
+
+
+async def test_change_without_the_sessions_token_is_refused_on_every_page(world: World, admin: Visitor) -> None:
+    async with Visitor(world) as other:
+        await other.sign_in(USERS["marketer"])
+        for page in PAGES:
+            if page.method == "POST":
+                for token in ("", "0" * 64, "é", other.csrf):
+                    status, text = await admin.post(fill_path(page.path), {"csrf": token})
+                    assert (status, "not asked for by a page of this session" in text) == (403, True), page
+    assert (await admin.get("/account"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}, {"origin": "https://evil.example"}, {"origin": "null"}],
+)
+async def test_change_that_another_site_makes_is_refused_even_with_the_token(admin: Visitor, headers: dict[str, str]) -> None:
+    assert (await admin.post("/keys", {"display_name": "x", "scope": "read"}, **headers))[0] == 403
+    response, _ = await admin.request("POST", "/sign-in", data={"app": "acme"}, headers=headers)
+    assert response.status == 403
+
+
+async def test_change_by_reading_is_impossible(admin: Visitor) -> None:
+    for page in PAGES:
+        if page.method == "POST" and not any(p.path == page.path and p.method == "GET" for p in PAGES):
+            assert (await admin.get(fill_path(page.path)))[0] == 405, page
+
+
+async def test_campaign_of_another_app_does_not_exist_by_any_address(world: World, sent: campaigns_pb2.Campaign) -> None:
+    async with Visitor(world) as eve:
+        await eve.sign_in("eve@evil.example", app="evil")
+        for page in PAGES:
+            if "{campaign}" not in page.path:
+                continue
+            for campaign in (read_id(sent.name), f"..%2F..%2Facme%2Fcampaigns%2F{read_id(sent.name)}"):
+                path = fill_path(page.path, campaign)
+                status, text = await (
+                    eve.get(path) if page.method == "GET" else eve.post(path, {"action": "read", "channel": "sms"})
+                )
+                assert status in (400, 404), page
+                assert sent.display_name not in text
+        status, text = await eve.get("/campaigns")
+        assert sent.display_name not in text
+
+
+async def test_people_keys_and_imports_of_another_app_do_not_exist(world: World, admin: Visitor) -> None:
+    await admin.post("/keys", {"display_name": "ours", "scope": "read"})
+    _, text = await admin.get("/keys")
+    key = re.search(r"/keys/([0-9a-f]{12})/revoke", text)[1]
+    assert (await admin.get("/contacts/person?id=user-000001"))[0] == 200
+    async with Visitor(world) as eve:
+        await eve.sign_in("eve@evil.example", app="evil")
+        assert (await eve.get("/contacts/person?id=user-000001"))[0] == 404
+        assert "user-000001" not in (await eve.get("/contacts"))[1]
+        assert (await eve.post(f"/keys/{key}/revoke"))[0] == 404
+        assert (await eve.post("/users/change", {"email": USERS["viewer"], "do": "delete"}))[0] == 404
+        assert USERS["viewer"] not in (await eve.get("/users"))[1]
+        assert "ada@" not in (await eve.get("/audit"))[1]
+    assert f"/keys/{key}/revoke" in (await admin.get("/keys"))[1]
+
+
+# What pages carry
+
+
+async def list_pages(visitor: Visitor, campaign: str) -> AsyncIterator[tuple[str, aiohttp.ClientResponse, str]]:
+    for page in PAGES:
+        if page.method == "GET":
+            path = fill_path(page.path, campaign)
+            yield path, *await visitor.request("GET", path)
+
+
+async def test_pages_allow_no_script_but_the_files(admin: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    pages = [page async for page in list_pages(admin, read_id(sent.name))]
+    pages.append(("/sign-in", *await admin.request("GET", "/sign-in")))
+    for path, response, text in pages:
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self'" in policy, path
+        assert "unsafe" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+        if "html" in response.headers.get("content-type", ""):
+            assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", text), path
+            assert not re.search(r'(?:src|href|action)="(?!/console/|#)', text), path
+
+
+async def test_text_from_outside_is_text_on_every_page(world: World, admin: Visitor) -> None:
+    """A contact's id and attributes, a campaign's name and content, a provider's code, a file's name and a wrong address."""
+    contact = contacts_pb2.Contact(external_id=HOSTILE, attributes=to_struct({HOSTILE: HOSTILE, "first_name": HOSTILE}))
+    contact.subscriptions.add(channel="sms", address=to_struct({"phone": "+34600000001"}))
+    client = world.client
+    await client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=client.parent, contacts=[contact]))
+    given = campaigns_pb2.Audience()
+    given.given_contacts.contacts.append(f"{client.parent}/contacts/{HOSTILE}")
+    made = await world.create_campaign("sms", audience=given, display_name=HOSTILE, content=to_struct({"body": HOSTILE}))
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(campaigns.update().where(campaigns.c.display_name == HOSTILE).values(state_reason=HOSTILE))
+    campaign = read_id(made.name)
+    await world.launch(made.name)
+    event = events_pb2.Event(signal="failed", reason_code=HOSTILE[:60])
+    event.recipient.campaign, event.recipient.external_id = made.name, HOSTILE
+    event.time.GetCurrentTime()
+    await client.events.IngestEvents(events_pb2.IngestEventsRequest(parent=client.parent, events=[event]))
+    draft = await world.create_campaign(
+        "sms", audience=given, display_name=HOSTILE, content=to_struct({"body": "{{ first_name }}"})
+    )
+    await admin.post("/keys", {"display_name": HOSTILE, "scope": "read"})
+    form = aiohttp.FormData()
+    form.add_field("csrf", admin.csrf)
+    form.add_field("file", f"external_id\n{HOSTILE}/\n".encode(), filename=HOSTILE, content_type="text/csv")
+    response, _ = await admin.request("POST", "/contacts/import", data=form)
+    imported = response.headers["location"].removeprefix("/console")
+    await wait_for_import(admin, imported)
+    paths = [fill_path(page.path, campaign) for page in PAGES if page.method == "GET" and "people.csv" not in page.path]
+    paths += [imported, f"/campaigns/{read_id(draft.name)}/edit?as={quote(HOSTILE)}"]
+    seen = 0
+    for path in paths:
+        _, text = await admin.get(path)
+        assert "<img" not in text, path
+        seen += "&lt;img src=x onerror" in text
+    asked = dict.fromkeys(("id", "q", "channel"), HOSTILE)
+    for path in ("/contacts/person", "/contacts", "/campaigns"):
+        response, text = await admin.request("GET", path, params=asked)
+        assert (response.status, "<img" in text) == (200, False)
+        seen += "&lt;img src=x onerror" in text
+    assert seen >= 6
+
+
+async def wait_for_import(visitor: Visitor, path: str) -> str:
+    async with asyncio.timeout(20):
+        # There is nothing to wait on but the answer of the next request.
+        while "Importing" in (text := (await visitor.get(path))[1]):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return text
+
+
+async def test_error_of_ours_says_nothing_but_a_number(world: World, admin: Visitor) -> None:
+    async with transaction(world.core.engine) as conn:
+        await conn.exec_driver_sql("ALTER TABLE audit_entries RENAME COLUMN actor TO away")
+    try:
+        status, text = await admin.get("/audit")
+    finally:
+        async with transaction(world.core.engine) as conn:
+            await conn.exec_driver_sql("ALTER TABLE audit_entries RENAME COLUMN away TO actor")
+    assert status == 500
+    assert re.search(r"A defect of ours. Tell your operator this number: [0-9a-f]{32}\.", text)
+    assert "audit_entries" not in text
+
+
+async def test_form_above_the_limit_is_refused_before_it_is_read(admin: Visitor) -> None:
+    body = io.BytesIO(b"display_name=" + b"x" * 1_100_000)
+    response, _ = await admin.request("POST", "/keys", data=body)
+    assert response.status == 413
+    response, _ = await admin.request("POST", "/sign-in", data={"password": "x" * 20_000})
+    assert response.status == 413
+
+
+# Campaigns
+
+
+async def test_list_searches_filters_and_pages(world: World, marketer: Visitor) -> None:
+    for number in range(27):
+        await world.create_campaign("push", display_name=f"Paged 100% {number:02}")
+    status, text = await marketer.get("/campaigns?q=paged+100%25&channel=push&state=DRAFT")
+    shown = re.findall(r"Paged 100% (\d\d)</a>", text)
+    assert (status, shown) == (200, [f"{number:02}" for number in range(26, 1, -1)])
+    older = re.search(r'href="/console(/campaigns\?[^"]*after=[^"]*)"', text)[1].replace("&amp;", "&")
+    _, text = await marketer.get(older)
+    assert re.findall(r"Paged 100% (\d\d)</a>", text) == ["01", "00"]
+    for query in ("q=paged_100", "channel=sms&q=paged", "state=SENT&q=paged"):
+        assert "No campaign matches" in (await marketer.get(f"/campaigns?{query}"))[1]
+
+
+async def test_campaign_page_has_the_same_counts_as_the_api(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    _, text = await marketer.get(f"/campaigns/{read_id(sent.name)}")
+    plain = re.sub(r"<[^>]+>|\s+", " ", text)
+    campaign = await world.get_campaign(sent.name)
+    for label, signal in (("Sent", "sent"), ("Delivered", "delivered"), ("Read", "read")):
+        assert re.search(rf"{label} +{campaign.counts.signals[signal]} ", plain), label
+    for reason in campaign.counts.reasons:
+        assert reason.reason_code in plain
+
+
+async def test_export_has_the_people_of_an_action_or_a_reason(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    people = await world.read_recipients(sent.name)
+    campaign = await world.get_campaign(sent.name)
+
+    async def export(query: str) -> list[dict[str, str]]:
+        status, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv{query}")
+        assert status == 200
+        return list(csv.DictReader(io.StringIO(text)))
+
+    assert {row["external_id"] for row in await export("")} == set(people)
+    unread = {name for name, person in people.items() if "delivered" in person.signals and "read" not in person.signals}
+    assert {row["external_id"] for row in await export("?action=not_read")} == unread
+    reason = campaign.counts.reasons[0]
+    rows = await export(f"?reason={reason.reason_class}/{reason.reason_code}")
+    assert len(rows) == reason.count
+    assert all(row["failed"] == "yes" for row in rows)
+    assert (await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv?action=nothing"))[0] == 400
+
+
+async def test_export_makes_no_formulas(world: World, marketer: Visitor) -> None:
+    client = world.client
+    contact = contacts_pb2.Contact(external_id="=1+1")
+    contact.subscriptions.add(channel="sms", address=to_struct({"phone": "+34600000002"}))
+    await client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=client.parent, contacts=[contact]))
+    audience = campaigns_pb2.Audience()
+    audience.given_contacts.contacts.append(f"{client.parent}/contacts/=1+1")
+    made = await world.create_campaign("sms", audience=audience)
+    await world.launch(made.name)
+    _, text = await marketer.get(f"/campaigns/{read_id(made.name)}/people.csv")
+    assert text.splitlines()[1].startswith("'=1+1,")
+
+
+async def make_draft(visitor: Visitor, channel: str, **fields: str) -> str:
+    """A draft made by the form; where its composer is."""
+    status, place = await visitor.post(
+        "/campaigns/new", {"display_name": "Made by hand", "channel": channel, "audience": "all", **fields}
+    )
+    assert status == 303
+    return place.removeprefix("/console").removesuffix("/edit")
+
+
+async def test_new_campaign_is_refused_at_its_fields(marketer: Visitor) -> None:
+    status, text = await marketer.post("/campaigns/new", {"display_name": "", "channel": "", "audience": "given", "contacts": ""})
+    assert (status, len(re.findall(r'class="fault"', text)) >= 1) == (400, True)
+    status, text = await marketer.post("/campaigns/new", {"display_name": "x", "channel": "fax", "audience": "all"})
+    assert (status, "no channel &#39;fax&#39; is installed" in text) == (400, True)
+
+
+async def test_draft_left_incomplete_is_there_when_somebody_comes_back(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "push")
+    status, text = await marketer.post(f"{draft}/save", {"display_name": "Half", "content.title": "Only a title"})
+    assert (status, "Kept. Missing or wrong: Url" in text) == (200, True)
+    _, text = await marketer.get(f"{draft}/edit")
+    assert 'value="Only a title"' in text
+    status, text = await marketer.post(
+        f"{draft}/save",
+        {"display_name": "Whole", "content.title": "Hello {{ first_name | default: 'you' }}", "content.url": "https://x.example"},
+    )
+    assert (status, ">Saved<" in text, "Hello " in text) == (200, True, True)
+    _, text = await marketer.get(f"{draft}/edit")
+    assert "Whole" in text
+    assert "Only a title" not in text
+
+
+async def test_draft_changed_by_somebody_else_is_not_overwritten_by_saving(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "sms")
+    _, text = await marketer.get(f"{draft}/edit")
+    etag = re.search(r'name="etag" value="(\d+)"', text)[1]
+    assert (await marketer.post(f"{draft}/save", {"etag": etag, "display_name": "A", "content.body": "first"}))[0] == 200
+    status, text = await marketer.post(
+        f"{draft}/save", {"etag": etag, "display_name": "B", "content.body": "second"}, **{"hx-request": "true"}
+    )
+    assert (status, "Somebody else changed this meanwhile" in text) == (409, True)
+
+
+async def test_launch_is_refused_at_the_field_that_is_wrong_and_sends_nothing(world: World, marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "sms")
+    status, text = await marketer.post(f"{draft}/launch", {"display_name": "x", "content.body": "{{ first_name"})
+    assert (status, "Nothing was sent" in text, 'id="field-content-body-fault"' in text) == (400, True, True)
+    assert "{{ first_name</textarea>" in text
+    campaign = await world.get_campaign(f"apps/acme{draft}")
+    assert campaign.state == campaigns_pb2.Campaign.DRAFT
+
+
+async def test_launch_pressed_twice_launches_once_and_is_on_record(world: World, marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "sms")
+    fields = {"display_name": "Twice", "content.body": "Hello"}
+    answers = await asyncio.gather(*(marketer.post(f"{draft}/launch", fields) for _ in range(2)))
+    assert (303, f"/console{draft}") in answers
+    await world.wait_until_sent(f"apps/acme{draft}")
+    async with transaction(world.core.engine) as conn:
+        entries = await conn.execute(select(audit_entries).where(audit_entries.c.resource == f"apps/acme{draft}"))
+        found = [(entry.actor, entry.method) for entry in entries if entry.method == "Campaigns/LaunchCampaign"]
+    assert found == [(f"users/{USERS['marketer']}", "Campaigns/LaunchCampaign")]
+
+
+async def test_launch_to_nobody_says_so(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "sms", audience="given", contacts="user-none")
+    status, text = await marketer.post(f"{draft}/launch", {"display_name": "x", "content.body": "Hello"})
+    assert (status, "Nobody of this audience can be reached" in text) == (400, True)
+
+
+async def test_retarget_shows_counts_and_makes_one_draft(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    _, text = await marketer.get(f"{path}?action=not_read&channel=sms", **{"hx-request": "true"})
+    assert "<html" not in text
+    request_id = re.search(r'name="request_id" value="([0-9a-f-]{36})"', text)[1]
+    fields = {"action": "not_read", "channel": "sms", "request_id": request_id}
+    answers = {await marketer.post(path, fields) for _ in range(2)}
+    assert len(answers) == 1
+    ((status, place),) = answers
+    assert status == 303
+    _, text = await marketer.get(place.removeprefix("/console"))
+    assert "Retarget: Summer Sale (not read)" in text
+
+
+async def test_retarget_of_what_cannot_be_retargeted_says_why(world: World, marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "sms")
+    status, text = await marketer.get(f"{draft}/retarget")
+    assert (status, "was not launched yet" in text) == (409, True)
+
+
+# People
+
+
+async def test_contact_is_found_by_id_and_shown(marketer: Visitor) -> None:
+    _, text = await marketer.get("/contacts?q=user-000003")
+    assert "/console/contacts/person?id=user-000003" in text
+    _, text = await marketer.get("/contacts?q=USER-000003")
+    assert "No contact of this id" in text
+    _, text = await marketer.get("/contacts/person?id=user-000003")
+    assert "first_name" in text
+
+
+async def upload(visitor: Visitor, content: bytes, name: str = "people.csv") -> tuple[int, str]:
+    form = aiohttp.FormData()
+    form.add_field("csrf", visitor.csrf)
+    form.add_field("file", content, filename=name, content_type="text/csv")
+    response, text = await visitor.request("POST", "/contacts/import", data=form)
+    return response.status, response.headers.get("location", text)
+
+
+async def test_import_reports_each_rejected_row_with_its_line(marketer: Visitor) -> None:
+    lines = ["external_id,time_zone,sms.phone,city", *(f"imported-{i},,+3460011{i:04},Madrid" for i in range(2500))]
+    lines[7] = "imported-bad,,not a number,Madrid"
+    status, place = await upload(marketer, "\n".join(lines).encode())
+    assert status == 303
+    text = re.sub(r"<[^>]+>|\s+", " ", await wait_for_import(marketer, place.removeprefix("/console")))
+    assert re.search(r"Rows +2,500 +New +2,499 +Updated +0 +Rejected +1 ", text)
+    assert re.search(r" 8 +imported-bad +subscriptions\[0\]\.address\.phone", text)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "no column external_id"),
+        (b"name\nx\n", "no column external_id"),
+        (b"external_id,a,a\n", "is there twice"),
+        ("external_id,ciudad\nx,Málaga\n".encode("utf-16"), "not CSV in UTF-8"),
+    ],
+)
+async def test_import_of_a_file_that_cannot_be_read_is_refused_at_once(marketer: Visitor, content: bytes, fault: str) -> None:
+    status, text = await upload(marketer, content)
+    assert (status, fault in text) == (400, True)
+
+
+async def test_import_that_breaks_in_the_middle_says_where(marketer: Visitor) -> None:
+    status, place = await upload(marketer, b"external_id,city\n" + b"ok-1,x\n" * 10_000 + b"bad,\xff\xfe\n")
+    assert status == 303
+    assert 'role="alert"' in await wait_for_import(marketer, place.removeprefix("/console"))
+
+
+# Keys and users
+
+
+async def test_key_is_shown_once_and_works_until_it_is_revoked(world: World, admin: Visitor) -> None:
+    status, text = await admin.post("/keys", {"display_name": "from the console", "scope": "read"})
+    secret = re.search(r'value="(at_[^"]+)"', text)[1]
+    assert (status, secret in (await admin.get("/keys"))[1]) == (200, False)
+    async with world.connect("acme", secret) as client:
+        await client.campaigns.ListCampaigns(campaigns_pb2.ListCampaignsRequest(parent="apps/acme"))
+    key = secret.split("_")[1]
+    assert await admin.post(f"/keys/{key}/revoke") == (303, "/console/keys")
+    assert f"/keys/{key}/revoke" not in (await admin.get("/keys"))[1]
+
+
+async def test_key_without_name_or_scope_is_refused_at_the_field(admin: Visitor) -> None:
+    status, text = await admin.post("/keys", {"display_name": ""})
+    assert (status, 'id="display_name-fault"' in text) == (400, True)
+
+
+async def test_user_made_by_an_admin_signs_in_and_follows_their_role(world: World, admin: Visitor) -> None:
+    status, text = await admin.post("/users", {"email": "New@Acme.example", "role": "viewer"})
+    password = re.search(r'aria-label="Password" readonly value="([^"]+)"', text)[1]
+    again = await admin.post("/users", {"email": "new@acme.example", "role": "viewer"})
+    assert (again[0], "is a user of this app already" in again[1]) == (400, True)
+    async with Visitor(world) as new:
+        assert await new.sign_in("new@acme.example", password) == 303
+        assert (await new.get("/campaigns/new"))[0] == 403
+        await admin.post("/users/change", {"email": "new@acme.example", "role": "marketer", "do": "role"})
+        assert (await new.get("/campaigns/new"))[0] == 200
+        await admin.post("/users/change", {"email": "new@acme.example", "do": "password"})
+        assert (await new.get("/campaigns"))[0] == 303
+        await admin.post("/users/change", {"email": "new@acme.example", "do": "delete"})
+        assert await new.sign_in("new@acme.example", password) == 403
+    assert status == 200
+
+
+async def test_user_who_is_the_only_admin_stays_one(admin: Visitor) -> None:
+    for fields in ({"role": "viewer", "do": "role"}, {"do": "delete"}):
+        status, text = await admin.post("/users/change", {"email": USERS["admin"], **fields})
+        assert (status, "is the only admin" in text) == (400, True)
+
+
+async def test_user_is_refused_at_the_field(admin: Visitor) -> None:
+    for fields, fault in (
+        ({"email": "nobody", "role": "viewer"}, "email-fault"),
+        ({"email": "a@b.example", "role": "god"}, "must be one of"),
+    ):
+        status, text = await admin.post("/users", fields)
+        assert (status, fault in text) == (400, True)
+
+
+async def test_audit_log_has_changes_by_key_and_in_the_console(world: World, admin: Visitor) -> None:
+    made = await world.create_campaign("sms", display_name="On record")
+    _, text = await admin.get("/audit")
+    assert "Campaigns/CreateCampaign" in text
+    assert made.name in text
+    assert re.search(r"apiKeys/[0-9a-f]{12}", text)
+    await admin.post("/keys", {"display_name": "on record", "scope": "read"})
+    assert f"users/{USERS['admin']}" in (await admin.get("/audit"))[1]
+
+
+# Channels
+
+
+async def test_channels_show_health_and_where_providers_report_to(world: World, marketer: Visitor) -> None:
+    _, text = await marketer.get("/channels")
+    assert f'value="{world.addresses.public_url}/v1/webhooks/sms"' in text
+    assert "AFTERTOUCH_CONSOLE_URL is missing" in text
+    status, text = await marketer.post("/channels/check")
+    assert (status, "/healthz answered 200" in text) == (200, True)
+
+
+async def test_console_leaves_the_rest_of_the_address_to_the_webhooks(world: World) -> None:
+    async with aiohttp.ClientSession() as session:
+        for path, status in (("/healthz", 200), ("/consolex", 404), ("/v1/webhooks/fax", 404), ("/", 307), ("/console", 307)):
+            async with session.get(world.addresses.public_url + path, allow_redirects=False) as response:
+                assert response.status == status, path

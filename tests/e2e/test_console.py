@@ -1,0 +1,328 @@
+"""The console in Chromium, on a whole server and its sandbox: the way to a follow-up, by mouse and by keyboard, for everybody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import Browser, Page, Request, expect
+
+from aftertouch.v1 import campaigns_pb2
+from tests.fix_console import PASSWORD, create_user
+from tests.fix_world import World
+
+pytestmark = pytest.mark.e2e
+
+AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
+ADMIN = "ada@acme.example"
+
+
+class Tab:
+    """A browser's tab that notes what must not happen: a request to elsewhere, an error on the console, a script's exception."""
+
+    def __init__(self, page: Page, base: str) -> None:
+        self.page = page
+        self.base = base
+        self.faults: list[str] = []
+        self.clicks = 0
+        page.on("request", self._note_request)
+        page.on("console", lambda message: message.type == "error" and self.faults.append(message.text))
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+
+    def _note_request(self, request: Request) -> None:
+        if not request.url.startswith(f"{self.base}/"):
+            self.faults.append(request.url)
+
+    async def open(self, path: str) -> None:
+        """Go to a page of the console, and wait until its parts are there."""
+        await self.page.goto(f"{self.base}/console{path}")
+        await self.page.wait_for_load_state("networkidle")
+
+    async def click(self, selector: str) -> None:
+        """Click, and count it."""
+        self.clicks += 1
+        await self.page.click(selector)
+
+    async def sign_in(self) -> None:
+        """Sign in by the form."""
+        await self.open("/campaigns")
+        await self.page.fill("#email", ADMIN)
+        await self.page.fill("#password", PASSWORD)
+        await self.page.press("#password", "Enter")
+        await self.page.wait_for_url("**/console/campaigns")
+
+    async def find_violations(self) -> list[str]:
+        """What axe finds against WCAG 2.2 A and AA and its best practices."""
+        await self.page.evaluate(AXE)
+        found = await self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        return [
+            f"{violation['id']}: {node['html']} {node['failureSummary']}"
+            for violation in found["violations"]
+            for node in violation["nodes"]
+        ]
+
+
+@pytest.fixture(scope="module")
+async def world(shared_world: World) -> World:
+    await create_user(shared_world, ADMIN, "admin")
+    made = await shared_world.create_campaign("whatsapp")
+    await shared_world.launch(made.name)
+    wave = await shared_world.create_campaign(
+        "sms",
+        audience=campaigns_pb2.Audience(retarget=campaigns_pb2.RetargetSelection(source=made.name, action="not_read")),
+        display_name="Retarget: Summer Sale (not read)",
+    )
+    await shared_world.launch(wave.name)
+    return shared_world
+
+
+@pytest.fixture(scope="module")
+async def campaign(world: World) -> str:
+    """The id of a campaign that was sent."""
+    listed = await world.client.campaigns.ListCampaigns(
+        campaigns_pb2.ListCampaignsRequest(
+            parent=world.client.parent, filter=campaigns_pb2.CampaignFilter(channel="whatsapp", state="SENT")
+        )
+    )
+    return listed.campaigns[-1].name.rpartition("/")[2]
+
+
+@pytest.fixture(params=["light", "dark"])
+async def themed(request: pytest.FixtureRequest, browser: Browser, world: World) -> AsyncIterator[Tab]:
+    async with open_tab(browser, world, color_scheme=request.param) as tab:
+        yield tab
+
+
+@pytest.fixture
+async def tab(browser: Browser, world: World) -> AsyncIterator[Tab]:
+    async with open_tab(browser, world) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def open_tab(browser: Browser, world: World, **options: Any) -> AsyncIterator[Tab]:
+    """A tab of somebody who is signed in; leaving it fails when something happened that must not."""
+    context = await browser.new_context(reduced_motion="reduce", **options)
+    try:
+        tab = Tab(await context.new_page(), f"http://{world.addresses.http}")
+        await tab.sign_in()
+        yield tab
+        assert tab.faults == []
+    finally:
+        await context.close()
+
+
+async def list_pages(tab: Tab, campaign: str) -> list[str]:
+    """Every page of the console; the last one is a draft's."""
+    await tab.open(f"/campaigns/{campaign}/retarget?channel=push")
+    await tab.page.click("#make-draft")
+    await tab.page.wait_for_url("**/edit")
+    draft = tab.page.url.rpartition("/console")[2]
+    return [
+        "/campaigns",
+        "/campaigns?q=nothing-is-called-so",
+        "/campaigns/new",
+        f"/campaigns/{campaign}",
+        f"/campaigns/{campaign}/retarget",
+        "/contacts",
+        "/contacts/person?id=user-000001",
+        "/contacts/import",
+        "/channels",
+        "/keys",
+        "/users",
+        "/audit",
+        "/account",
+        draft,
+    ]
+
+
+async def test_follow_up_takes_four_clicks_and_the_message(tab: Tab, world: World, campaign: str) -> None:
+    page = tab.page
+    await tab.open("/campaigns")
+    await tab.click(f"#retarget-{campaign}")
+    await tab.click("label[for=who-not_read]")
+    await expect(page.locator("dialog .result")).to_contain_text("Retarget: Summer Sale (not read)")
+    await tab.click("#make-draft")
+    await page.wait_for_url("**/edit")
+    await expect(page.locator("#display_name")).to_have_value("Retarget: Summer Sale (not read)")
+    await page.fill("#field-content-template", "summer_sale")
+    await page.fill("#field-content-language", "en_US")
+    await page.wait_for_selector("#preview .bubble")
+    await tab.click("#launch")
+    await page.wait_for_url(f"{tab.base}/console/campaigns/c-*")
+    await expect(page.locator("#live .badge")).to_have_text("Sent", timeout=30_000)
+    assert tab.clicks == 4
+    wave = await world.get_campaign(f"apps/acme/campaigns/{page.url.rpartition('/')[2]}")
+    source = await world.read_recipients(f"apps/acme/campaigns/{campaign}")
+    unread = {name for name, person in source.items() if "delivered" in person.signals and "read" not in person.signals}
+    assert set(await world.read_recipients(wave.name)) <= unread
+    assert wave.audience.retarget.action == "not_read"
+
+
+async def test_follow_up_is_made_by_keyboard_alone(tab: Tab, world: World, campaign: str) -> None:
+    page, keys = tab.page, tab.page.keyboard
+    await tab.open("/campaigns")
+    await tab_to(page, f"#retarget-{campaign}")
+    await keys.press("Enter")
+    await page.wait_for_selector("dialog[open] form")
+    # The dialog has the focus, and keeps it (between its last and its first control the browser's own bar has a turn).
+    for _ in range(12):
+        await keys.press("Tab")
+        assert await page.evaluate("document.activeElement.matches('dialog, dialog *, body')")
+    await keys.press("Escape")
+    await expect(page.locator(f"#retarget-{campaign}")).to_be_focused()
+    await keys.press("Enter")
+    await page.wait_for_selector("dialog[open] form")
+    await tab_to(page, "#who-not_read")
+    await tab_to(page, "input[name=channel]:checked")
+    while (chosen := await page.evaluate("document.activeElement.value")) != "sms":
+        await keys.press("ArrowUp")
+        moved = "value => document.activeElement.value !== value && !document.querySelector('.htmx-request')"
+        await page.wait_for_function(moved, arg=chosen)
+    await expect(page.locator("#where-sms")).to_be_checked()
+    await tab_to(page, "#make-draft")
+    await keys.press("Enter")
+    await page.wait_for_url("**/edit")
+    await tab_to(page, "#field-content-body")
+    await keys.type("Hello {{ first_name | default: 'you' }}")
+    await page.wait_for_selector("#preview .bubble")
+    await tab_to(page, "#launch")
+    await keys.press("Enter")
+    await page.wait_for_url(f"{tab.base}/console/campaigns/c-*")
+    await expect(page.locator("#live .badge")).to_have_text("Sent", timeout=30_000)
+
+
+async def tab_to(page: Page, selector: str) -> None:
+    """Press Tab until an element has the focus."""
+    for _ in range(80):
+        await page.keyboard.press("Tab")
+        if await page.evaluate("selector => document.activeElement?.matches(selector)", selector):
+            return
+    raise AssertionError(f"{selector} is not reached by Tab")
+
+
+FOCUSABLE = "a[href], button:not([disabled]), input:not([type=hidden]):not([disabled]), select, textarea"
+
+
+async def test_every_page_is_operable_by_keyboard(tab: Tab, campaign: str) -> None:
+    """Tab reaches every control, in one round, and shows where it is."""
+    for path in await list_pages(tab, campaign):
+        await tab.open(path)
+        wanted = await tab.page.evaluate(
+            """selector => {
+                const found = [...document.querySelectorAll(selector)].filter(e => e.checkVisibility());
+                // Of a group of radio buttons only one is a stop.
+                const groups = new Map();
+                return found.filter(e => e.type !== 'radio' || (!groups.has(e.name) && groups.set(e.name, e))).length;
+            }""",
+            FOCUSABLE,
+        )
+        await tab.page.evaluate("document.activeElement.blur()")
+        seen: set[int] = set()
+        for _ in range(wanted + 2):
+            await tab.page.keyboard.press("Tab")
+            found = await tab.page.evaluate(
+                """selector => {
+                    const e = document.activeElement, place = [...document.querySelectorAll(selector)].indexOf(e);
+                    const isSeen = e.type === 'radio' || getComputedStyle(e).outlineStyle !== 'none';
+                    return [place, isSeen, e.outerHTML];
+                }""",
+                FOCUSABLE,
+            )
+            if found[0] >= 0:
+                seen.add(found[0])
+                assert found[1], f"{path}: no focus to be seen on {found[2]}"
+        assert len(seen) >= wanted, path
+
+
+async def test_no_page_has_a_barrier(themed: Tab, campaign: str) -> None:
+    for path in await list_pages(themed, campaign):
+        await themed.open(path)
+        assert await themed.find_violations() == [], path
+    await themed.open("/campaigns")
+    await themed.page.click(f"#retarget-{campaign}")
+    await themed.page.wait_for_selector("dialog[open] form")
+    assert await themed.find_violations() == [], "the dialog"
+
+
+async def test_sign_in_has_no_barrier(browser: Browser, world: World) -> None:
+    context = await browser.new_context()
+    tab = Tab(await context.new_page(), f"http://{world.addresses.http}")
+    await tab.open("/sign-in")
+    assert await tab.find_violations() == []
+    await context.close()
+
+
+@pytest.mark.parametrize("width", [320, 400, 768])
+async def test_no_page_is_wider_than_a_narrow_screen(browser: Browser, world: World, campaign: str, width: int) -> None:
+    async with open_tab(browser, world, viewport={"width": width, "height": 800}) as tab:
+        for path in await list_pages(tab, campaign):
+            await tab.open(path)
+            wide = await tab.page.evaluate(
+                """width => document.documentElement.scrollWidth <= width ? [] : [...document.querySelectorAll('main *')]
+                    .filter(e => e.getBoundingClientRect().right > width).map(e => e.outerHTML.slice(0, 200))""",
+                width,
+            )
+            assert wide == [], path
+
+
+async def test_pages_work_without_scripts(browser: Browser, world: World, campaign: str) -> None:
+    async with open_tab(browser, world, java_script_enabled=False) as tab:
+        page = tab.page
+        await tab.open("/campaigns")
+        await page.click(f"#retarget-{campaign}")
+        await page.check("#where-sms")
+        await page.click("#make-draft")
+        await page.fill("#field-content-body", "Hello")
+        await page.click("#launch")
+        await expect(page.locator("h1")).to_have_text("Retarget: Summer Sale (not read)")
+        await expect(page.locator("#live .badge")).to_have_text(re.compile("Sen"))
+
+
+async def test_times_are_the_viewers(browser: Browser, world: World, campaign: str) -> None:
+    async with open_tab(browser, world, timezone_id="Asia/Tokyo", locale="en-GB") as tab:
+        await tab.open(f"/campaigns/{campaign}")
+        launched = (await world.get_campaign(f"apps/acme/campaigns/{campaign}")).launch_time.ToDatetime()
+        shown = await tab.page.locator(".meta time").inner_text()
+        assert shown.endswith(f"{(launched.hour + 9) % 24:02}:{launched.minute:02}")
+
+
+async def test_list_is_searched_while_typing(tab: Tab) -> None:
+    await tab.open("/campaigns")
+    await tab.page.fill("#q", "summer")
+    await tab.page.wait_for_url("**q=summer**")
+    await expect(tab.page.locator("#campaigns tbody tr").first).to_contain_text("Summer")
+    await tab.page.fill("#q", "nothing is called so")
+    await expect(tab.page.locator("#campaigns")).to_contain_text("No campaign matches")
+
+
+async def test_draft_is_there_when_somebody_comes_back(tab: Tab, campaign: str) -> None:
+    await tab.open(f"/campaigns/{campaign}/retarget?channel=push")
+    await tab.page.click("#make-draft")
+    await tab.page.wait_for_url("**/edit")
+    await tab.page.fill("#field-content-title", "Half a message")
+    await expect(tab.page.locator("#saved")).to_contain_text("Kept")
+    draft = tab.page.url
+    await tab.open("/campaigns")
+    await tab.page.goto(draft)
+    await expect(tab.page.locator("#field-content-title")).to_have_value("Half a message")
+
+
+async def test_lists_of_a_content_grow_and_shrink(tab: Tab, campaign: str) -> None:
+    page = tab.page
+    await tab.open(f"/campaigns/{campaign}/retarget?channel=whatsapp")
+    await page.click("#make-draft")
+    await page.wait_for_url("**/edit")
+    await page.fill("#field-content-template", "summer_sale")
+    for place in range(2):
+        await page.click("text=Add body")
+        await page.fill(f"#field-content-body-{place}", f"value {place}")
+    await page.click("[aria-label='Remove Body 1']")
+    await expect(page.locator("#field-content-body-0")).to_have_value("value 1")
+    await page.select_option("[name='content.header@']", label="Media")
+    await expect(page.locator("#field-content-header-link")).to_be_visible()
+    await expect(page.locator("#field-content-template")).to_have_value("summer_sale")
