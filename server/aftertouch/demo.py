@@ -251,7 +251,7 @@ class Demo:
             self._compare(f"people of {counted.action.action}", counted.count, len(answers[counted.action.action]))
             table.add_row(counted.action.display_name, f"{counted.count:,}", f"{listed.recipients:,}", f"{counted.apart_count:,}")
         for person, recipient in people.items():
-            if any(reason.startswith(("recipient_gone/", "opted_out/")) for reason in recipient.reasons):
+            if any(reason.startswith(("recipient_gone/", "opted_out/", "capped/")) for reason in recipient.reasons):
                 self._unreachable[campaign.channel].add(person)
         self._console.print(table)
         self._console.print(
