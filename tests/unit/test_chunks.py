@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aftertouch.rolls.chunks import (
@@ -49,6 +49,7 @@ def draw_events(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
     return draw(st.lists(event, max_size=60))
 
 
+@settings(deadline=None)
 @given(draw_events())
 def test_group_bits_sets_exactly_the_bits_of_the_events(events: list[tuple[int, int, int, int]]) -> None:
     expected: dict[tuple[int, int], set[int]] = defaultdict(set)
@@ -117,6 +118,7 @@ def test_roll_finds_the_position_of_each_number(members: set[int], others: list[
     assert roll.find(np.array(wanted, np.int64)).tolist() == [expected.get(number, -1) for number in wanted]
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 3 * CHUNK - 1), min_size=1, max_size=60), st.sampled_from([3, 4, 200]), st.randoms(), st.booleans())
 def test_bits_cross_between_positions_and_contact_numbers(people: set[int], blocks: int, dice: Random, is_crowded: bool) -> None:
     """Both ways of crossing, for few people among many contacts and for many, are the sets' way."""
