@@ -62,7 +62,10 @@ class PigeonChannel(Channel):
     settings_model = Settings
     capabilities = Capabilities(webhooks=False, batch_size=4)
     signals = (Signal(name="delivered", label="Delivered", implies=("sent",)),)
-    actions = (Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),)
+    actions = (
+        Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),
+        Action(name="not_delivered", label="Not delivered", short_name="not delivered", expression="sent & ~delivered"),
+    )
     reasons: Mapping[str, ReasonClass] = {
         "storm": ReasonClass.TRANSIENT,
         "no_tree": ReasonClass.RECIPIENT_GONE,
@@ -136,6 +139,8 @@ class Loft:
     async def create(self, note: str = "Hi", **fields: Any) -> str:
         """Make a draft for everybody, and return its name."""
         client = self.client
+        everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+        fields.setdefault("audience", everybody)
         draft = await client.campaigns.CreateCampaign(
             campaigns_pb2.CreateCampaignRequest(
                 parent=client.parent,
@@ -143,7 +148,6 @@ class Loft:
                     display_name="Note",
                     channel=self.name,
                     content=to_struct({"text": note}),
-                    audience=campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers()),
                     **fields,
                 ),
             )
@@ -198,7 +202,7 @@ class Loft:
         """Somebody who sends a claimed unit."""
         core = self.world.core
         lease = Lease(unit, time.monotonic())
-        return Sender(core.engine, core.ledger, self.pacer, self.breaker, core.registry.types[self.name], self.channel, lease)
+        return Sender(core.engine, core.ledger, self.pacer, self.breaker, core.registry.types, self.channel, lease)
 
     async def send(self) -> None:
         """Claim a unit and send it until it is done or has to wait."""

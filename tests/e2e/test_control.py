@@ -14,7 +14,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
 
-from aftertouch.channels import Accepted, Outcome, Refused, Unclear
+from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, Webhook
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import apps_pb2, campaigns_pb2
@@ -395,6 +395,25 @@ async def test_retries_count_once_against_the_cap(loft: Loft) -> None:
 )
 async def test_impossible_policy_is_refused(loft: Loft, fields: dict[str, Any], field: str) -> None:
     assert list((await refuse(set_policy(loft, **fields))).fields) == [field]
+
+
+async def test_whoever_does_it_after_the_launch_is_not_sent_to(loft: Loft) -> None:
+    source = await loft.launch(30)
+    await wait_for(loft, source, State.SENT)
+    tokens = [message.token for message in loft.channel.handed]
+    selection = campaigns_pb2.RetargetSelection(source=source, action="not_delivered")
+    wave = await loft.create(messages_per_second=4, audience=campaigns_pb2.Audience(retarget=selection))
+    await loft.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=wave))
+    async with asyncio.timeout(20):
+        async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=wave)):
+            if campaign.counts.signals["sent"]:
+                break
+    receipts = tuple(Receipt(signal="delivered", token=token) for token in tokens)
+    await loft.world.core.ledger.ingest_webhooks("pigeon", [Webhook(receipts=receipts)])
+    over = await wait_for(loft, wave, State.SENT)
+    sent = over.counts.signals["sent"]
+    assert 0 < sent < 30
+    assert [(r.reason_class, r.reason_code, r.count) for r in over.counts.reasons] == [("policy", "converted", 30 - sent)]
 
 
 # Test sends

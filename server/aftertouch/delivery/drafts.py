@@ -13,6 +13,7 @@ from aftertouch.delivery.pace import find_limits
 from aftertouch.delivery.quiet import find_opening
 from aftertouch.delivery.render import ContentTemplate, RenderError
 from aftertouch.ingest.tokens import TokenCodec
+from aftertouch.retargeting.recheck import Recheck
 from aftertouch.rolls.chunks import CHUNK, Numbers, chunk_of
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
@@ -31,6 +32,8 @@ class Sending:
     slot: int
     roll: Numbers
     """Of the unit."""
+    recheck: Recheck | None = None
+    """Of a wave whose people have to match until they are sent to."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,19 @@ class Drafter:
             now: to respect quiet hours; None where nothing is going to be sent.
         """
         campaign = sending.campaign
-        numbers = sending.roll[within]
-        positions = within + chunk_of(sending.slot) * CHUNK
-        async with transaction(self._engine) as conn:
-            addressees = await read_addressees(conn, campaign.app_id, campaign.channel, numbers)
-        tokens = self._tokens.make(campaign.campaign_id, positions)
+        first = chunk_of(sending.slot) * CHUNK
         drafts = Drafts()
+        async with transaction(self._engine) as conn:
+            if sending.recheck is not None and now is not None:
+                matching = await sending.recheck.find_matching(conn, sending.roll[within])
+                # Who read the first message while the second was on its way does not get it.
+                converted = Kind("skipped", "policy", "converted")
+                drafts.skipped += [(first + at, converted) for at in within[~matching].tolist()]
+                within, tries = within[matching], tries[matching]
+            numbers = sending.roll[within]
+            addressees = await read_addressees(conn, campaign.app_id, campaign.channel, numbers)
+        positions = within + first
+        tokens = self._tokens.make(campaign.campaign_id, positions)
         for at, position, number, token, tried in zip(
             within.tolist(), positions.tolist(), numbers.tolist(), tokens, tries.tolist(), strict=True
         ):

@@ -12,13 +12,13 @@ import asyncio
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import structlog
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
@@ -32,9 +32,12 @@ from aftertouch.delivery.outcomes import Consequences, Verdict, describe, judge
 from aftertouch.delivery.pace import HORIZON, Pacer, back_off, name_limit
 from aftertouch.delivery.progress import read_progress
 from aftertouch.delivery.render import ContentTemplate
-from aftertouch.errors import DatabaseUnavailable
+from aftertouch.errors import DatabaseUnavailable, NotFound
 from aftertouch.ingest.batcher import RETRY_SECONDS
 from aftertouch.ingest.ledger import Fact, Ledger, Tried
+from aftertouch.retargeting.audiences import decode_audience, decode_frozen
+from aftertouch.retargeting.recheck import Recheck
+from aftertouch.retargeting.selections import Combination, Question
 from aftertouch.rolls.chunks import Numbers
 from aftertouch.rolls.sql import read_roll_chunk
 from aftertouch.store.apps import read_app
@@ -85,7 +88,7 @@ class Sender:
         ledger: Ledger,
         pacer: Pacer,
         breaker: Breaker,
-        channel_type: ChannelType,
+        types: Mapping[str, ChannelType],
         channel: Channel,
         lease: Lease,
     ) -> None:
@@ -93,9 +96,10 @@ class Sender:
         self._ledger = ledger
         self._pacer = pacer
         self._breaker = breaker
-        self._type = channel_type
+        self._types = types
+        self._type = types[channel.name]
         self._channel = channel
-        self._drafter = Drafter(engine, ledger.tokens, channel_type, channel)
+        self._drafter = Drafter(engine, ledger.tokens, self._type, channel)
         self._lease = lease
         self._unit = lease.unit
         self._todo: deque[int] = deque()
@@ -117,6 +121,7 @@ class Sender:
             LeaseLost: somebody else has the unit, or the campaign is not being sent any more.
             DatabaseUnavailable: the lease will run out, and the unit be taken up again.
         """
+        obstacle = ""
         async with transaction(self._engine) as conn:
             campaign = await read_campaign(conn, self._unit.campaign_id)
             if campaign is None or campaign.content is None:
@@ -124,9 +129,17 @@ class Sender:
             app = await read_app(conn, campaign.app_id)
             roll = await read_roll_chunk(conn, self._unit.slot)
             progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
+            try:
+                recheck = await self._prepare_recheck(conn, campaign, roll)
+            except NotFound as error:
+                recheck = None
+                obstacle = f"nobody can be asked again whether they match: {error}; install it, then resume"
         self._ledger.lookups.remember(campaign)
+        if obstacle:
+            await stop_sending(self._engine, campaign, obstacle)
+            raise LeaseLost
         template = ContentTemplate(campaign.content, self._type.channel.content_model)
-        sending = Sending(campaign, app, template, self._unit.slot, roll)
+        sending = Sending(campaign, app, template, self._unit.slot, roll, recheck)
         try:
             if self._unit.unclear_since is not None and self._channel.capabilities.look_up:
                 await look_up(self._drafter, self._ledger, self._channel, sending, progress)
@@ -140,6 +153,14 @@ class Sender:
             if self._has_refused:
                 await self._reopen(campaign)
             raise
+
+    async def _prepare_recheck(self, conn: AsyncConnection, campaign: Campaign, roll: Numbers) -> Recheck | None:
+        """What a wave's people are asked again just before each is sent to; None where nobody is, as in a frozen audience."""
+        assert campaign.audience is not None, "it was launched"
+        audience = decode_audience(campaign.audience)
+        if not isinstance(audience, Question | Combination) or decode_frozen(campaign.audience) is not None:
+            return None
+        return await Recheck.prepare(conn, campaign.app_id, self._types, audience, roll)
 
     async def _send_all(self, sending: Sending) -> None:
         size = self._channel.capabilities.batch_size

@@ -142,8 +142,8 @@ class Worker:
             campaign = await read_campaign(conn, unit.campaign_id)
         assert campaign is not None, "a launched campaign is never deleted"
         breaker = self._find_breaker(campaign.campaign_id, campaign.version)
-        ready, declared = self._registry.channels[channel], self._registry.types[channel]
-        sender = Sender(self._engine, self._ledger, self._pacer, breaker, declared, ready, lease)
+        ready, types = self._registry.channels[channel], self._registry.types
+        sender = Sender(self._engine, self._ledger, self._pacer, breaker, types, ready, lease)
         if self._is_stopping:
             sender.stop()
         self._senders[lease] = sender
