@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, cast
 
 from sqlalchemy import text
 
@@ -20,11 +20,13 @@ from aftertouch.channels import (
     Capabilities,
     Channel,
     Content,
+    Finding,
     Message,
     Outcome,
     ReasonClass,
     Settings,
     Signal,
+    Unclear,
 )
 from aftertouch.client import Client
 from aftertouch.delivery.breaker import Breaker, BreakerSettings
@@ -94,6 +96,24 @@ class HomingChannel(PigeonChannel):
 
     name = "homing"
     capabilities = Capabilities(webhooks=False, batch_size=4, idempotent_sends=True)
+
+
+class OwlChannel(PigeonChannel):
+    """Owls can be asked whether they took a message."""
+
+    name = "owl"
+    capabilities = Capabilities(webhooks=False, batch_size=4, look_up=True)
+
+    def __init__(self, settings: Settings, *, webhook_url: str) -> None:
+        super().__init__(settings, webhook_url=webhook_url)
+        self.asked: list[str] = []
+        self.findings: dict[str, Finding] = {}
+        """By address; what is not there is unclear."""
+
+    async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
+        trees = [cast("Nest", message.address).tree for message in messages]
+        self.asked += trees
+        return [self.findings.get(tree, Unclear(detail="silence")) for tree in trees]
 
 
 async def accept_all(messages: Messages) -> Sequence[Outcome]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from aftertouch.store.units import Unit
 
@@ -23,6 +23,15 @@ class Lease:
     unit: Unit
     claimed_at: float
     """By ``time.monotonic``, from before the lease was asked for: at worst it ends early here."""
+    unclear_since: datetime | None = None
+    """When it was found that only people of unclear outcome are left; None while somebody is still sent to."""
+    unsent: list[tuple[int, int]] = field(default_factory=list)
+    """Positions in the unit, and tries, that may have been marked by a commit whose answer was lost: nothing was sent to them."""
+    has_refused: bool = False
+    """Somebody was refused by this holder, and so is to be tried again."""
+
+    def __post_init__(self) -> None:
+        self.unclear_since = self.unit.unclear_since
 
     def renew(self, asked_at: float) -> None:
         """The lease was prolonged by a statement that began at this time."""

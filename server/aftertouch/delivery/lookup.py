@@ -7,18 +7,31 @@ from datetime import UTC, datetime, timedelta
 import structlog
 
 from aftertouch.channels import Accepted, Channel, NotTaken, ReasonClass
-from aftertouch.delivery.calls import look_up_messages
+from aftertouch.delivery.calls import LONGEST_CALL, look_up_messages
 from aftertouch.delivery.drafts import Drafter, Sending
+from aftertouch.delivery.outcomes import may_try_again
 from aftertouch.delivery.progress import Progress
 from aftertouch.ingest.ledger import Fact, Ledger, Tried
 from aftertouch.store.kinds import Kind
 
 log = structlog.get_logger()
 
-LOOK_UP_AFTER = timedelta(seconds=15)
-"""What a provider took a moment ago may not be in its list yet."""
+LOOK_UP_AFTER = LONGEST_CALL + timedelta(seconds=10)
+"""A holder whose lease ran out may have a call under way for so long, and what a provider took a moment ago may not be in its
+list yet: "not taken" would then have the message sent twice."""
 LOOK_UP_FOR = timedelta(minutes=15)
 """Then the rest stays unclear: the campaign ends, and late receipts still settle them."""
+
+_LOST = Kind("failed", ReasonClass.TRANSIENT, "not_taken")
+
+
+def is_look_up_due(channel: Channel, since: datetime | None) -> bool:
+    """True when it is long enough ago that a provider's word on unclear messages can be trusted.
+
+    Args:
+        since: when it was found that only they are left; None while somebody is still sent to.
+    """
+    return channel.capabilities.look_up and since is not None and datetime.now(UTC) - since >= LOOK_UP_AFTER
 
 
 def may_look_up(channel: Channel, progress: Progress, since: datetime | None) -> bool:
@@ -50,7 +63,10 @@ async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: S
             if any(isinstance(finding, Accepted) for finding in own):
                 facts.append(Fact(campaign, draft.position, Kind("sent"), now))
             elif all(isinstance(finding, NotTaken) for finding in own):
-                facts.append(Fact(campaign, draft.position, Kind("refused", ReasonClass.TRANSIENT, str(draft.tries)), now))
+                # A provider that loses every message is asked no longer than one that refuses it.
+                may_try = may_try_again(ReasonClass.TRANSIENT, draft.tries, in_trouble=False)
+                kind = Kind("refused", ReasonClass.TRANSIENT, str(draft.tries)) if may_try else _LOST
+                facts.append(Fact(campaign, draft.position, kind, now))
             for address_hash, finding in zip(draft.hashes, own, strict=True):
                 if isinstance(finding, Accepted):
                     tried.append(Tried(campaign, draft.position, Kind("sent"), address_hash, finding.message_id[:256]))

@@ -53,6 +53,9 @@ class Pacer:
         """Holds in a row after which nothing got through."""
         self._held_at: dict[str, float] = {}
         """When the last hold was put on, by ``time.monotonic``: what had begun before tells nothing new."""
+        self._held_until: dict[str, float] = {}
+        """The rests that this process found to be needed, by the same clock, and only at their beginning: until the database
+        knows of them, and until whoever was admitted before has had their turn."""
 
     async def admit(self, people: Sequence[Sequence[Limit]]) -> Admission:
         """Say who may go now.
@@ -63,9 +66,13 @@ class Pacer:
         counts: Counter[str] = Counter()
         intervals: dict[str, timedelta] = {}
         fits = []
+        held = self.find_held({limit.key for limits in people for limit in limits})
         for limits in people:
             intervals |= {limit.key: limit.interval for limit in limits}
             wanted = Counter(limit.key for limit in limits)
+            if wanted.keys() & held.keys():
+                fits.append(True)
+                continue
             widths = {key: self._find_width(key, intervals[key]) for key in wanted}
             # One person always fits, or somebody with more addresses than the width would never go.
             fits.append(all(not counts[key] or counts[key] + n <= widths[key] for key, n in wanted.items()))
@@ -73,6 +80,7 @@ class Pacer:
                 counts += wanted
         async with transaction(self._engine) as conn:
             room = await take_room(conn, {key: n * intervals[key] for key, n in counts.items()}, HORIZON)
+        room |= {key: (False, wait) for key, wait in held.items()}
         blocked = {key for key, (is_free, _) in room.items() if not is_free}
         admitted = [fit and all(limit.key not in blocked for limit in limits) for fit, limits in zip(fits, people, strict=True)]
         is_more = any(admitted) and not all(fits)
@@ -105,24 +113,35 @@ class Pacer:
                 if self._widths[key] >= WIDEST:
                     del self._widths[key], self._held_at[key]
 
-    async def hold(self, delays: Mapping[str, timedelta | None], size: int, begun_at: float) -> timedelta:
-        """Give these limits no room for as long as the provider asked, or else for a growing while; return the longest.
+    def find_held(self, keys: Iterable[str]) -> dict[str, timedelta]:
+        """Those of these limits that this process found to need a rest, and for how long still."""
+        now = time.monotonic()
+        return {key: timedelta(seconds=until - now) for key in keys if (until := self._held_until.get(key, 0)) > now}
+
+    def slow_down(self, delays: Mapping[str, timedelta | None], size: int, begun_at: float) -> dict[str, timedelta]:
+        """Have these limits rest, in this process at once, as long as the provider asked, or else for a growing while.
 
         Args:
             delays: by limit, what the provider asked for.
             size: how many messages were under way.
             begun_at: when they were handed to the channel, by ``time.monotonic``.
         """
-        holds = {}
+        rests = {}
+        now = time.monotonic()
+        self._held_until = {key: until for key, until in self._held_until.items() if until > now}
         for key, asked in delays.items():
             if begun_at >= self._held_at.get(key, 0):
-                self._held_at[key] = time.monotonic()
+                self._held_at[key] = now
                 self._streaks[key] += 1
                 self._widths[key] = max(min(self._widths.get(key, size), size) // 2, 1)
-            holds[key] = min(asked, LONGEST_RETRY_AFTER) if asked is not None else back_off(self._streaks[key])
+            rests[key] = min(asked, LONGEST_RETRY_AFTER) if asked is not None else back_off(self._streaks[key])
+            self._held_until[key] = max(self._held_until.get(key, 0), now + min(rests[key], HORIZON).total_seconds())
+        return rests
+
+    async def hold(self, rests: Mapping[str, timedelta]) -> None:
+        """Have limits rest in all workers."""
         async with transaction(self._engine) as conn:
-            await hold_limits(conn, holds)
-        return max(holds.values(), default=_ZERO)
+            await hold_limits(conn, rests)
 
 
 def find_limits(channel: Channel, campaign: Campaign, message: Message[Address, Content]) -> list[Limit]:

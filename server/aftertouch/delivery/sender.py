@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -27,7 +28,7 @@ from aftertouch.delivery.calls import send_messages
 from aftertouch.delivery.control import stop_sending
 from aftertouch.delivery.drafts import Draft, Drafter, Drafts, Sending
 from aftertouch.delivery.leases import LEASE, Lease
-from aftertouch.delivery.lookup import LOOK_UP_AFTER, look_up, may_look_up
+from aftertouch.delivery.lookup import LOOK_UP_AFTER, is_look_up_due, look_up, may_look_up
 from aftertouch.delivery.outcomes import Consequences, Verdict, describe, judge
 from aftertouch.delivery.pace import HORIZON, Pacer, back_off, name_limit
 from aftertouch.delivery.progress import read_progress
@@ -38,7 +39,7 @@ from aftertouch.ingest.ledger import Fact, Ledger, Tried
 from aftertouch.retargeting.audiences import decode_audience, decode_frozen
 from aftertouch.retargeting.recheck import Recheck
 from aftertouch.retargeting.selections import Combination, Question
-from aftertouch.rolls.chunks import Numbers
+from aftertouch.rolls.chunks import CHUNK, Numbers, chunk_of
 from aftertouch.rolls.sql import read_roll_chunk
 from aftertouch.store.apps import read_app
 from aftertouch.store.campaigns import Campaign, read_campaign, update_campaign
@@ -105,7 +106,6 @@ class Sender:
         self._todo: deque[int] = deque()
         self._tries: Numbers = np.empty(0, np.int64)
         self._waits = Waits()
-        self._has_refused = False
         self._is_over = False
         """Nobody else of this unit can go for now."""
         self._stopping = asyncio.Event()
@@ -128,12 +128,15 @@ class Sender:
                 raise LeaseLost
             app = await read_app(conn, campaign.app_id)
             roll = await read_roll_chunk(conn, self._unit.slot)
+            if self._lease.unsent:
+                await self._take_back(conn, campaign, len(roll))
             progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
             try:
                 recheck = await self._prepare_recheck(conn, campaign, roll)
             except NotFound as error:
                 recheck = None
                 obstacle = f"nobody can be asked again whether they match: {error}; install it, then resume"
+        self._lease.unsent.clear()
         self._ledger.lookups.remember(campaign)
         if obstacle:
             await stop_sending(self._engine, campaign, obstacle)
@@ -141,7 +144,7 @@ class Sender:
         template = ContentTemplate(campaign.content, self._type.channel.content_model)
         sending = Sending(campaign, app, template, self._unit.slot, roll, recheck)
         try:
-            if self._unit.unclear_since is not None and self._channel.capabilities.look_up:
+            if is_look_up_due(self._channel, self._lease.unclear_since):
                 await look_up(self._drafter, self._ledger, self._channel, sending, progress)
                 async with transaction(self._engine) as conn:
                     progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
@@ -150,7 +153,7 @@ class Sender:
             await self._send_all(sending)
             await self._settle(sending)
         except LeaseLost:
-            if self._has_refused:
+            if self._lease.has_refused:
                 await self._reopen(campaign)
             raise
 
@@ -161,6 +164,18 @@ class Sender:
         if not isinstance(audience, Question | Combination) or decode_frozen(campaign.audience) is not None:
             return None
         return await Recheck.prepare(conn, campaign.app_id, self._types, audience, roll)
+
+    async def _take_back(self, conn: AsyncConnection, campaign: Campaign, members: int) -> None:
+        """Let people be tried again whom this holder marked in a commit whose answer was lost, so that it sent them nothing."""
+        await hold_unit(conn, self._unit, LEASE)
+        tries = (await read_progress(conn, self._type, self._unit.slot, members)).tries
+        first, now = chunk_of(self._unit.slot) * CHUNK, datetime.now(UTC)
+        if marked := [(within, number) for within, number in self._lease.unsent if tries[within] >= number]:
+            refused = [Kind("refused", ReasonClass.TRANSIENT, str(number)) for _, number in marked]
+            positions = [first + within for within, _ in marked]
+            await self._ledger.record_within(
+                conn, [Fact(campaign, position, kind, now) for position, kind in zip(positions, refused, strict=True)]
+            )
 
     async def _send_all(self, sending: Sending) -> None:
         size = self._channel.capabilities.batch_size
@@ -205,35 +220,48 @@ class Sender:
             self._is_over |= not admitted
         delay = admission.wait if admitted else min(admission.retry_after, HORIZON)
         if delay > _ZERO and not self._is_over:
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(delay.total_seconds()):
                     await self._stopping.wait()
-            except TimeoutError:
-                return admitted
+        if self._pacer.find_held({limit.key for draft in admitted for limits in draft.limits for limit in limits}):
+            # The provider asked for a rest while these waited for their turn.
+            self._todo.extendleft(draft.within for draft in reversed(admitted))
+            return []
         return admitted
 
     async def _mark(self, sending: Sending, drafts: Drafts) -> list[Draft]:
         """Make it durable who is being attempted, by the unit's one holder, and return them: nothing was sent when this fails."""
-        campaign, app = sending.campaign, sending.app
-        asked_at, now = time.monotonic(), datetime.now(UTC)
-        marked, skipped = drafts.ready, drafts.skipped
-        async with transaction(self._engine) as conn:
-            await hold_unit(conn, self._unit, LEASE)
-            if app.cap_messages and app.cap_hours and not campaign.transactional:
-                # Who is tried again was counted the first time.
-                fresh = np.array([draft.number for draft in marked if draft.tries == 1], np.int64)
-                window = timedelta(hours=app.cap_hours)
-                counted = await count_messages(conn, app.app_id, fresh, app.cap_messages, window)
-                is_capped = [draft.tries == 1 and draft.number not in counted for draft in marked]
-                capped = Kind("skipped", "policy", "frequency_cap")
-                skipped = skipped + [(d.position, capped) for d, is_out in zip(marked, is_capped, strict=True) if is_out]
-                marked = [draft for draft, is_out in zip(marked, is_capped, strict=True) if not is_out]
-            await self._ledger.record_within(
-                conn,
-                [Fact(campaign, position, kind, now) for position, kind in skipped]
-                + [Fact(campaign, draft.position, Kind("attempted", "", str(draft.tries)), now) for draft in marked],
-            )
+        asked_at = time.monotonic()
+        try:
+            async with transaction(self._engine) as conn:
+                marked = await self._mark_within(conn, sending, drafts)
+        except DatabaseUnavailable:
+            # It may have committed all the same.
+            self._lease.unsent += [(draft.within, draft.tries) for draft in drafts.ready]
+            raise
         self._lease.renew(asked_at)
+        self._lease.unclear_since = None
+        return marked
+
+    async def _mark_within(self, conn: AsyncConnection, sending: Sending, drafts: Drafts) -> list[Draft]:
+        campaign, app = sending.campaign, sending.app
+        now = datetime.now(UTC)
+        marked, skipped = drafts.ready, drafts.skipped
+        await hold_unit(conn, self._unit, LEASE)
+        if app.cap_messages and app.cap_hours and not campaign.transactional:
+            # Who is tried again was counted the first time.
+            fresh = np.array([draft.number for draft in marked if draft.tries == 1], np.int64)
+            window = timedelta(hours=app.cap_hours)
+            counted = await count_messages(conn, app.app_id, fresh, app.cap_messages, window)
+            is_capped = [draft.tries == 1 and draft.number not in counted for draft in marked]
+            capped = Kind("skipped", "policy", "frequency_cap")
+            skipped = skipped + [(d.position, capped) for d, is_out in zip(marked, is_capped, strict=True) if is_out]
+            marked = [draft for draft, is_out in zip(marked, is_capped, strict=True) if not is_out]
+        await self._ledger.record_within(
+            conn,
+            [Fact(campaign, position, kind, now) for position, kind in skipped]
+            + [Fact(campaign, draft.position, Kind("attempted", "", str(draft.tries)), now) for draft in marked],
+        )
         return marked
 
     async def _deliver(self, campaign: Campaign, drafts: list[Draft]) -> None:
@@ -245,6 +273,8 @@ class Sender:
         outcomes = [[next(answered) for _ in draft.messages] for draft in drafts]
         holds = self._find_holds(drafts, outcomes)
         in_trouble = any(map(self._pacer.is_in_trouble, holds))
+        # At once for this process: recording takes a while.
+        rests = self._pacer.slow_down(holds, len(drafts), begun_at)
         now = datetime.now(UTC)
         facts: list[Fact] = []
         tried: list[Tried] = []
@@ -261,8 +291,9 @@ class Sender:
             consequences.follow(self._type.channel, draft, own, now)
         await self._ledger.record(facts, tried)
         await self._apply(campaign, consequences)
-        if holds:
-            self._waits.wait_until_later(await self._pacer.hold(holds, len(drafts), begun_at))
+        if rests:
+            await self._pacer.hold(rests)
+            self._waits.wait_until_later(max(rests.values()))
         if reason := obstacle or self._breaker.find_reason():
             await stop_sending(self._engine, campaign, reason)
             raise LeaseLost
@@ -270,7 +301,7 @@ class Sender:
     async def _give_up(self, campaign: Campaign, drafts: list[Draft]) -> None:
         """Let people be tried by somebody else: this process stood still after it had marked them, and sent nothing."""
         now = datetime.now(UTC)
-        self._has_refused = True
+        self._lease.has_refused = True
         await self._ledger.record(
             [Fact(campaign, draft.position, Kind("refused", ReasonClass.TRANSIENT, str(draft.tries)), now) for draft in drafts]
         )
@@ -306,7 +337,7 @@ class Sender:
     def _note(self, verdict: Verdict, tries: int) -> str:
         """Take note of what became of a person; why the campaign cannot go on, where that is so."""
         if verdict.refusal is not None:
-            self._has_refused = True
+            self._lease.has_refused = True
             if verdict.reason_class is ReasonClass.CONFIG:
                 name, code = self._channel.name, verdict.refusal.code[:64]
                 return f"{name} answered {code}: the account, key or template is wrong; mend it, then resume"
@@ -333,7 +364,7 @@ class Sender:
 
     async def _settle(self, sending: Sending) -> None:
         """Finish the unit when everybody is dealt with, else hand it back until the first may be tried again."""
-        campaign, since = sending.campaign, self._unit.unclear_since
+        campaign, since = sending.campaign, self._lease.unclear_since
         async with transaction(self._engine) as conn:
             # Whoever is refused here after somebody else took the unit over puts it back, under the same lock: either this
             # finds the refusal, or that finds the unit gone.

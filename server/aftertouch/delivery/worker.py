@@ -162,7 +162,7 @@ class Worker:
             del self._senders[lease]
         # Whoever pauses or cancels the campaign waits for this.
         async with transaction(self._engine) as conn:
-            await release_unit(conn, unit, delay, unclear_since=unit.unclear_since)
+            await release_unit(conn, unit, delay, unclear_since=lease.unclear_since)
 
     def _find_breaker(self, campaign_id: int, version: int) -> Breaker:
         known, breaker = self._breakers.get(campaign_id, (None, None))
@@ -184,7 +184,7 @@ class Worker:
                 log.warning("leases are not prolonged", action="prolong_leases", reason=error.reason)
             else:
                 for lease in leases:
-                    if lease.unit.slot in going_on:
+                    if lease.unit in going_on:
                         lease.renew(asked_at)
                     elif sender := self._senders.get(lease):
                         sender.stop()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections import Counter
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
@@ -21,6 +23,7 @@ from .population import Channel
 
 Mode = Literal["429", "429_retry_after", "500", "503", "stall", "reset", "expired_token"]
 
+_MOST_ARRIVALS = 10_000
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
@@ -45,6 +48,16 @@ class Fault(BaseModel):
         return {"retry-after": f"{self.retry_after:g}"} if self.mode in ("429_retry_after", "503") else {}
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A message's request, when it came, and the fault that it met, if any."""
+
+    time: float
+    """By ``time.monotonic``."""
+    channel: Channel
+    mode: Mode | None
+
+
 class Faults:
     """At most one fault per channel."""
 
@@ -54,6 +67,8 @@ class Faults:
         self._left: dict[Channel, int] = {}
         self._released = asyncio.Event()
         self.strikes: Counter[str] = Counter()
+        self.arrivals: deque[Arrival] = deque(maxlen=_MOST_ARRIVALS)
+        """The latest requests, also those that met a fault: they show whether a sender keeps the pace that it was asked for."""
 
     def set(self, fault: Fault) -> None:
         """Let the channel's provider misbehave from now on."""
@@ -69,13 +84,17 @@ class Faults:
         self._faults.clear()
         self._left.clear()
         self.strikes.clear()
+        self.arrivals.clear()
         self._released.set()
         self._released = asyncio.Event()
 
     def strike(self, channel: Channel) -> Fault | None:
         """The fault that this request meets, if any."""
         fault = self._faults.get(channel)
-        if fault is None or self._random.random() >= fault.share:
+        if fault is not None and self._random.random() >= fault.share:
+            fault = None
+        self.arrivals.append(Arrival(time.monotonic(), channel, fault.mode if fault else None))
+        if fault is None:
             return None
         if channel in self._left:
             self._left[channel] -= 1

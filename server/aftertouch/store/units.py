@@ -99,6 +99,8 @@ async def _claim(conn: AsyncConnection, wanted: ColumnElement[bool], lease_for: 
 async def hold_unit(conn: AsyncConnection, unit: Unit, lease_for: timedelta) -> None:
     """Prove and prolong a lease, and keep the unit's row locked: what this transaction marks is marked by its one holder.
 
+    Somebody is attempted now, so how long others were unclear tells nothing any more about how long everybody was.
+
     Raises:
         LeaseLost: stop working on it.
     """
@@ -109,15 +111,15 @@ async def hold_unit(conn: AsyncConnection, unit: Unit, lease_for: timedelta) -> 
             send_units.c.lease == unit.lease,
             exists().where(campaigns.c.campaign_id == unit.campaign_id, _may_be_sent()),
         )
-        .values(lease_until=func.clock_timestamp() + lease_for)
+        .values(lease_until=func.clock_timestamp() + lease_for, unclear_since=None)
         .returning(send_units.c.slot)
     )
     if held.one_or_none() is None:
         raise LeaseLost
 
 
-async def prolong_leases(conn: AsyncConnection, units: Collection[Unit], lease_for: timedelta) -> set[int]:
-    """The heartbeat of a worker: prolong the leases of its units, and return the slots that it may go on with."""
+async def prolong_leases(conn: AsyncConnection, units: Collection[Unit], lease_for: timedelta) -> set[Unit]:
+    """The heartbeat of a worker: prolong the leases of its units, and return those that it may go on with."""
     if not units:
         return set()
     held = tuple_(send_units.c.slot, send_units.c.lease).in_([(unit.slot, unit.lease) for unit in units])
@@ -125,9 +127,11 @@ async def prolong_leases(conn: AsyncConnection, units: Collection[Unit], lease_f
         update(send_units)
         .where(held, send_units.c.campaign_id == campaigns.c.campaign_id)
         .values(lease_until=func.clock_timestamp() + lease_for)
-        .returning(send_units.c.slot, _may_be_sent())
+        .returning(send_units.c.slot, send_units.c.lease, _may_be_sent())
     )
-    return {slot for slot, may_be_sent in rows if may_be_sent}
+    going_on = {(slot, lease) for slot, lease, may_be_sent in rows if may_be_sent}
+    # By lease too: this process may have lost a unit, claimed it once more, and still hold the older lease.
+    return {unit for unit in units if (unit.slot, unit.lease) in going_on}
 
 
 async def release_unit(
