@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import text
 
 from aftertouch.channels import Channel
 from aftertouch.client import Client
@@ -53,6 +55,20 @@ class World:
             found = await store.find_app(conn, app) or await store.create_app(conn, app, app.capitalize())
             _, secret = await store.create_api_key(conn, found.app_id, "test", scopes)
         return secret
+
+    def make_worker_environment(self, directory: Path) -> dict[str, str]:
+        """The settings of ``aftertouch worker`` beside this world's server."""
+        return self.sandbox.environment | {
+            "AFTERTOUCH_DATABASE_URL": self.core.engine.url.set(drivername="postgresql").render_as_string(hide_password=False),
+            "AFTERTOUCH_DATA_DIR": str(directory),
+            "AFTERTOUCH_PUBLIC_URL": self.addresses.public_url,
+            "AFTERTOUCH_SECRET_KEY": SECRET_KEY,
+        }
+
+    async def expire_leases(self) -> None:
+        """Let every unit be taken over now, as if the holders' leases had run out."""
+        async with transaction(self.core.engine) as conn:
+            await conn.execute(text("UPDATE send_units SET lease_until = now() WHERE lease_until > now()"))
 
     def connect(self, app: str, secret: str) -> Client:
         """A client with another key; enter it."""

@@ -43,6 +43,8 @@ SANDBOX_USER = "you@example.com"
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+STOP_SECONDS = 28
+"""Of a worker: the slowest provider call takes 20, and a process is usually given 30."""
 MOST_TOLD = 1_000
 """Rows of a file that are named when they are left out."""
 
@@ -212,6 +214,10 @@ async def _work() -> None:
         out.print("sending")
         await stopping.wait()
         out.print("stopping …")
+        # A database that hangs would be waited for, and a stop that hangs is a crash, which harms nobody. As the alarm's
+        # default action, since what hangs may be this loop.
+        signal.alarm(STOP_SECONDS)
+    signal.alarm(0)
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -74,7 +74,10 @@ class PigeonChannel(Channel):
         "stop": ReasonClass.OPTED_OUT,
         "hawks": ReasonClass.RATE,
         "too_heavy": ReasonClass.CONTENT,
+        "tired": ReasonClass.CAPPED,
+        "asleep": ReasonClass.CAPPED,
     }
+    capped_for: Mapping[str, timedelta] = {"asleep": timedelta(hours=8)}
 
     def __init__(self, settings: Settings, *, webhook_url: str) -> None:
         super().__init__(settings, webhook_url=webhook_url)

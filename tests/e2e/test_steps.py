@@ -25,7 +25,7 @@ from aftertouch.store.migrate import migrate
 from aftertouch.v1 import campaigns_pb2
 from tests.e2e.books import check_books
 from tests.e2e.mortal import STEPS, strike_at
-from tests.fix_world import SECRET_KEY, World, run_world
+from tests.fix_world import World, run_world
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -67,26 +67,15 @@ async def launch_everywhere(world: World) -> dict[str, str]:
     return names
 
 
-async def expire_leases(world: World) -> None:
-    """The holders are dead: what they held may be taken over now."""
-    async with transaction(world.core.engine) as conn:
-        await conn.execute(text("UPDATE send_units SET lease_until = now()"))
-
-
 @pytest.mark.parametrize("step", STEPS)
 async def test_worker_killed_at_a_step_misses_nobody_and_texts_nobody_twice(place: tuple[World, Path], step: str) -> None:
     world, directory = place
     names = await launch_everywhere(world)
-    environment = world.sandbox.environment | {
-        "AFTERTOUCH_DATABASE_URL": world.core.engine.url.set(drivername="postgresql").render_as_string(hide_password=False),
-        "AFTERTOUCH_DATA_DIR": str(directory),
-        "AFTERTOUCH_PUBLIC_URL": world.addresses.public_url,
-        "AFTERTOUCH_SECRET_KEY": SECRET_KEY,
-    }
+    environment = isolate(world.make_worker_environment(directory))
     arguments = [sys.executable, "-m", "tests.e2e.mortal", step, "2"]
-    mortal = await asyncio.create_subprocess_exec(*arguments, env=isolate(environment), stdout=asyncio.subprocess.DEVNULL)
+    mortal = await asyncio.create_subprocess_exec(*arguments, env=environment, stdout=asyncio.subprocess.DEVNULL)
     assert await mortal.wait() == -signal.SIGKILL
-    await expire_leases(world)
+    await world.expire_leases()
     async with run_worker(world):
         for name in names.values():
             await world.wait_until_sent(name)

@@ -29,12 +29,13 @@ async def take_room(
         return {}
     keys = sorted(wanted)
     pg = await driver(conn)
+    # now() stands still in a transaction, so that the fill stays the same however long the row is waited for.
     rows = await pg.execute(
         "INSERT INTO paces AS p (key, free_time)"
-        " SELECT key, clock_timestamp() + fill FROM unnest(%b::text[], %b::interval[]) AS new (key, fill)"
+        " SELECT key, now() + fill FROM unnest(%b::text[], %b::interval[]) AS new (key, fill)"
         " WHERE fill > interval '0' ORDER BY key"
         " ON CONFLICT (key) DO UPDATE SET"
-        " free_time = greatest(p.free_time, clock_timestamp()) + (excluded.free_time - clock_timestamp())"
+        " free_time = greatest(p.free_time, clock_timestamp()) + (excluded.free_time - now())"
         " WHERE p.free_time <= clock_timestamp() + %b"
         " RETURNING key, free_time - clock_timestamp()",
         (keys, [wanted[key] for key in keys], horizon),
