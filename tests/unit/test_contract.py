@@ -31,8 +31,11 @@ from aftertouch.channels import (
     Capabilities,
     Channel,
     Content,
+    Finding,
     InvalidSignature,
+    Limit,
     Message,
+    NotTaken,
     Outcome,
     Receipt,
     Refused,
@@ -64,6 +67,9 @@ class Contract(ChannelContract):
 
     def refuse(self, request: ProviderRequest, code: str) -> Response:
         return Response.from_json({"error": code}, status=422)
+
+    def report_taken(self, request: ProviderRequest, taken: Messages) -> Response:
+        return Response.from_json({"taken": [message.token for message in taken]})
 
     def sign(self, channel: Channel, token: str, status: str) -> WebhookRequest:
         body = json.dumps({"events": [{"reference": token, "status": status, "error": "x"}]}).encode()
@@ -267,6 +273,95 @@ class CountsEverybody(ConsoleChannel):
     actions = (Action(name="not_read", label="Didn't read", short_name="not read", expression="~read"),)
 
 
+class CountsTwice(ConsoleChannel):
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return [Limit(key="account"), Limit(key="account", interval=timedelta(seconds=1))]
+
+
+class NamesTheAddress(ConsoleChannel):
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return [Limit(key=f"inbox-{message.address.key}")]
+
+
+class NamesNoLimit(ConsoleChannel):
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return [Limit(key="")]
+
+
+class NamesAtLength(ConsoleChannel):
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return [Limit(key="account" * 30)]
+
+
+class GoesBackInTime(ConsoleChannel):
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return [Limit(key="account", interval=timedelta(seconds=-1))]
+
+
+class LimitsByWord(ConsoleChannel):
+    def limits(self, message: Message[Address, Content]) -> Any:
+        return ["account"]
+
+
+class CountsItself(ConsoleChannel):
+    calls = 0
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        type(self).calls += 1
+        return [Limit(key=f"sender-{self.calls % 2}")]
+
+
+class LooksUp(ConsoleChannel):
+    """A provider that can be asked for the messages that it took."""
+
+    capabilities = Capabilities(look_up=True)
+
+    async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
+        try:
+            async with self._session.get(str(self.settings.url), params={"since": since.isoformat()}) as answer:
+                taken = (await answer.json())["taken"] if answer.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return [Unclear(detail=type(error).__name__) for _ in messages]
+        if taken is None:
+            return [Unclear(detail="no list") for _ in messages]
+        return [Accepted(message_id="found") if message.token in taken else NotTaken() for message in messages]
+
+
+class LooksUpInSecret(LooksUp):
+    capabilities = Capabilities()
+
+
+class PromisesToLookUp(ConsoleChannel):
+    capabilities = Capabilities(look_up=True)
+
+
+class FindsNothing(LooksUp):
+    async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
+        return [Unclear(detail="never") for _ in messages]
+
+
+class FindsEverything(LooksUp):
+    async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
+        return [Accepted() for _ in messages]
+
+
+class FindsOne(LooksUp):
+    async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
+        return (await super().look_up(messages, since))[:1]
+
+
+class TakesTroubleForNo(LooksUp):
+    async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
+        return [NotTaken() if isinstance(found, Unclear) else found for found in await super().look_up(messages, since)]
+
+
+class RaisesInTrouble(LooksUp):
+    async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
+        if any(isinstance(found, Unclear) for found in await super().look_up(messages, since)):
+            raise ConnectionError("no list")
+        return await super().look_up(messages, since)
+
+
 class NeedsNoWebhooks(ConsoleChannel):
     capabilities = Capabilities(webhooks=False)
 
@@ -308,6 +403,20 @@ BREAKS: list[tuple[type[ConsoleChannel], str]] = [
     (TakesAnyField, "test_declarations_have_schemas_that_travel"),
     (RaisesKeyError, "test_address_that_is_strange_is_refused_in_words"),
     (CountsEverybody, "test_declarations_are_valid"),
+    (CountsTwice, "test_limits_are_few_named_and_private"),
+    (NamesTheAddress, "test_limits_are_few_named_and_private"),
+    (NamesNoLimit, "test_limits_are_few_named_and_private"),
+    (NamesAtLength, "test_limits_are_few_named_and_private"),
+    (GoesBackInTime, "test_limits_are_few_named_and_private"),
+    (LimitsByWord, "test_limits_are_few_named_and_private"),
+    (CountsItself, "test_limits_are_few_named_and_private"),
+    (LooksUpInSecret, "test_look_up_is_declared_where_it_is_written"),
+    (PromisesToLookUp, "test_look_up_is_declared_where_it_is_written"),
+    (FindsNothing, "test_look_up_finds_what_was_taken"),
+    (FindsEverything, "test_look_up_of_what_was_never_taken_finds_nothing"),
+    (FindsOne, "test_look_up_answers_each_message"),
+    (TakesTroubleForNo, "test_look_up_at_a_provider_in_trouble_is_unclear"),
+    (RaisesInTrouble, "test_look_up_at_a_provider_in_trouble_is_unclear"),
 ]
 
 
@@ -326,7 +435,7 @@ async def run_check(
 async def test_contract_finds_a_channel_that(
     channel: type[ConsoleChannel], check: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    await run_check(ConsoleChannel, check, caplog, capfd)
+    await run_check(LooksUp if "look_up" in check else ConsoleChannel, check, caplog, capfd)
     with pytest.raises((AssertionError, pytest.fail.Exception, ConnectionError)) as caught:
         await run_check(channel, check, caplog, capfd)
     assert str(caught.value) or caught.type is ConnectionError, "a failure must say what is wrong"
@@ -368,7 +477,8 @@ def test_contract_runs_in_a_foreign_project(tmp_path: Path, mode: str) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "1 skipped" in run.stdout
+    # The samples, and what only a channel that looks up has to show.
+    assert "5 skipped" in run.stdout
 
 
 def test_contract_import_check_finds_io_at_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

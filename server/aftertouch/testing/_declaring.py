@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import types
+from datetime import timedelta
 from typing import Union, get_args, get_origin
 
 import pytest
 from pydantic import SecretBytes, SecretStr, ValidationError
 
-from aftertouch.channels import Address
+from aftertouch.channels import Address, Channel, Limit
 from aftertouch.declarations import InvalidDeclaration, compile_channel
 from aftertouch.plugins import build_registry, discover_channels, name_setting
 from aftertouch.testing._subject import WEBHOOK_BASE_URL, Subject
@@ -134,6 +135,35 @@ class DeclaringChecks(Subject):
         content = self.make_content()
         again = type(content).model_validate(json.loads(content.model_dump_json()))
         assert again == content, f"{content.model_dump()} became {again.model_dump()} when it was stored as JSON"
+
+    def test_limits_are_few_named_and_private(self) -> None:
+        channel = self.build()
+        (message,) = self.make_messages(channel, "http://127.0.0.1:9")
+        limits = channel.limits(message)
+        assert isinstance(limits, list | tuple), f"limits gave {limits!r}, which is no sequence"
+        for limit in limits:
+            assert isinstance(limit, Limit), f"limits gave {limit!r}, which is no Limit"
+            key, interval = limit.key, limit.interval
+            assert isinstance(key, str), f"limits gave the key {key!r}, which is no text"
+            assert 1 <= len(key) <= 200, f"limits gave a key of {len(key)} characters; 1 to 200 are allowed: {key[:300]!r}"
+            assert isinstance(interval, timedelta), f"limit {key!r} has the interval {interval!r}, which is no timedelta"
+            assert interval >= timedelta(0), f"limit {key!r} has {interval} between two messages, which is less than nothing"
+            leaks = self.find_leaks(key, channel, message)
+            assert not leaks, f"limit {key!r} shows {', '.join(leaks)}. Keys are stored: put a hash of the address there"
+        keys = [limit.key for limit in limits]
+        assert len(set(keys)) == len(keys), f"limits gave one key twice: {keys}; each message would count as two"
+        assert channel.limits(message) == limits, (
+            "limits gave two answers for one message: it is called for every message, so keep it pure, and the server counts"
+        )
+
+    def test_look_up_is_declared_where_it_is_written(self) -> None:
+        is_written = self.channel.look_up is not Channel.look_up
+        assert not is_written or self.channel.capabilities.look_up, (
+            "look_up is written, but nobody calls it: set capabilities.look_up"
+        )
+        assert is_written or not self.channel.capabilities.look_up, (
+            "capabilities.look_up is set, but look_up is not written: after a crash it would be called, and fail"
+        )
 
     def test_repr_shows_nothing_private(self) -> None:
         channel = self.build()

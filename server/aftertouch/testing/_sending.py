@@ -1,4 +1,4 @@
-"""The part of the contract about ``send``: every answer and every silence of a provider becomes the honest outcome.
+"""The part of the contract about ``send`` and ``look_up``: whatever a provider answers, or does not, becomes the honest outcome.
 
 An outcome decides whether somebody is written off, asked again or messaged twice, so each check names what a wrong one costs.
 """
@@ -10,12 +10,24 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
 
-from aftertouch.channels import Accepted, Address, Channel, Content, Message, Outcome, ReasonClass, Refused, Unclear
+from aftertouch.channels import (
+    Accepted,
+    Address,
+    Channel,
+    Content,
+    Finding,
+    Message,
+    NotTaken,
+    Outcome,
+    ReasonClass,
+    Refused,
+    Unclear,
+)
 from aftertouch.testing._provider import Answer, FakeProvider, Fault, ProviderRequest, Response
 from aftertouch.testing._subject import TOKENS, Subject
 
@@ -227,6 +239,63 @@ class SendingChecks(Subject):
             for place, text in shown.items():
                 leaks = self.find_leaks(text, sent.channel, sent.messages[0])
                 assert not leaks, f"after {way}, {place} shows {', '.join(leaks)}"
+
+    @in_own_loop
+    async def test_look_up_finds_what_was_taken(self) -> None:
+        finding = await self._look_up(taken=1)
+        assert isinstance(finding, Accepted), (
+            f"the provider has the message, but look_up says {finding!r}: NotTaken has it sent twice, Unclear looks in vain"
+        )
+        assert len(finding.message_id) <= 256, f"message_id has {len(finding.message_id)} characters; 256 are allowed"
+
+    @in_own_loop
+    async def test_look_up_of_what_was_never_taken_finds_nothing(self) -> None:
+        finding = await self._look_up(taken=0)
+        assert isinstance(finding, NotTaken | Unclear), (
+            f"the provider never took the message, but look_up says {finding!r}: the person is counted as reached"
+        )
+
+    @in_own_loop
+    async def test_look_up_answers_each_message(self) -> None:
+        await self._look_up(taken=0, count=min(len(TOKENS), self.channel.capabilities.batch_size))
+
+    @in_own_loop
+    async def test_look_up_at_a_provider_in_trouble_is_unclear(self) -> None:
+        ways: dict[str, Response | Fault] = {
+            "a 500": Response(status=500),
+            "a 429": Response(status=429),
+            "a 401": Response(status=401),
+            "a 200 that says nothing": Response(status=200, body="<html>Welcome</html>"),
+            "silence": Fault.STALL,
+            "a reset": Fault.RESET,
+        }
+        for way, answer in ways.items():
+            finding = await self._look_up(taken=0, instead=answer)
+            assert isinstance(finding, Unclear), (
+                f"after {way} look_up says {finding!r}, where nobody knows whether the message was taken: Unclear has it looked "
+                "up once more"
+            )
+
+    async def _look_up(self, *, taken: int, count: int = 1, instead: Response | Fault | None = None) -> Finding:
+        """What look_up says of the first of ``count`` messages, of which the provider took the first ``taken``."""
+        if not self.channel.capabilities.look_up:
+            pytest.skip(f"{self.channel.name} declares no look_up")
+        messages: list[Message[Address, Content]] = []
+
+        def answer(request: ProviderRequest) -> Response | Fault:
+            return instead or self.report_taken(request, messages[:taken])
+
+        async with FakeProvider(answer) as provider, self.build(provider.url) as channel:
+            messages += self.make_messages(channel, provider.url, count)
+            try:
+                async with asyncio.timeout(self.patience):
+                    findings = await channel.look_up(messages, datetime.now(UTC) - timedelta(hours=1))
+            except TimeoutError:
+                pytest.fail(f"look_up did not return within {self.patience} s: set a timeout on every call")
+            except Exception as error:
+                pytest.fail(f"look_up raised {error!r}: a provider's trouble is Unclear, an exception a bug", pytrace=False)
+        assert len(findings) == count, f"look_up was given {count} messages and answered {len(findings)}: one finding for each"
+        return findings[0]
 
     @asynccontextmanager
     async def _sending(self, answer: Answer) -> AsyncIterator[tuple[Channel, FakeProvider]]:

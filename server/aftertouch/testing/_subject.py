@@ -58,6 +58,10 @@ class Subject:
         """The provider is asked too fast; with or without the Retry-After that it sends."""
         return Response(status=429, headers={} if retry_after is None else {"Retry-After": retry_after})
 
+    def report_taken(self, request: ProviderRequest, taken: Sequence[Message[Address, Content]]) -> Response:
+        """The provider's answer to what ``look_up`` asks, where these messages, or none, are all that it ever took."""
+        raise NotImplementedError(f"{type(self).__qualname__} must say what the provider answers to look_up")
+
     def sign(self, channel: Channel, token: str, status: str) -> WebhookRequest:
         """The provider's own report of a message's status: one of ``reported``, or a word that nobody knows yet."""
         raise NotImplementedError(f"{type(self).__qualname__} must say how the provider reports a status")
