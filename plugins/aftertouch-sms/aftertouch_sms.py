@@ -11,6 +11,7 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import lru_cache
 from hmac import compare_digest
 from types import TracebackType
@@ -31,6 +32,7 @@ from aftertouch.channels import (
     Content,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
@@ -117,6 +119,8 @@ class SmsSettings(Settings):
     api_url: str = Field(default="https://api.twilio.com", pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/?$")
     validity_period_seconds: int | None = Field(default=None, ge=1, le=36_000)
     """How long a message may wait in Twilio's queue; Twilio's own default is ten hours."""
+    messages_per_second: float = Field(default=0, ge=0, le=10_000)
+    """Of the whole account; 0 leaves the pace to Twilio, which queues what is more than a sender may send."""
     timeout_seconds: float = Field(default=15, gt=0)
     """For a whole request; the connection may take half of it."""
 
@@ -224,6 +228,8 @@ class SmsChannel(Channel):
         )
         if settings.validity_period_seconds is not None:
             self._options["ValidityPeriod"] = str(settings.validity_period_seconds)
+        pace = settings.messages_per_second
+        self._limits = (Limit(key="account", interval=timedelta(seconds=1 / pace if pace else 0)),)
 
     async def __aenter__(self) -> Self:
         self._http = HttpClient(timeout=self.settings.timeout_seconds)
@@ -231,6 +237,9 @@ class SmsChannel(Channel):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._http.close()
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return self._limits
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)

@@ -23,6 +23,7 @@ from aftertouch import hookspecs
 from aftertouch.channels import (
     Accepted,
     InvalidSignature,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
@@ -292,6 +293,13 @@ async def test_send_keeps_twilios_limits_before_asking() -> None:
         assert len(twilio.requests) == 1
     assert outcomes == [Refused(code="payload_too_large"), Refused(code="empty_text"), Accepted(message_id=SID)]
     assert {SmsChannel.classify(code) for code in ("payload_too_large", "empty_text")} == {ReasonClass.CONTENT}
+
+
+def test_limit_is_the_accounts_and_twilios_own_unless_it_is_set() -> None:
+    assert make_channel().limits(make_message()) == (Limit(key="account"),)
+    [limit] = make_channel(messages_per_second="80").limits(make_message())
+    assert limit == Limit(key="account", interval=timedelta(milliseconds=12.5))
+    assert SmsChannel.classify("20429") is ReasonClass.RATE
 
 
 # Status callbacks

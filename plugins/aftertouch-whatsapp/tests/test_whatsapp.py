@@ -36,6 +36,7 @@ from aftertouch.channels import (
     Accepted,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
@@ -344,6 +345,23 @@ async def test_send_keeps_metas_limits_before_asking(content: dict[str, object],
         assert await channel.send([make_message(**content)]) == [Refused(code=code)]
         assert api.requests == []
     assert WhatsAppChannel.classify(code) is ReasonClass.CONTENT
+
+
+def test_limits_are_the_numbers_and_the_persons() -> None:
+    [number, person] = make_channel().limits(make_message())
+    assert number == Limit(key="number/106540352242922", interval=timedelta(milliseconds=12.5))
+    assert person.interval == timedelta(seconds=6)
+    assert person in make_channel().limits(make_message(template="winter_sale"))
+    assert person not in make_channel().limits(make_message("+16502530001"))
+    assert "650253" not in person.key
+
+
+async def test_refusal_names_the_limit_that_is_exhausted() -> None:
+    [_, person] = make_channel().limits(make_message())
+    assert await send_one(refuse_with(400, 131056)) == Refused(code="131056", limit=person.key)
+    for code in (130429, 80007):
+        assert await send_one(refuse_with(429, code)) == Refused(code=str(code))
+    assert {WhatsAppChannel.classify(code) for code in ("131056", "130429", "80007")} == {ReasonClass.RATE}
 
 
 # Webhooks

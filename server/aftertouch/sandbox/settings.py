@@ -126,6 +126,9 @@ class SandboxSettings:
             "AFTERTOUCH_WHATSAPP_APP_SECRET": self.app_secret,
             "AFTERTOUCH_WHATSAPP_VERIFY_TOKEN": self.verify_token,
             "AFTERTOUCH_WHATSAPP_API_URL": url,
+            # The sandbox takes whatever comes, and nobody wants to wait for it.
+            "AFTERTOUCH_WHATSAPP_MESSAGES_PER_SECOND": "10000",
+            "AFTERTOUCH_WHATSAPP_SECONDS_BETWEEN_MESSAGES": "0",
             "AFTERTOUCH_PUSH_VAPID_SUBJECT": "mailto:sandbox@example.com",
             "AFTERTOUCH_PUSH_ALLOW_INSECURE_LOOPBACK": "true",
         }
