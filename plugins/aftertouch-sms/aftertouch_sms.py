@@ -11,7 +11,8 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hmac import compare_digest
 from types import TracebackType
@@ -30,10 +31,12 @@ from aftertouch.channels import (
     Capabilities,
     Channel,
     Content,
+    Finding,
     InvalidSignature,
     InvalidWebhook,
     Limit,
     Message,
+    NotTaken,
     Outcome,
     ReasonClass,
     Receipt,
@@ -50,6 +53,12 @@ from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
 
 MAX_BODY = 1600
 """Characters (Twilio: error 21617)."""
+
+LISTED_AT_ONCE = 100
+"""Messages in a page of Twilio's list, 3 kB each at the most; the largest page has 1,000."""
+MOST_PAGES = 5
+CLOCK_TOLERANCE = timedelta(seconds=10)
+"""How far Twilio's clock may be behind ours. It writes whole seconds."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 
@@ -173,6 +182,15 @@ def _parse_object(body: bytes | None) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
+def _is_since(written: object, since: datetime) -> bool:
+    """True unless Twilio's date (RFC 2822) is before that time."""
+    try:
+        date = parsedate_to_datetime(str(written))
+    except ValueError:
+        return True
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)) >= since
+
+
 @lru_cache(maxsize=1)
 def parse_form(body: bytes) -> MultiDictProxy[str]:
     """Read a form as Twilio signs it: in UTF-8, blank values kept. The last is remembered: a request is verified, then parsed.
@@ -191,7 +209,7 @@ class SmsChannel(Channel):
     address_model = SmsAddress
     content_model = SmsContent
     settings_model = SmsSettings
-    capabilities = Capabilities()
+    capabilities = Capabilities(look_up=True)
     signals = (Signal(name="delivered", label="Delivered", implies=("sent",)),)
     actions = (
         Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),
@@ -214,13 +232,14 @@ class SmsChannel(Channel):
         super().__init__(settings, webhook_url=webhook_url)
         self._validator = RequestValidator(settings.auth_token.get_secret_value())
         self._origin, base = split_url(settings.api_url)
-        self._target = f"{base.rstrip('/')}/2010-04-01/Accounts/{settings.account_sid}/Messages.json"
+        self._base = base.rstrip("/")
+        self._target = f"{self._base}/2010-04-01/Accounts/{settings.account_sid}/Messages.json"
         credentials = b64encode(f"{settings.account_sid}:{settings.auth_token.get_secret_value()}".encode()).decode()
         self._headers = {
             "Authorization": f"Basic {credentials}",
-            "Content-Type": "application/x-www-form-urlencoded",
             "Accept": "application/json",
         }
+        self._form_headers = {**self._headers, "Content-Type": "application/x-www-form-urlencoded"}
         self._options = (
             {"MessagingServiceSid": settings.messaging_service_sid}
             if settings.messaging_service_sid
@@ -260,12 +279,57 @@ class SmsChannel(Channel):
             **self._options,
         }
         try:
-            answer = await self._http.post(self._origin, self._target, self._headers, urlencode(form).encode())
+            answer = await self._http.post(self._origin, self._target, self._form_headers, urlencode(form).encode())
         except NotSent:
             return Refused(code="connect_error")
         except NoAnswer as error:
             return Unclear(detail=str(error))
         return judge_answer(answer)
+
+    async def look_up(self, messages: Sequence[Message[Address, Content]], since: datetime) -> Sequence[Finding]:
+        mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)
+        return await asyncio.gather(*(self._look_up_one(message, since - CLOCK_TOLERANCE) for message in mine))
+
+    async def _look_up_one(self, message: Message[SmsAddress, SmsContent], since: datetime) -> Finding:
+        """Look through what Twilio was given for this number, as far back as it goes.
+
+        Twilio could leave out what is older than a day, but by the date of sending, which a message that waits in its queue does
+        not have yet: the one that must not be missed.
+        """
+        target = f"{self._target}?{urlencode({'To': message.address.phone, 'PageSize': LISTED_AT_ONCE})}"
+        has_others = False
+        for _ in range(MOST_PAGES):
+            page = await self._read(target)
+            listed = page.get("messages")
+            if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+                return Unclear(detail="the list of messages cannot be read")
+            for resource in listed:
+                if self._is_ours(resource) and _is_since(resource.get("date_created"), since):
+                    if resource.get("body") == message.content.body:
+                        return Accepted(message_id=str(resource.get("sid", "")))
+                    # Perhaps this one: Twilio may have replaced characters, and whom we know may be called otherwise by now.
+                    has_others = True
+            following = page.get("next_page_uri")
+            if following is None:
+                return Unclear(detail="another message to the number") if has_others else NotTaken()
+            target = f"{self._base}{following}"
+        return Unclear(detail="too many messages to the number")
+
+    def _is_ours(self, resource: Mapping[str, object]) -> bool:
+        """True unless it was written by the person, or sent for something else of the account."""
+        if self.settings.messaging_service_sid:
+            is_ours = resource.get("messaging_service_sid") == self.settings.messaging_service_sid
+        else:
+            is_ours = resource.get("from") == self.settings.sender
+        return is_ours and resource.get("direction") != "inbound"
+
+    async def _read(self, target: str) -> dict[str, object]:
+        """What is at an address of the API; nothing where that cannot be known."""
+        try:
+            answer = await self._http.get(self._origin, target, self._headers, most_bytes=LISTED_AT_ONCE * 16_384)
+        except (NotSent, NoAnswer, ValueError):
+            return {}
+        return (_parse_object(answer.body) or {}) if answer.status == 200 else {}
 
     def verify(self, request: WebhookRequest) -> None:
         """Check Twilio's signature over the address and the form (Twilio: "Validating requests").

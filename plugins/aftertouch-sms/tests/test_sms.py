@@ -5,7 +5,8 @@ import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from urllib.parse import urlencode
 
 import aftertouch_sms
@@ -25,6 +26,7 @@ from aftertouch.channels import (
     InvalidSignature,
     Limit,
     Message,
+    NotTaken,
     Outcome,
     ReasonClass,
     Receipt,
@@ -300,6 +302,106 @@ def test_limit_is_the_accounts_and_twilios_own_unless_it_is_set() -> None:
     [limit] = make_channel(messages_per_second="80").limits(make_message())
     assert limit == Limit(key="account", interval=timedelta(milliseconds=12.5))
     assert SmsChannel.classify("20429") is ReasonClass.RATE
+
+
+# Looking up what was taken
+
+LAUNCHED = datetime(2026, 11, 22, 9, 0, tzinfo=UTC)
+
+
+def list_message(**fields: object) -> dict[str, object]:
+    """A message as Twilio lists it, which is the one that is looked up unless said otherwise."""
+    minutes = fields.pop("minutes", 1)
+    assert isinstance(minutes, int)
+    return {
+        "sid": SID,
+        "to": "+16502530000",
+        "from": "+15005550006",
+        "body": "Ends tonight",
+        "direction": "outbound-api",
+        "messaging_service_sid": SERVICE,
+        "status": "queued",
+        "date_created": format_datetime(LAUNCHED + timedelta(minutes=minutes)),
+        "date_sent": None,
+        **fields,
+    }
+
+
+def list_pages(*pages: list[dict[str, object]]) -> Handler:
+    """A list in pages, each with the address of the next."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        page = int(request.query.get("Page", 0))
+        following = f"{request.path}?Page={page + 1}" if page + 1 < len(pages) else None
+        return web.json_response({"messages": pages[page], "next_page_uri": following})
+
+    return answer
+
+
+async def look_up_one(answer: Handler, **values: object) -> object:
+    async with run_twilio(answer) as twilio, make_channel(api_url=twilio.url, **values) as channel:
+        [finding] = await channel.look_up([make_message()], LAUNCHED)
+        assert [method for method, *_ in twilio.requests] == ["GET"] * len(twilio.requests)
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("pages", "finding"),
+    [
+        ([[]], NotTaken()),
+        ([[list_message()]], Accepted(message_id=SID)),
+        ([[list_message(body="Hello")], [list_message()]], Accepted(message_id=SID)),
+        ([[list_message(body="Hello")], []], Unclear(detail="another message to the number")),
+        ([[list_message(minutes=-1), list_message(minutes=-100)]], NotTaken()),
+        ([[list_message(direction="inbound")]], NotTaken()),
+        ([[list_message(messaging_service_sid="MG" + "2" * 32)]], NotTaken()),
+        ([[list_message(date_created=None, body="Hello")]], Unclear(detail="another message to the number")),
+        ([[]] * 6, Unclear(detail="too many messages to the number")),
+    ],
+    ids=["none", "this one", "on page 2", "another one", "older", "their own", "others'", "without a date", "too many"],
+)
+async def test_look_up_finds_what_twilio_took(pages: list[list[dict[str, object]]], finding: object) -> None:
+    assert await look_up_one(list_pages(*pages)) == finding
+
+
+async def test_look_up_knows_its_sender() -> None:
+    sender = {"messaging_service_sid": "", "sender": "+15005550006"}
+    assert await look_up_one(list_pages([list_message(messaging_service_sid=None)]), **sender) == Accepted(message_id=SID)
+    assert await look_up_one(list_pages([list_message(messaging_service_sid=None)]), messaging_service_sid="", sender="ACME") == (
+        NotTaken()
+    )
+
+
+async def test_look_up_asks_for_one_number_and_leaves_nothing_out_by_its_date() -> None:
+    queries = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        queries.append(dict(request.query))
+        return web.json_response({"messages": [], "next_page_uri": None})
+
+    await look_up_one(answer)
+    assert queries == [{"To": "+16502530000", "PageSize": "100"}]
+
+
+async def stall(_: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(0.5)
+    return web.json_response({"messages": []})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answer_with(429, {"code": 20429}),
+        answer_with(200, {"messages": [None]}),
+        answer_with(200, {}),
+        answer_with(200, []),
+        answer_with(200, {"messages": [], "next_page_uri": "/a b"}),
+        stall,
+    ],
+    ids=["too fast", "no messages", "no list", "no object", "no address", "silence"],
+)
+async def test_look_up_is_unclear_when_twilio_does_not_say(answer: Handler) -> None:
+    assert isinstance(await look_up_one(answer), Unclear)
 
 
 # Status callbacks
