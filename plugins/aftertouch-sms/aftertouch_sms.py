@@ -62,6 +62,8 @@ CLOCK_TOLERANCE = timedelta(seconds=10)
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 
+_SID = re.compile(r"(SM|MM)[0-9a-fA-F]{32}")
+
 _SIGNALS: Mapping[str, str | None] = {
     "accepted": None,
     "scheduled": None,
@@ -182,13 +184,13 @@ def _parse_object(body: bytes | None) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _is_since(written: object, since: datetime) -> bool:
-    """True unless Twilio's date (RFC 2822) is before that time."""
+def _parse_date(written: object) -> datetime | None:
+    """A date of Twilio's (RFC 2822); None where it makes no sense."""
     try:
         date = parsedate_to_datetime(str(written))
     except ValueError:
-        return True
-    return (date if date.tzinfo else date.replace(tzinfo=UTC)) >= since
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
 @lru_cache(maxsize=1)
@@ -209,7 +211,7 @@ class SmsChannel(Channel):
     address_model = SmsAddress
     content_model = SmsContent
     settings_model = SmsSettings
-    capabilities = Capabilities(look_up=True)
+    capabilities = Capabilities(look_up=True, fetch_receipts=True)
     signals = (Signal(name="delivered", label="Delivered", implies=("sent",)),)
     actions = (
         Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),
@@ -304,7 +306,8 @@ class SmsChannel(Channel):
             if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
                 return Unclear(detail="the list of messages cannot be read")
             for resource in listed:
-                if self._is_ours(resource) and _is_since(resource.get("date_created"), since):
+                date = _parse_date(resource.get("date_created"))
+                if self._is_ours(resource) and (date is None or date >= since):
                     if resource.get("body") == message.content.body:
                         return Accepted(message_id=str(resource.get("sid", "")))
                     # Perhaps this one: Twilio may have replaced characters, and whom we know may be called otherwise by now.
@@ -322,6 +325,25 @@ class SmsChannel(Channel):
         else:
             is_ours = resource.get("from") == self.settings.sender
         return is_ours and resource.get("direction") != "inbound"
+
+    async def fetch_receipts(self, message_ids: Sequence[str]) -> Sequence[Receipt]:
+        found = await asyncio.gather(*(self._fetch_receipt(message_id) for message_id in message_ids))
+        return [receipt for receipt in found if receipt is not None]
+
+    async def _fetch_receipt(self, message_id: str) -> Receipt | None:
+        if _SID.fullmatch(message_id) is None:
+            return None
+        resource = await self._read(f"{self._target.removesuffix('.json')}/{message_id}.json")
+        signal = _SIGNALS.get(str(resource.get("status", "")))
+        if signal in (None, "sent"):
+            return None
+        code = resource.get("error_code") if signal == "failed" else None
+        return Receipt(
+            signal=str(signal),
+            message_id=message_id,
+            time=_parse_date(resource.get("date_updated")),
+            code=None if code is None else str(code),
+        )
 
     async def _read(self, target: str) -> dict[str, object]:
         """What is at an address of the API; nothing where that cannot be known."""

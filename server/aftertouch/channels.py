@@ -99,6 +99,8 @@ class Capabilities:
     """How many messages one call of ``send`` may be handed (1 to 1,000)."""
     look_up: bool = False
     """``look_up`` can find out at the provider whether it took a message."""
+    fetch_receipts: bool = False
+    """``fetch_receipts`` can find out at the provider what became of messages that no webhook has told of."""
 
 
 class Address(BaseModel, ABC):
@@ -320,6 +322,17 @@ class Channel(ABC):
         Args:
             messages: as they were handed to ``send``.
             since: before the first of them was attempted; an older message of the provider's is none of these.
+        """
+        raise NotImplementedError
+
+    async def fetch_receipts(self, message_ids: Sequence[str]) -> Sequence[Receipt]:
+        """Ask the provider what became of messages, by its own names for them, and return what is news beyond ``sent``.
+
+        Only called when ``capabilities.fetch_receipts`` is set, some time after a message was taken of which nothing was heard.
+        Receipts name their message by ``message_id``. What the provider does not say, or does not know yet, is left out.
+
+        Args:
+            message_ids: at most ``capabilities.batch_size``.
         """
         raise NotImplementedError
 

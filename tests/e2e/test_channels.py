@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from datetime import datetime
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 from sqlalchemy import text
 
+from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
@@ -72,3 +74,35 @@ async def test_pace_of_an_sms_account_is_kept_by_all_its_campaigns(open_world: O
             await world.launch(campaign.name)
         assert (await read_limits(world)).keys() == {"sms/account"}
         assert len(world.sandbox.truth.entries) == 10
+
+
+async def test_receipts_whose_webhooks_were_lost_are_asked_for(open_world: OpenWorld) -> None:
+    shares = replace(CERTAIN, sms_unreachable=0.3, sms_no_report=0.2)
+    settings = replace(read_settings(30), shares=shares, strict_retries=True, duplicate_share=0)
+    # Nobody answers there, so every callback is given up.
+    async with open_world(settings, public_url="http://127.0.0.1:9") as world:
+        await world.import_people()
+        reconciler = Reconciler(world.core.engine, world.core.ledger, world.core.registry.channels, [timedelta(0)])
+        await reconciler.check()
+        campaign = await world.create_campaign("sms")
+        await world.launch(campaign.name)
+        signals = (await world.get_campaign(campaign.name)).counts.signals
+        assert (signals["sent"], signals["delivered"], signals["failed"]) == (30, 0, 0)
+        await reconciler.check()
+        recipients = await world.read_recipients(campaign.name)
+        entries = {entry.person.external_id: entry for entry in world.sandbox.truth.entries if entry.person}
+        for external_id, recipient in recipients.items():
+            truth = entries[external_id].signals.keys()
+            assert set(recipient.signals) & {"delivered", "failed"} == truth - {"sent"}
+            assert recipient.reasons == (["transient/30003"] if "failed" in truth else [])
+        counted = (await world.get_campaign(campaign.name)).counts
+        # Everybody who was heard of is not asked about again, and a second look changes nothing.
+        await rewind_checkups(world)
+        await reconciler.check()
+        assert (await world.get_campaign(campaign.name)).counts == counted
+
+
+async def rewind_checkups(world: World) -> None:
+    """Look at everything once more."""
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(text("UPDATE checkups SET checked_until = checked_until - interval '1 hour', lease_until = NULL"))

@@ -404,6 +404,40 @@ async def test_look_up_is_unclear_when_twilio_does_not_say(answer: Handler) -> N
     assert isinstance(await look_up_one(answer), Unclear)
 
 
+# Asking what became of messages
+
+
+@pytest.mark.parametrize(
+    ("resource", "receipt"),
+    [
+        ({"status": "queued", "error_code": None}, None),
+        ({"status": "sent", "error_code": None}, None),
+        ({"status": "delivered", "error_code": None}, Receipt(signal="delivered", message_id=SID)),
+        ({"status": "undelivered", "error_code": 30003}, Receipt(signal="failed", message_id=SID, code="30003")),
+        ({"status": "failed", "error_code": None}, Receipt(signal="failed", message_id=SID)),
+        (
+            {"status": "delivered", "date_updated": "Sun, 22 Nov 2026 09:00:00 +0000"},
+            Receipt(signal="delivered", message_id=SID, time=LAUNCHED),
+        ),
+        ({"status": "teleported"}, None),
+        ([], None),
+    ],
+)
+async def test_fetched_message_brings_what_is_news(resource: object, receipt: Receipt | None) -> None:
+    async with run_twilio(answer_with(200, resource)) as twilio, make_channel(api_url=twilio.url) as channel:
+        found = await channel.fetch_receipts([SID])
+        assert [(method, path) for method, path, *_ in twilio.requests] == [
+            ("GET", f"/2010-04-01/Accounts/{ACCOUNT}/Messages/{SID}.json")
+        ]
+    assert found == ([receipt] if receipt else [])
+
+
+async def test_fetched_message_that_is_gone_or_none_of_twilios_brings_nothing() -> None:
+    async with run_twilio(answer_with(404, {"code": 20404})) as twilio, make_channel(api_url=twilio.url) as channel:
+        assert await channel.fetch_receipts([SID, "../../Accounts"]) == []
+        assert len(twilio.requests) == 1
+
+
 # Status callbacks
 
 
