@@ -1,4 +1,4 @@
-"""SMS through Twilio: one form posted for each message, and status callbacks that bring what became of it.
+"""SMS through Twilio: one form posted for each message, status callbacks that bring what became of it, and what people answer.
 
 The token travels in the query of each message's StatusCallback, so a callback settles even a message whose creation was never
 answered. Twilio has no idempotency key for messages: a request that may have arrived is never sent again.
@@ -16,11 +16,11 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hmac import compare_digest
 from types import TracebackType
-from typing import Annotated, ClassVar, Self, cast
+from typing import Annotated, ClassVar, Literal, Self, cast
 from urllib.parse import parse_qsl, urlencode
 
 from multidict import MultiDict, MultiDictProxy
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
 from twilio.request_validator import RequestValidator
 
@@ -41,8 +41,10 @@ from aftertouch.channels import (
     ReasonClass,
     Receipt,
     Refused,
+    Reply,
     Settings,
     Signal,
+    Standing,
     Unclear,
     Webhook,
     WebhookRequest,
@@ -77,6 +79,14 @@ _SIGNALS: Mapping[str, str | None] = {
     "failed": "failed",
 }
 """Twilio's message statuses, and the signal of each that is news (Twilio: Message resource, "Message status values")."""
+
+_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"), "STOP"),
+    **dict.fromkeys(("START", "YES", "UNSTOP"), "START"),
+    **dict.fromkeys(("HELP", "INFO"), "HELP"),
+}
+"""The words that Twilio acts on by itself when they are all of a text (Twilio: "Support for opt-out keywords"). An account with
+Advanced Opt-Out has words of its own, and Twilio says what they meant."""
 
 _CODES: Mapping[ReasonClass, Sequence[str]] = {
     ReasonClass.RECIPIENT_GONE: (
@@ -212,7 +222,10 @@ class SmsChannel(Channel):
     content_model = SmsContent
     settings_model = SmsSettings
     capabilities = Capabilities(look_up=True, fetch_receipts=True)
-    signals = (Signal(name="delivered", label="Delivered", implies=("sent",)),)
+    signals = (
+        Signal(name="delivered", label="Delivered", implies=("sent",)),
+        Signal(name="replied", label="Replied", implies=("sent",)),
+    )
     actions = (
         Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),
         Action(
@@ -224,6 +237,8 @@ class SmsChannel(Channel):
             apart_label="Still waiting for the carrier",
         ),
         Action(name="sent", label="Sent", short_name="sent", expression="attempted"),
+        Action(name="replied", label="Replied", short_name="replied", expression="replied"),
+        Action(name="not_replied", label="Didn't reply", short_name="not replied", expression="delivered & ~replied"),
     )
     reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
 
@@ -378,6 +393,8 @@ class SmsChannel(Channel):
         except ValueError as error:
             raise InvalidWebhook("the body is not a form") from error
         status: str = form.get("MessageStatus", form.get("SmsStatus", ""))
+        if status == "received":
+            return self._parse_inbound(form)
         message_id = form.get("MessageSid") or None
         token = request.query.get("t", "")
         if status not in _SIGNALS or (message_id is None and _TOKEN.fullmatch(token) is None):
@@ -392,6 +409,28 @@ class SmsChannel(Channel):
             code=form.get("ErrorCode") or None if signal == "failed" else None,
         )
         return Webhook(receipts=(receipt,))
+
+    def _parse_inbound(self, form: Mapping[str, str]) -> Webhook:
+        """Read what a person wrote. Twilio stops and starts sending to them by itself, and answers, so nothing is left to do."""
+        known, name = (
+            (self.settings.messaging_service_sid, "MessagingServiceSid")
+            if self.settings.messaging_service_sid
+            else (self.settings.sender, "To")
+        )
+        if form.get(name, "") != known:
+            # The stop of another sender's readers is none of ours.
+            return Webhook(unrecognized=(f"SmsStatus=received for another sender MessageSid={form.get('MessageSid', '')[:64]}",))
+        try:
+            address = SmsAddress(phone=form.get("From", ""))
+        except ValidationError:
+            return Webhook(unrecognized=(f"SmsStatus=received from no number MessageSid={form.get('MessageSid', '')[:64]}",))
+        word = form.get("Body", "").strip().upper()
+        meaning = form.get("OptOutType") or _WORDS.get(word, "")
+        states: Mapping[str, Literal["opted_out", "active"]] = {"STOP": "opted_out", "START": "active"}
+        standings = (Standing(address=address, state=states[meaning], reason=meaning),) if meaning in states else ()
+        # Somebody who says yes may have been asked something else.
+        is_reply = not meaning or word == "YES"
+        return Webhook(standings=standings, replies=(Reply(address=address),) if is_reply else ())
 
 
 @hookimpl

@@ -6,13 +6,18 @@ import asyncio
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
+import pytest
 from sqlalchemy import text
 
+from aftertouch.contact_files import read_contacts
 from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.sandbox import SandboxSettings
+from aftertouch.sandbox.control import Inbound
+from aftertouch.store.contacts import hash_address, set_states
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import campaigns_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2
 from tests.fix_world import OpenWorld, World
 from tests.sandbox.conftest import CERTAIN
 
@@ -106,3 +111,121 @@ async def rewind_checkups(world: World) -> None:
     """Look at everything once more."""
     async with transaction(world.core.engine) as conn:
         await conn.execute(text("UPDATE checkups SET checked_until = checked_until - interval '1 hour', lease_until = NULL"))
+
+
+async def read_subscription(world: World, external_id: str, channel: str) -> contacts_pb2.Subscription:
+    contact = await world.client.contacts.GetContact(
+        contacts_pb2.GetContactRequest(name=f"{world.client.parent}/contacts/{external_id}")
+    )
+    (found,) = [subscription for subscription in contact.subscriptions if subscription.channel == channel]
+    return found
+
+
+async def write(world: World, **inbound: Any) -> None:
+    """Let a person write, and wait until the server has it."""
+    assert world.sandbox.control.write(Inbound(**inbound))
+    await world.sandbox.outbox.drain()
+
+
+OPTED_OUT = contacts_pb2.Subscription.State.OPTED_OUT
+ACTIVE = contacts_pb2.Subscription.State.ACTIVE
+
+
+async def test_stop_and_start_are_mirrored_in_every_app_that_has_the_number(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("sms")).name)
+        person = world.sandbox.population.get_person(1)
+        other = world.connect("other", await world.create_key("other", "admin"))
+        async with other:
+            await other.import_contacts(read_contacts(world.sandbox.population.list_rows()))
+        await write(world, channel="sms", address=person.phone, text="Stop")
+        assert (await read_subscription(world, person.external_id, "sms")).state == OPTED_OUT
+        assert (await read_subscription(world, person.external_id, "sms")).reason == "opted_out/STOP"
+        assert (await read_subscription(world, person.external_id, "whatsapp")).state == ACTIVE
+        async with transaction(world.core.engine) as conn:
+            rows = await conn.execute(text("SELECT count(*) FROM subscriptions WHERE state = 'opted_out' AND channel = 'sms'"))
+            assert rows.scalar() == 2
+        second = await world.create_campaign("sms")
+        await world.launch(second.name)
+        assert person.external_id not in await world.read_recipients(second.name)
+        await write(world, channel="sms", address=person.phone, text="START")
+        subscription = await read_subscription(world, person.external_id, "sms")
+        assert (subscription.state, subscription.reason) == (ACTIVE, "")
+        assert (await world.get_campaign(second.name)).counts.signals["replied"] == 0
+
+
+async def test_start_takes_back_what_twilio_refused_and_nothing_that_a_caller_said(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("sms")).name)
+        stopped, barred = (world.sandbox.population.get_person(number) for number in (1, 2))
+        await write(world, channel="sms", address=stopped.phone, text="STOP")
+        # As if the webhook of the stop had been lost: the next send is refused with 21610.
+        async with transaction(world.core.engine) as conn:
+            await set_states(conn, 1, [(1, "sms", hash_address(stopped.phone), "active", "")])
+        contact = contacts_pb2.Contact(external_id=barred.external_id)
+        subscription = contact.subscriptions.add(channel="sms", state=OPTED_OUT)
+        subscription.address.update({"phone": barred.phone})
+        await world.client.contacts.UpsertContacts(
+            contacts_pb2.UpsertContactsRequest(parent=world.client.parent, contacts=[contact])
+        )
+        await world.launch((await world.create_campaign("sms")).name)
+        assert (await read_subscription(world, stopped.external_id, "sms")).reason == "opted_out/21610"
+        for person in (stopped, barred):
+            await write(world, channel="sms", address=person.phone, text="START")
+        assert (await read_subscription(world, stopped.external_id, "sms")).state == ACTIVE
+        assert (await read_subscription(world, barred.external_id, "sms")).state == OPTED_OUT
+
+
+@pytest.mark.parametrize("channel", ["sms", "whatsapp"])
+async def test_reply_belongs_to_the_last_message_to_the_person(open_world: OpenWorld, channel: str) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        first, second = [await world.create_campaign(channel) for _ in range(2)]
+        person = world.sandbox.population.get_person(1)
+        await world.launch(first.name)
+        await write(world, channel=channel, address=person.phone, text="Who is this?")
+        await world.launch(second.name)
+        await write(world, channel=channel, address=person.phone, text="Thanks")
+        await write(world, channel=channel, address=person.phone, text="Really")
+        for campaign in (first, second):
+            recipients = await world.read_recipients(campaign.name)
+            assert [who for who, found in recipients.items() if "replied" in found.signals] == [person.external_id]
+
+
+async def test_quick_reply_belongs_to_the_message_that_it_names(open_world: OpenWorld) -> None:
+    settings = replace(read_settings(20), shares=replace(CERTAIN, whatsapp_replied=0.5), late_share=1.0)
+    async with open_world(settings) as world:
+        await world.import_people()
+        names = [(await world.create_campaign("whatsapp")).name for _ in range(3)]
+        for name in names:
+            await world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+        for name in names:
+            await world.wait_until_sent(name)
+        await world.sandbox.outbox.drain()
+        replied = Counter(entry.token for entry in world.sandbox.truth.entries if "replied" in entry.signals)
+        counted = [(await world.get_campaign(name)).counts.signals["replied"] for name in names]
+        assert sum(counted) == len(replied) > 10
+
+
+async def test_whatsapps_own_stop_and_resume_are_mirrored(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("whatsapp")).name)
+        person = world.sandbox.population.get_person(1)
+        for preference, state in (("stop", OPTED_OUT), ("resume", ACTIVE)):
+            await write(world, channel="whatsapp", address=person.phone, preference=preference)
+            assert (await read_subscription(world, person.external_id, "whatsapp")).state == state
+
+
+async def test_stop_that_arrives_while_the_database_is_away_is_kept(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("sms")).name)
+        person = world.sandbox.population.get_person(1)
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(text("LOCK TABLE subscriptions"))
+            await write(world, channel="sms", address=person.phone, text="STOP")
+        while (await read_subscription(world, person.external_id, "sms")).state != OPTED_OUT:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)

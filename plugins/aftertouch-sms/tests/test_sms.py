@@ -31,7 +31,10 @@ from aftertouch.channels import (
     ReasonClass,
     Receipt,
     Refused,
+    Reply,
+    Standing,
     Unclear,
+    Webhook,
     WebhookRequest,
 )
 from aftertouch.signals import CORE_IMPLICATIONS, parse
@@ -542,7 +545,75 @@ def test_webhook_of_an_unknown_status_is_kept_without_the_person() -> None:
     assert "hello" not in text
 
 
-def test_webhook_of_an_inbound_message_is_kept() -> None:
-    webhook = make_channel().parse(make_callback(WEBHOOK_URL, SmsStatus="received", Body="STOP", OptOutType="STOP"))
-    assert webhook.receipts == ()
+# What people write
+
+NUMBER = SmsAddress(phone="+16502530000")
+
+
+def read_inbound(body: str, **form: str) -> Webhook:
+    """What a text to our Messaging Service says."""
+    values = {"SmsStatus": "received", "From": NUMBER.phone, "To": "+15005550006", "MessagingServiceSid": SERVICE, **form}
+    request = make_callback(WEBHOOK_URL, Body=body, **values)
+    channel = make_channel()
+    channel.verify(request)
+    return channel.parse(request)
+
+
+@pytest.mark.parametrize("word", ["STOP", "stopall", " Unsubscribe\n", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"])
+def test_stop_ends_the_subscription_and_is_no_reply(word: str) -> None:
+    assert read_inbound(word) == Webhook(standings=(Standing(address=NUMBER, state="opted_out", reason="STOP"),))
+
+
+@pytest.mark.parametrize("word", ["START", "unstop"])
+def test_start_takes_the_stop_back(word: str) -> None:
+    assert read_inbound(word) == Webhook(standings=(Standing(address=NUMBER, state="active", reason="START"),))
+
+
+def test_yes_may_be_both() -> None:
+    """Twilio takes it for START, and somebody may have been asked something."""
+    webhook = read_inbound("Yes")
+    assert webhook.replies == (Reply(address=NUMBER),)
+    assert [standing.state for standing in webhook.standings] == ["active"]
+
+
+@pytest.mark.parametrize("word", ["HELP", "info"])
+def test_help_is_left_to_twilio(word: str) -> None:
+    assert read_inbound(word) == Webhook()
+
+
+@pytest.mark.parametrize("body", ["Please stop calling", "Stop it!", "", "Great", "helpful"])
+def test_any_other_text_is_a_reply(body: str) -> None:
+    assert read_inbound(body) == Webhook(replies=(Reply(address=NUMBER),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "webhook"),
+    [
+        ("STOP", Webhook(standings=(Standing(address=NUMBER, state="opted_out", reason="STOP"),))),
+        ("START", Webhook(standings=(Standing(address=NUMBER, state="active", reason="START"),))),
+        ("HELP", Webhook()),
+    ],
+)
+def test_words_of_an_accounts_own_mean_what_twilio_says(kind: str, webhook: Webhook) -> None:
+    assert read_inbound("ARRET", OptOutType=kind) == webhook
+
+
+@pytest.mark.parametrize("form", [{"MessagingServiceSid": "MG" + "2" * 32}, {"From": "12345"}, {"From": ""}])
+def test_text_that_is_for_somebody_else_or_from_no_number_ends_nothing(form: dict[str, str]) -> None:
+    webhook = read_inbound("STOP", **form)
+    assert webhook.standings == webhook.replies == ()
     assert len(webhook.unrecognized) == 1
+    assert "12345" not in webhook.unrecognized[0]
+
+
+def test_text_to_a_single_sender_is_for_us() -> None:
+    request = make_callback(WEBHOOK_URL, SmsStatus="received", Body="Hi", From=NUMBER.phone, To="+15005550006")
+    settings = {"messaging_service_sid": "", "sender": "+15005550006"}
+    assert make_channel(**settings).parse(request).replies == (Reply(address=NUMBER),)
+    assert make_channel(**settings | {"sender": "+15005550007"}).parse(request).replies == ()
+
+
+def test_text_of_a_person_shows_in_nothing_that_is_kept() -> None:
+    webhook = read_inbound("my secret")
+    assert "secret" not in repr(webhook)
+    assert "650253" not in repr(webhook)

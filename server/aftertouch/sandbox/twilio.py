@@ -141,17 +141,9 @@ class _Callbacks(Stream[_Report]):
             parameters["ErrorCode"] = str(report.error_code)
         if report.status in ("delivered", "undelivered"):
             parameters["RawDlrDoneDate"] = f"{datetime.now(UTC):%y%m%d%H%M}"
-        return Request(
-            url,
-            # Plus signs of phone numbers are all there is to escape, and urlencode is a quarter of a callback's cost.
-            "&".join(f"{name}={value}" for name, value in parameters.items()).replace("+", "%2B").encode(),
-            {
-                "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
-                "X-Twilio-Signature": sign_callback(self.settings.auth_token, url, parameters),
-                "I-Twilio-Idempotency-Token": str(uuid4()),
-                "User-Agent": "TwilioProxy/1.1",
-            },
-        )
+        # Plus signs of phone numbers are all there is to escape, and urlencode is a quarter of a callback's cost.
+        form = "&".join(f"{name}={value}" for name, value in parameters.items()).replace("+", "%2B")
+        return _sign_request(self.settings, url, parameters, form)
 
     def acknowledge(self, items: Sequence[_Report]) -> None:
         for report in items:
@@ -163,6 +155,61 @@ class _Callbacks(Stream[_Report]):
         if asked.wants_retry(attempts, elapsed, failure):
             return 0.1 * attempts
         return None if self.settings.strict_retries else super().pick_backoff(attempts, elapsed, failure, item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inbound:
+    """What a person writes after a text."""
+
+    text: _Text
+    body: str
+
+
+class _Inbox(Stream[_Inbound]):
+    """The webhook of the number or Messaging Service. The real one is set in Twilio's console; this one is where the texts that
+    the person got report to."""
+
+    name = "twilio inbound"
+
+    def compose(self, items: Sequence[_Inbound]) -> Request | None:
+        (inbound,) = items
+        fields = inbound.text.fields
+        if "StatusCallback" not in fields:
+            return None
+        url = urldefrag(fields["StatusCallback"]).url.partition("?")[0]
+        sid = f"SM{uuid4().hex}"
+        parameters = {
+            "ToCountry": "US",
+            "SmsMessageSid": sid,
+            "NumMedia": "0",
+            "SmsSid": sid,
+            "SmsStatus": "received",
+            "Body": inbound.body,
+            "To": fields.get("From", self.settings.sender),
+            "NumSegments": str(count_segments(inbound.body)),
+            "MessageSid": sid,
+            "AccountSid": self.settings.account_sid,
+            "From": fields["To"],
+            "ApiVersion": "2010-04-01",
+        }
+        if "MessagingServiceSid" in fields:
+            parameters["MessagingServiceSid"] = fields["MessagingServiceSid"]
+        return _sign_request(self.settings, url, parameters, urlencode(parameters))
+
+    def acknowledge(self, items: Sequence[_Inbound]) -> None:
+        for inbound in items:
+            if decision := inbound.text.entry.signals.get("replied"):
+                decision.acknowledged = True
+
+
+def _sign_request(settings: SandboxSettings, url: str, parameters: Mapping[str, str], form: str) -> Request:
+    headers = {
+        "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
+        "X-Twilio-Signature": sign_callback(settings.auth_token, url, parameters),
+        "I-Twilio-Idempotency-Token": str(uuid4()),
+        "User-Agent": "TwilioProxy/1.1",
+    }
+    return Request(url, form.encode(), headers)
 
 
 @dataclass(frozen=True)
@@ -207,6 +254,8 @@ class Twilio:
         self._faults = faults
         self._outbox = outbox
         self._callbacks = _Callbacks(settings)
+        self._inbox = _Inbox(settings)
+        self._stopped: set[str] = set()
         self._texts: dict[str, _Text] = {}
         self._texts_to: defaultdict[str, list[_Text]] = defaultdict(list)
         self.routes = [
@@ -219,6 +268,19 @@ class Twilio:
         """Forget all messages."""
         self._texts.clear()
         self._texts_to.clear()
+        self._stopped.clear()
+
+    def receive(self, address: str, body: str) -> bool:
+        """Let a person write, to whoever wrote to them last; False when nobody did."""
+        if address not in self._texts_to:
+            return False
+        word = body.strip().upper()
+        if word == "STOP":
+            self._stopped.add(address)
+        elif word == "START":
+            self._stopped.discard(address)
+        self._outbox.schedule(self._inbox, _Inbound(self._texts_to[address][-1], body), 0.0, 0.1)
+        return True
 
     async def _create(self, request: HttpRequest) -> Response:
         fault = self._faults.strike("sms")
@@ -311,8 +373,8 @@ class Twilio:
         title = fields.get("Body") or fields.get("ContentSid", "")
         shares = self._settings.shares
         trait = draw_numbers(self._settings.seed, "sms", address)[0]
-        if trait < shares.sms_opted_out + shares.sms_gone:
-            code = 21610 if trait < shares.sms_opted_out else 21211
+        if address in self._stopped or trait < shares.sms_opted_out + shares.sms_gone:
+            code = 21610 if address in self._stopped or trait < shares.sms_opted_out else 21211
             entry = self._truth.record("sms", address, person, token=token, title=title, content=content, refused=str(code))
             entry.signals["failed"] = Decision(str(code))
             raise _Refused(code)
@@ -323,7 +385,8 @@ class Twilio:
         text = _Text(sid, fields, entry, datetime.now(UTC), "accepted" if has_service else "queued")
         self._texts[sid] = text
         self._texts_to[address].append(text)
-        chance = draw_numbers(self._settings.seed, "sms", address, self._truth.count_earlier("sms", address, token))[0]
+        number = self._truth.count_earlier("sms", address, token)
+        chance, answer = draw_numbers(self._settings.seed, "sms", address, number)[:2]
         if has_service:
             # The first status is never called back, and that is "queued" only without a Messaging Service.
             self._report(text, "queued", 0.0, 0.1)
@@ -332,6 +395,9 @@ class Twilio:
             self._report(text, "undelivered", 0.2, 1.2, 30003)
         elif chance >= shares.sms_unreachable + shares.sms_no_report:
             self._report(text, "delivered", 0.1, 1.2)
+            if answer < shares.sms_replied:
+                entry.signals["replied"] = Decision()
+                self._outbox.schedule(self._inbox, _Inbound(text, "Tell me more"), 0.3, 1.8)
         return text
 
     def _check_sender(self, fields: Mapping[str, str]) -> None:
