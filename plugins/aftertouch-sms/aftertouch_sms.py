@@ -1,4 +1,4 @@
-"""SMS through Twilio: one form posted for each message, and status callbacks that bring what became of it.
+"""SMS through Twilio: one form posted for each message, status callbacks that bring what became of it, and what people answer.
 
 The token travels in the query of each message's StatusCallback, so a callback settles even a message whose creation was never
 answered. Twilio has no idempotency key for messages: a request that may have arrived is never sent again.
@@ -11,14 +11,16 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hmac import compare_digest
 from types import TracebackType
-from typing import Annotated, ClassVar, Self, cast
+from typing import Annotated, ClassVar, Literal, Self, cast
 from urllib.parse import parse_qsl, urlencode
 
 from multidict import MultiDict, MultiDictProxy
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
 from twilio.request_validator import RequestValidator
 
@@ -29,15 +31,20 @@ from aftertouch.channels import (
     Capabilities,
     Channel,
     Content,
+    Finding,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
+    NotTaken,
     Outcome,
     ReasonClass,
     Receipt,
     Refused,
+    Reply,
     Settings,
     Signal,
+    Standing,
     Unclear,
     Webhook,
     WebhookRequest,
@@ -49,7 +56,15 @@ from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
 MAX_BODY = 1600
 """Characters (Twilio: error 21617)."""
 
+LISTED_AT_ONCE = 100
+"""Messages in a page of Twilio's list, 3 kB each at the most; the largest page has 1,000."""
+MOST_PAGES = 5
+CLOCK_TOLERANCE = timedelta(seconds=10)
+"""How far Twilio's clock may be behind ours. It writes whole seconds."""
+
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
+
+_SID = re.compile(r"(SM|MM)[0-9a-fA-F]{32}")
 
 _SIGNALS: Mapping[str, str | None] = {
     "accepted": None,
@@ -64,6 +79,14 @@ _SIGNALS: Mapping[str, str | None] = {
     "failed": "failed",
 }
 """Twilio's message statuses, and the signal of each that is news (Twilio: Message resource, "Message status values")."""
+
+_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"), "STOP"),
+    **dict.fromkeys(("START", "YES", "UNSTOP"), "START"),
+    **dict.fromkeys(("HELP", "INFO"), "HELP"),
+}
+"""The words that Twilio acts on by itself when they are all of a text (Twilio: "Support for opt-out keywords"). An account with
+Advanced Opt-Out has words of its own, and Twilio says what they meant."""
 
 _CODES: Mapping[ReasonClass, Sequence[str]] = {
     ReasonClass.RECIPIENT_GONE: (
@@ -117,6 +140,8 @@ class SmsSettings(Settings):
     api_url: str = Field(default="https://api.twilio.com", pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/?$")
     validity_period_seconds: int | None = Field(default=None, ge=1, le=36_000)
     """How long a message may wait in Twilio's queue; Twilio's own default is ten hours."""
+    messages_per_second: float = Field(default=0, ge=0, le=10_000)
+    """Of the whole account; 0 leaves the pace to Twilio, which queues what is more than a sender may send."""
     timeout_seconds: float = Field(default=15, gt=0)
     """For a whole request; the connection may take half of it."""
 
@@ -169,6 +194,15 @@ def _parse_object(body: bytes | None) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
+def _parse_date(written: object) -> datetime | None:
+    """A date of Twilio's (RFC 2822); None where it makes no sense."""
+    try:
+        date = parsedate_to_datetime(str(written))
+    except ValueError:
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
 @lru_cache(maxsize=1)
 def parse_form(body: bytes) -> MultiDictProxy[str]:
     """Read a form as Twilio signs it: in UTF-8, blank values kept. The last is remembered: a request is verified, then parsed.
@@ -187,8 +221,11 @@ class SmsChannel(Channel):
     address_model = SmsAddress
     content_model = SmsContent
     settings_model = SmsSettings
-    capabilities = Capabilities()
-    signals = (Signal(name="delivered", label="Delivered", implies=("sent",)),)
+    capabilities = Capabilities(look_up=True, fetch_receipts=True)
+    signals = (
+        Signal(name="delivered", label="Delivered", implies=("sent",)),
+        Signal(name="replied", label="Replied", implies=("sent",)),
+    )
     actions = (
         Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),
         Action(
@@ -200,6 +237,8 @@ class SmsChannel(Channel):
             apart_label="Still waiting for the carrier",
         ),
         Action(name="sent", label="Sent", short_name="sent", expression="attempted"),
+        Action(name="replied", label="Replied", short_name="replied", expression="replied"),
+        Action(name="not_replied", label="Didn't reply", short_name="not replied", expression="delivered & ~replied"),
     )
     reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
 
@@ -210,13 +249,14 @@ class SmsChannel(Channel):
         super().__init__(settings, webhook_url=webhook_url)
         self._validator = RequestValidator(settings.auth_token.get_secret_value())
         self._origin, base = split_url(settings.api_url)
-        self._target = f"{base.rstrip('/')}/2010-04-01/Accounts/{settings.account_sid}/Messages.json"
+        self._base = base.rstrip("/")
+        self._target = f"{self._base}/2010-04-01/Accounts/{settings.account_sid}/Messages.json"
         credentials = b64encode(f"{settings.account_sid}:{settings.auth_token.get_secret_value()}".encode()).decode()
         self._headers = {
             "Authorization": f"Basic {credentials}",
-            "Content-Type": "application/x-www-form-urlencoded",
             "Accept": "application/json",
         }
+        self._form_headers = {**self._headers, "Content-Type": "application/x-www-form-urlencoded"}
         self._options = (
             {"MessagingServiceSid": settings.messaging_service_sid}
             if settings.messaging_service_sid
@@ -224,6 +264,8 @@ class SmsChannel(Channel):
         )
         if settings.validity_period_seconds is not None:
             self._options["ValidityPeriod"] = str(settings.validity_period_seconds)
+        pace = settings.messages_per_second
+        self._limits = (Limit(key="account", interval=timedelta(seconds=1 / pace if pace else 0)),)
 
     async def __aenter__(self) -> Self:
         self._http = HttpClient(timeout=self.settings.timeout_seconds)
@@ -231,6 +273,9 @@ class SmsChannel(Channel):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._http.close()
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return self._limits
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)
@@ -251,12 +296,77 @@ class SmsChannel(Channel):
             **self._options,
         }
         try:
-            answer = await self._http.post(self._origin, self._target, self._headers, urlencode(form).encode())
+            answer = await self._http.post(self._origin, self._target, self._form_headers, urlencode(form).encode())
         except NotSent:
             return Refused(code="connect_error")
         except NoAnswer as error:
             return Unclear(detail=str(error))
         return judge_answer(answer)
+
+    async def look_up(self, messages: Sequence[Message[Address, Content]], since: datetime) -> Sequence[Finding]:
+        mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)
+        return await asyncio.gather(*(self._look_up_one(message, since - CLOCK_TOLERANCE) for message in mine))
+
+    async def _look_up_one(self, message: Message[SmsAddress, SmsContent], since: datetime) -> Finding:
+        """Look through what Twilio was given for this number, as far back as it goes.
+
+        Twilio could leave out what is older than a day, but by the date of sending, which a message that waits in its queue does
+        not have yet: the one that must not be missed.
+        """
+        target = f"{self._target}?{urlencode({'To': message.address.phone, 'PageSize': LISTED_AT_ONCE})}"
+        has_others = False
+        for _ in range(MOST_PAGES):
+            page = await self._read(target)
+            listed = page.get("messages")
+            if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+                return Unclear(detail="the list of messages cannot be read")
+            for resource in listed:
+                date = _parse_date(resource.get("date_created"))
+                if self._is_ours(resource) and (date is None or date >= since):
+                    if resource.get("body") == message.content.body:
+                        return Accepted(message_id=str(resource.get("sid", "")))
+                    # Perhaps this one: Twilio may have replaced characters, and whom we know may be called otherwise by now.
+                    has_others = True
+            following = page.get("next_page_uri")
+            if following is None:
+                return Unclear(detail="another message to the number") if has_others else NotTaken()
+            target = f"{self._base}{following}"
+        return Unclear(detail="too many messages to the number")
+
+    def _is_ours(self, resource: Mapping[str, object]) -> bool:
+        """True unless it was written by the person, or sent for something else of the account."""
+        if self.settings.messaging_service_sid:
+            is_ours = resource.get("messaging_service_sid") == self.settings.messaging_service_sid
+        else:
+            is_ours = resource.get("from") == self.settings.sender
+        return is_ours and resource.get("direction") != "inbound"
+
+    async def fetch_receipts(self, message_ids: Sequence[str]) -> Sequence[Receipt]:
+        found = await asyncio.gather(*(self._fetch_receipt(message_id) for message_id in message_ids))
+        return [receipt for receipt in found if receipt is not None]
+
+    async def _fetch_receipt(self, message_id: str) -> Receipt | None:
+        if _SID.fullmatch(message_id) is None:
+            return None
+        resource = await self._read(f"{self._target.removesuffix('.json')}/{message_id}.json")
+        signal = _SIGNALS.get(str(resource.get("status", "")))
+        if signal in (None, "sent"):
+            return None
+        code = resource.get("error_code") if signal == "failed" else None
+        return Receipt(
+            signal=str(signal),
+            message_id=message_id,
+            time=_parse_date(resource.get("date_updated")),
+            code=None if code is None else str(code),
+        )
+
+    async def _read(self, target: str) -> dict[str, object]:
+        """What is at an address of the API; nothing where that cannot be known."""
+        try:
+            answer = await self._http.get(self._origin, target, self._headers, most_bytes=LISTED_AT_ONCE * 16_384)
+        except (NotSent, NoAnswer, ValueError):
+            return {}
+        return (_parse_object(answer.body) or {}) if answer.status == 200 else {}
 
     def verify(self, request: WebhookRequest) -> None:
         """Check Twilio's signature over the address and the form (Twilio: "Validating requests").
@@ -283,6 +393,8 @@ class SmsChannel(Channel):
         except ValueError as error:
             raise InvalidWebhook("the body is not a form") from error
         status: str = form.get("MessageStatus", form.get("SmsStatus", ""))
+        if status == "received":
+            return self._parse_inbound(form)
         message_id = form.get("MessageSid") or None
         token = request.query.get("t", "")
         if status not in _SIGNALS or (message_id is None and _TOKEN.fullmatch(token) is None):
@@ -297,6 +409,28 @@ class SmsChannel(Channel):
             code=form.get("ErrorCode") or None if signal == "failed" else None,
         )
         return Webhook(receipts=(receipt,))
+
+    def _parse_inbound(self, form: Mapping[str, str]) -> Webhook:
+        """Read what a person wrote. Twilio stops and starts sending to them by itself, and answers, so nothing is left to do."""
+        known, name = (
+            (self.settings.messaging_service_sid, "MessagingServiceSid")
+            if self.settings.messaging_service_sid
+            else (self.settings.sender, "To")
+        )
+        if form.get(name, "") != known:
+            # The stop of another sender's readers is none of ours.
+            return Webhook(unrecognized=(f"SmsStatus=received for another sender MessageSid={form.get('MessageSid', '')[:64]}",))
+        try:
+            address = SmsAddress(phone=form.get("From", ""))
+        except ValidationError:
+            return Webhook(unrecognized=(f"SmsStatus=received from no number MessageSid={form.get('MessageSid', '')[:64]}",))
+        word = form.get("Body", "").strip().upper()
+        meaning = form.get("OptOutType") or _WORDS.get(word, "")
+        states: Mapping[str, Literal["opted_out", "active"]] = {"STOP": "opted_out", "START": "active"}
+        standings = (Standing(address=address, state=states[meaning], reason=meaning),) if meaning in states else ()
+        # Somebody who says yes may have been asked something else.
+        is_reply = not meaning or word == "YES"
+        return Webhook(standings=standings, replies=(Reply(address=address),) if is_reply else ())
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""WhatsApp through Meta's Cloud API: approved templates go out, status webhooks bring what became of them.
+"""WhatsApp through Meta's Cloud API: approved templates go out, webhooks bring what became of them and what people answer.
 
 The token travels as ``biz_opaque_callback_data``, which Meta returns with every status, so a status settles even a message whose
 request was never answered. The API has no idempotency key: a request that may have arrived is never sent again.
@@ -12,6 +12,9 @@ import hmac
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from itertools import chain
 from types import TracebackType
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -27,13 +30,16 @@ from aftertouch.channels import (
     Content,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
     Receipt,
     Refused,
+    Reply,
     Settings,
     Signal,
+    Standing,
     Unclear,
     Webhook,
     WebhookAnswer,
@@ -52,6 +58,11 @@ _FORBIDDEN_TEXT = re.compile(r"[\n\r\t]| {5}")
 
 _STATUSES = frozenset(("sent", "delivered", "read", "failed"))
 """The statuses of the webhook reference, each of them a signal. ``read`` may come without ``delivered``, which it implies."""
+
+_STOP = frozenset(("STOP", "STOPALL", "STOP PROMOTIONS", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"))
+_START = frozenset(("START", "UNSTOP"))
+"""Words that are all of a text, or on a button. Meta acts on none of them, but asks that they are respected (WhatsApp Business
+Messaging Policy); "Stop promotions" is the button that it proposes."""
 
 _CODES: Mapping[ReasonClass, Sequence[str]] = {
     # Not on WhatsApp, ourselves, not on a test number's list, not allowed here, changed identity.
@@ -97,6 +108,11 @@ class WhatsAppSettings(Settings):
     """Meta's Graph API, or a sandbox."""
     api_version: str = Field(default="v23.0", pattern=r"^v[0-9]+\.[0-9]+$")
     """Of the Graph API; Meta retires each about two years after it came out."""
+    messages_per_second: float = Field(default=80, gt=0, le=10_000)
+    """Of the phone number: what Meta gives every number. Meta raises it to 1,000 for some; 20 where the number is also in use
+    with the WhatsApp Business app."""
+    seconds_between_messages: float = Field(default=6, ge=0, le=3_600)
+    """To one person. Meta's limit, from which a burst of 45 may borrow; campaigns that meet in one person can wait."""
     timeout_seconds: float = Field(default=15, gt=0)
     """For a whole request; the connection may take half of it."""
 
@@ -158,6 +174,38 @@ class _Status(BaseModel):
     errors: list[dict[str, Any]] = []
 
 
+class _Context(BaseModel):
+    id: str | None = None
+
+
+class _Text(BaseModel):
+    """The words of a text, or of a quick reply."""
+
+    body: str = ""
+    text: str = ""
+    payload: str = ""
+
+
+class _Inbound(BaseModel):
+    """What is read of something that a person sent."""
+
+    sender: str = Field(alias="from")
+    type: str = ""
+    timestamp: AwareDatetime | None = None
+    context: _Context = _Context()
+    text: _Text = _Text()
+    button: _Text = _Text()
+
+
+class _Preference(BaseModel):
+    """A person's word on a business's marketing, given in WhatsApp's own settings."""
+
+    wa_id: str
+    category: Literal["marketing_messages"]
+    value: Literal["stop", "resume"]
+    timestamp: AwareDatetime | None = None
+
+
 class WhatsAppChannel(Channel):
     """Template messages to WhatsApp accounts."""
 
@@ -170,12 +218,16 @@ class WhatsAppChannel(Channel):
     signals = (
         Signal(name="delivered", label="Delivered", implies=("sent",)),
         Signal(name="read", label="Read", implies=("delivered",)),
+        # Whoever writes has the chat open, also where read receipts are switched off.
+        Signal(name="replied", label="Replied", implies=("read",)),
     )
     actions = (
         Action(name="not_read", label="Didn't read", short_name="not read", expression="delivered & ~read"),
         Action(name="not_received", label="Didn't receive", short_name="not received", expression="(failed | sent) & ~delivered"),
         Action(name="read", label="Read", short_name="read", expression="read"),
         Action(name="failed", label="Failed", short_name="failed", expression="failed & ~delivered"),
+        Action(name="replied", label="Replied", short_name="replied", expression="replied"),
+        Action(name="not_replied", label="Didn't reply", short_name="not replied", expression="delivered & ~replied"),
     )
     reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
 
@@ -191,6 +243,9 @@ class WhatsAppChannel(Channel):
             "Content-Type": "application/json",
             "Accept": "application/json",
         }
+        interval = timedelta(seconds=1 / settings.messages_per_second)
+        self._pace = Limit(key=f"number/{settings.phone_number_id}", interval=interval)
+        self._pair_interval = timedelta(seconds=settings.seconds_between_messages)
 
     async def __aenter__(self) -> Self:
         self._http = HttpClient(timeout=self.settings.timeout_seconds)
@@ -198,6 +253,9 @@ class WhatsAppChannel(Channel):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._http.close()
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return (self._pace, Limit(key=self._name_pair(message.address), interval=self._pair_interval))
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[WhatsAppAddress, WhatsAppContent]]", messages)
@@ -226,7 +284,16 @@ class WhatsAppChannel(Channel):
             return Refused(code="connect_error")
         except NoAnswer as error:
             return Unclear(detail=str(error))
-        return judge_answer(answer)
+        outcome = judge_answer(answer)
+        # The other codes of this class are about the number as a whole: its throughput, or its account's.
+        if isinstance(outcome, Refused) and outcome.code == "131056":
+            return replace(outcome, limit=self._name_pair(message.address))
+        return outcome
+
+    def _name_pair(self, address: Address) -> str:
+        """The limit of messages from one number to one person, without naming the person."""
+        person = hashlib.blake2b(address.key.encode(), digest_size=8).hexdigest()
+        return f"pair/{self.settings.phone_number_id}/{person}"
 
     def verify(self, request: WebhookRequest) -> None:
         """Check the registration's word, or the signature over the body's bytes (Meta: Webhooks, "Validate payloads")."""
@@ -249,12 +316,14 @@ class WhatsAppChannel(Channel):
         except (ValueError, RecursionError) as error:
             raise InvalidWebhook("the body is not JSON") from error
         receipts: list[Receipt] = []
+        replies: list[Reply] = []
+        standings: list[Standing] = []
         unrecognized: list[str] = []
         changes = list(_iterate_changes(update))
         if not changes:
             unrecognized.append("an update without changes")
         for field, value in changes:
-            if field != "messages":
+            if field not in ("messages", "user_preferences"):
                 unrecognized.append(f"field={field}"[:256])
             unrecognized.extend(f"error={_read_code(error)}" for error in _list_of(value, "errors"))
             for item in _list_of(value, "statuses"):
@@ -263,8 +332,28 @@ class WhatsAppChannel(Channel):
                     receipts.append(receipt)
                 else:
                     unrecognized.append(receipt)
+            inbound, preferences = _list_of(value, "messages"), _list_of(value, "user_preferences")
+            if (inbound or preferences) and _read_number(value) != self.settings.phone_number_id:
+                # The stop of another number's readers is none of ours.
+                unrecognized.append(f"field={field} of another number"[:256])
+                continue
+            told: Iterator[Reply | Standing | str | None] = chain(map(_read_inbound, inbound), map(_read_preference, preferences))
+            for news in told:
+                match news:
+                    case Reply():
+                        replies.append(news)
+                    case Standing():
+                        standings.append(news)
+                    case str():
+                        unrecognized.append(news)
         # Meta sends a webhook again for up to seven days unless the answer is exactly 200.
-        return Webhook(receipts=tuple(receipts), unrecognized=tuple(unrecognized), answer=WebhookAnswer(status=200))
+        return Webhook(
+            receipts=tuple(receipts),
+            replies=tuple(replies),
+            standings=tuple(standings),
+            unrecognized=tuple(unrecognized),
+            answer=WebhookAnswer(status=200),
+        )
 
 
 def write_template(content: WhatsAppContent) -> dict[str, object]:
@@ -326,6 +415,12 @@ def _iterate_changes(update: object) -> Iterator[tuple[str, object]]:
             yield str(fields.get("field", "")), fields.get("value")
 
 
+def _read_number(value: object) -> object:
+    """The number that a change is about, by Meta's id."""
+    metadata = value.get("metadata") if isinstance(value, dict) else None
+    return metadata.get("phone_number_id") if isinstance(metadata, dict) else None
+
+
 def _read_code(error: object) -> str | None:
     code = error.get("code") if isinstance(error, dict) else None
     return str(code) if isinstance(code, int) else None
@@ -336,8 +431,7 @@ def _read_receipt(item: object) -> Receipt | str:
     try:
         status = _Status.model_validate(item)
     except ValidationError as error:
-        fields = sorted({".".join(map(str, problem["loc"])) for problem in error.errors(include_input=False)})
-        return f"a status that cannot be read: {', '.join(fields)}"[:256]
+        return _describe("a status", error)
     if status.status not in _STATUSES:
         return f"status={status.status} id={status.id}"[:256]
     token = status.biz_opaque_callback_data or ""
@@ -348,6 +442,40 @@ def _read_receipt(item: object) -> Receipt | str:
         time=status.timestamp,
         code=_read_code(status.errors[0]) if status.status == "failed" and status.errors else None,
     )
+
+
+def _read_inbound(item: object) -> Reply | Standing | str | None:
+    """Read what a person sent: a reply, or a word that ends or resumes their subscription."""
+    try:
+        inbound = _Inbound.model_validate(item)
+        address = WhatsAppAddress(phone=f"+{inbound.sender}")
+    except ValidationError as error:
+        return _describe("a message", error)
+    if inbound.type == "system":
+        # WhatsApp itself tells that somebody has another number now.
+        return None
+    words = {text.strip().upper() for text in (inbound.text.body, inbound.button.text, inbound.button.payload)}
+    if words & _STOP:
+        return Standing(address=address, state="opted_out", reason="STOP", time=inbound.timestamp)
+    if words & _START:
+        return Standing(address=address, state="active", reason="START", time=inbound.timestamp)
+    return Reply(address=address, message_id=inbound.context.id, time=inbound.timestamp)
+
+
+def _read_preference(item: object) -> Standing | str:
+    try:
+        preference = _Preference.model_validate(item)
+        address = WhatsAppAddress(phone=f"+{preference.wa_id}")
+    except ValidationError as error:
+        return _describe("a preference", error)
+    state: Literal["opted_out", "active"] = "opted_out" if preference.value == "stop" else "active"
+    return Standing(address=address, state=state, reason="user_preferences", time=preference.timestamp)
+
+
+def _describe(what: str, error: ValidationError) -> str:
+    """What could not be read, by the names of its fields: their values are a person's."""
+    fields = sorted({".".join(map(str, problem["loc"])) for problem in error.errors(include_input=False)})
+    return f"{what} that cannot be read: {', '.join(fields)}"[:256]
 
 
 @hookimpl

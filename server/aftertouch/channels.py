@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import cached_property
 from types import TracebackType
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Literal, Self, TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict
@@ -99,6 +99,8 @@ class Capabilities:
     """How many messages one call of ``send`` may be handed (1 to 1,000)."""
     look_up: bool = False
     """``look_up`` can find out at the provider whether it took a message."""
+    fetch_receipts: bool = False
+    """``fetch_receipts`` can find out at the provider what became of messages that no webhook has told of."""
 
 
 class Address(BaseModel, ABC):
@@ -228,6 +230,37 @@ class Receipt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A person wrote to us. It becomes a signal of the message that it answers: the one that it names, or else the last that was
+    sent to the address in the days before."""
+
+    address: Address = field(repr=False)
+    """Where it came from."""
+    message_id: str | None = None
+    """The message that it answers, by the provider's name, where the provider says so."""
+    signal: str = "replied"
+    """One that the channel declares."""
+    time: datetime | None = None
+    """Aware; None when the provider does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """The provider tells that the person behind an address said stop to it, or took that back.
+
+    It holds for everybody who has the address on this channel, in all apps: they share the sender that was spoken to. What
+    callers themselves recorded as an opt-out is not taken back by it.
+    """
+
+    address: Address = field(repr=False)
+    state: Literal["opted_out", "active"]
+    reason: str
+    """The word or code by which it was said, as in ``STOP``; at most 64 characters."""
+    time: datetime | None = None
+    """Aware; None when the provider does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WebhookAnswer:
     """What the provider gets back once the receipts are durable."""
 
@@ -242,6 +275,10 @@ class Webhook:
     """What a webhook request said."""
 
     receipts: tuple[Receipt, ...] = ()
+    replies: tuple[Reply, ...] = ()
+    """Only of a webhook that is signed."""
+    standings: tuple[Standing, ...] = ()
+    """Only of a webhook that is signed."""
     unrecognized: tuple[str, ...] = ()
     """Items that were authentic but not understood (a new status), as text. They are kept for the operator, never an error."""
     answer: WebhookAnswer = WebhookAnswer()
@@ -320,6 +357,17 @@ class Channel(ABC):
         Args:
             messages: as they were handed to ``send``.
             since: before the first of them was attempted; an older message of the provider's is none of these.
+        """
+        raise NotImplementedError
+
+    async def fetch_receipts(self, message_ids: Sequence[str]) -> Sequence[Receipt]:
+        """Ask the provider what became of messages, by its own names for them, and return what is news beyond ``sent``.
+
+        Only called when ``capabilities.fetch_receipts`` is set, some time after a message was taken of which nothing was heard.
+        Receipts name their message by ``message_id``. What the provider does not say, or does not know yet, is left out.
+
+        Args:
+            message_ids: at most ``capabilities.batch_size``.
         """
         raise NotImplementedError
 

@@ -155,6 +155,9 @@ def _find_capability_faults(channel: type[Channel]) -> Iterator[str]:
         for method in ("verify", "parse"):
             if getattr(channel, method) is getattr(Channel, method):
                 yield f"capabilities.webhooks is True, but {method} is not overridden"
+    for method in ("look_up", "fetch_receipts"):
+        if getattr(channel.capabilities, method) and getattr(channel, method) is getattr(Channel, method):
+            yield f"capabilities.{method} is True, but {method} is not overridden"
     for code, reason in channel.reasons.items():
         if not (isinstance(code, str) and isinstance(reason, ReasonClass)):
             yield f"reasons[{code!r}] is {reason!r}: a code is a str and its class a ReasonClass"

@@ -103,18 +103,23 @@ def answer_actions(channel: str, told: Told) -> dict[str, People]:
     """Who matches each action, by the words of the channels' documents, in plain sets."""
     match channel:
         case "whatsapp":
-            delivered = told["delivered"] | told["read"]
+            read = told["read"] | told["replied"]
+            delivered = told["delivered"] | read
             return {
-                "not_read": delivered - told["read"],
+                "not_read": delivered - read,
                 "not_received": (told["failed"] | told["sent"]) - delivered,
-                "read": told["read"],
+                "read": read,
                 "failed": told["failed"] - delivered,
+                "replied": told["replied"],
+                "not_replied": delivered - told["replied"],
             }
         case "sms":
             return {
                 "delivered": told["delivered"],
                 "not_delivered": told["failed"] - told["delivered"],
                 "sent": told.messaged,
+                "replied": told["replied"],
+                "not_replied": told["delivered"] - told["replied"],
             }
         case _:
             sent = told["sent"]

@@ -35,6 +35,8 @@ IpAddress = IPv4Address | IPv6Address
 
 _URL = re.compile(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?([/?][!-\"$-~]*)?")
 
+_TARGET = re.compile(r"/[!-~]*")
+
 
 class NotSent(Exception):
     """Nothing of the request has left: there was no connection in time."""
@@ -91,7 +93,7 @@ class Answer:
     headers: Mapping[str, str]
     """Names in lower case; the last of each name."""
     body: bytes | None
-    """None when it was longer than ``MOST_BYTES``."""
+    """None when it was longer than what was to be taken."""
 
 
 class HttpClient:
@@ -134,6 +136,22 @@ class HttpClient:
             NoAnswer: it may have arrived.
             ValueError: a header's value would end the header.
         """
+        return await self._ask("POST", origin, target, {**headers, "Content-Length": str(len(body))}, body, MOST_BYTES)
+
+    async def get(self, origin: Origin, target: str, headers: Mapping[str, str], *, most_bytes: int = MOST_BYTES) -> Answer:
+        """Ask for something, once; ``most_bytes`` of an answer with its headers, where it may be longer than what a post brings.
+
+        Raises:
+            NotSent, NoAnswer: as ``post`` does.
+            ValueError: the target or a header's value would end its line.
+        """
+        if _TARGET.fullmatch(target) is None:
+            raise ValueError("a target must be visible ASCII")
+        return await self._ask("GET", origin, target, headers, b"", most_bytes)
+
+    async def _ask(
+        self, method: str, origin: Origin, target: str, headers: Mapping[str, str], body: bytes, most_bytes: int
+    ) -> Answer:
         head = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if head.count("\r") != len(headers) or head.count("\n") != len(headers):
             raise ValueError("a header must be one line")
@@ -142,8 +160,8 @@ class HttpClient:
         connection = pool.take_idle() if pool else None
         if connection is None:
             connection = await self._wait_for_connection(origin)
-        request = f"POST {target} HTTP/1.1\r\nHost: {origin.authority}\r\n{head}Content-Length: {len(body)}\r\n\r\n"
-        return await connection.exchange(request.encode("latin-1") + body, deadline)
+        request = f"{method} {target} HTTP/1.1\r\nHost: {origin.authority}\r\n{head}\r\n"
+        return await connection.exchange(request.encode("latin-1") + body, deadline, most_bytes)
 
     async def _wait_for_connection(self, origin: Origin) -> _Connection:
         pool = self._pools.setdefault(origin, _Pool(origin, self._pools))
@@ -275,6 +293,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._answered: asyncio.Future[Answer] | None = None
+        self._most_bytes = MOST_BYTES
         self._idle_since = 0.0
         self._begin()
 
@@ -297,11 +316,12 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def exchange(self, request: bytes, deadline: float) -> Answer:
+    async def exchange(self, request: bytes, deadline: float, most_bytes: int) -> Answer:
         """Write a request and wait for its answer."""
         if self._transport is None or self._transport.is_closing():
             raise NotSent("the connection was closed at once")
         self._begin()
+        self._most_bytes = most_bytes
         answered: asyncio.Future[Answer] = self._loop.create_future()
         self._answered = answered
         timer = self._loop.call_at(deadline, self._fail, "timeout")
@@ -323,7 +343,7 @@ class _Connection(asyncio.Protocol):
             # Nobody asked for it, so nobody may take it for an answer.
             self.abort()
             return
-        room = MOST_BYTES - self._taken
+        room = self._most_bytes - self._taken
         self._taken += len(data)
         try:
             self._parser.feed_data(data if len(data) <= room else data[:room])

@@ -25,6 +25,7 @@ from aftertouch.config import Config
 from aftertouch.console.app import open_console
 from aftertouch.console.visits import PREFIX
 from aftertouch.delivery.breaker import BreakerSettings
+from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.delivery.worker import Worker
 from aftertouch.errors import AftertouchError
 from aftertouch.ingest.intake import Intake
@@ -242,6 +243,8 @@ async def serve(
             )
         )
         await stack.enter_async_context(_run_beside(_keep_house_hourly(core.engine), "keep house", stopping))
+        reconciler = Reconciler(core.engine, core.ledger, core.registry.channels)
+        await stack.enter_async_context(_run_beside(reconciler.run(), "ask for receipts", stopping))
         await stack.enter_async_context(send_beside(config, core, stopping))
         grpc_host = config.grpc_address.rpartition(":")[0]
         yield core, Addresses(f"{grpc_host}:{port}", _name_address(listener), public_url)

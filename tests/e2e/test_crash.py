@@ -55,7 +55,13 @@ async def check_outcome(site: Site, names: dict[str, str], crashes: int) -> None
             assert set(recipients) == {person.external_id for person in site.population if channel in person.channels}
             assert all("attempted" in signals for signals in recipients.values())
             assert handed | unclear == set(recipients)
-            if channel == "push":
+            if channel == "sms":
+                # Twilio says what it took; whoever it refused may be refused twice.
+                assert not unclear
+                assert handed == set(recipients)
+                copies = count_copies([entry for entry in entries[channel] if entry["refused"] is None])
+                assert copies.most_common(1)[0][1] == 1
+            elif channel == "push":
                 tokens = defaultdict(set)
                 for entry in entries[channel]:
                     if entry["refused"] is None:

@@ -41,11 +41,15 @@ ACTIONS: dict[str, dict[str, Callable[[Story], bool]]] = {
         "not_received": lambda story: bool(story & {"sent", "failed"}) and not _was_delivered(story),
         "read": lambda story: "read" in story,
         "failed": lambda story: "failed" in story and not _was_delivered(story),
+        "replied": lambda story: "replied" in story,
+        "not_replied": lambda story: _was_delivered(story) and "replied" not in story,
     },
     "sms": {
         "delivered": lambda story: "delivered" in story,
         "not_delivered": lambda story: bool(story & {"undelivered", "turned down"}) and "delivered" not in story,
         "sent": lambda story: "asked" in story,
+        "replied": lambda story: "replied" in story,
+        "not_replied": lambda story: "delivered" in story and "replied" not in story,
     },
     "push": {
         "clicked": lambda story: "clicked" in story,

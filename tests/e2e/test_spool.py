@@ -240,10 +240,10 @@ async def test_row_that_cannot_be_stored_is_set_aside_and_holds_up_no_other(open
         name, tokens = await launch_push(world)
         before = await count_clicks(world, name)
         async with Spool(tmp_path, 10**6) as spool:
-            await spool.add("push", [Receipt(signal="clicked", token=tokens[0])], [], now)
-            await spool.add("pigeon", [Receipt(signal="delivered", message_id="1")], [], now)
-            await spool.add("push", [Receipt(signal="clicked", token="none of ours")], [], now)
-            await spool.add("push", [Receipt(signal="clicked", token=tokens[1])], [], now)
+            await spool.add("push", Webhook(receipts=(Receipt(signal="clicked", token=tokens[0]),)), now)
+            await spool.add("pigeon", Webhook(receipts=(Receipt(signal="delivered", message_id="1"),)), now)
+            await spool.add("push", Webhook(receipts=(Receipt(signal="clicked", token="none of ours"),)), now)
+            await spool.add("push", Webhook(receipts=(Receipt(signal="clicked", token=tokens[1]),)), now)
             async with Intake(world.core.ledger, world.core.registry.types, spool) as intake:
                 replaying = asyncio.create_task(intake.replay(spool))
                 await wait_until_drained(tmp_path)

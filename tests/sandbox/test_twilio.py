@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -69,11 +70,51 @@ def test_signature_is_that_of_the_published_example() -> None:
     assert signature == "RSOYDt4T1cUTdK1PDd93/VVr8B8="
 
 
+def make_client(sandbox: Sandbox) -> Client:
+    http_client = TwilioHttpClient(timeout=5, pool_connections=False)
+    client = Client(sandbox.settings.account_sid, sandbox.settings.auth_token, http_client=http_client)
+    client.api.base_url = sandbox.url
+    return client
+
+
+async def test_twilios_own_client_lists_page_by_page(
+    make_settings: Callable[..., SandboxSettings], receiver: Receiver, http: aiohttp.ClientSession
+) -> None:
+    async with Sandbox(make_settings(time_scale=100.0)) as sandbox:
+        person, other = (sandbox.population.get_person(number).phone for number in (3, 4))
+        for to, body in ((person, "1"), (other, "2"), (person, "3"), (person, "4")):
+            status, _ = await post(sandbox, http, make_fields(sandbox, receiver, To=to, Body=body))
+            assert status == 201
+        messages = make_client(sandbox).messages
+
+        async def read(**query: Any) -> list[str]:
+            listed = await asyncio.to_thread(messages.list, page_size=2, **query)
+            return [message.body for message in listed]
+
+        assert await read() == ["4", "3", "2", "1"]
+        assert await read(to=person) == await read(from_=sandbox.settings.sender, to=person) == ["4", "3", "1"]
+        assert await read(from_="+34600000000") == []
+        # What waits has no date yet, and is not found by one.
+        assert await read(to=person, date_sent_after=datetime.now(UTC).date() - timedelta(days=1)) == []
+
+
+async def test_list_is_cut_down_to_a_date(sandbox: Sandbox, receiver: Receiver, http: aiohttp.ClientSession) -> None:
+    await post(sandbox, http, make_fields(sandbox, receiver))
+    await sandbox.outbox.drain()
+    messages, today = make_client(sandbox).messages, datetime.now(UTC).date()
+    for query, count in (
+        ({"date_sent_after": today - timedelta(days=1)}, 1),
+        ({"date_sent_after": today + timedelta(days=2)}, 0),
+        ({"date_sent_before": today + timedelta(days=2)}, 1),
+        ({"date_sent_before": today - timedelta(days=2)}, 0),
+        ({"date_sent": today - timedelta(days=2)}, 0),
+    ):
+        assert len(await asyncio.to_thread(messages.list, **query)) == count
+
+
 async def test_twilios_own_client_sends_and_fetches(sandbox: Sandbox, receiver: Receiver) -> None:
     settings = sandbox.settings
-    http_client = TwilioHttpClient(timeout=5, pool_connections=False)
-    client = Client(settings.account_sid, settings.auth_token, http_client=http_client)
-    client.api.base_url = sandbox.url
+    client = make_client(sandbox)
 
     def send(to: str) -> Any:
         return client.messages.create(

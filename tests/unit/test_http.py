@@ -35,8 +35,8 @@ async def run_server(serve: Serve) -> AsyncIterator[Origin]:
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
     head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    return head + await reader.readexactly(length)
+    length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+    return head + await reader.readexactly(int(length or 0))
 
 
 def answer_with(*parts: bytes, keep: bool = True) -> Serve:
@@ -109,6 +109,34 @@ async def test_answer_without_an_end_is_cut_off(size: int) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size
     found = await post(answer_with(head + b"x" * size))
     assert (found.status, found.body) == (200, None)
+
+
+async def test_get_takes_longer_answers_where_it_says_so() -> None:
+    body = b"x" * (http.MOST_BYTES + 1)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+    async with run_server(answer_with(answer + body)) as origin, HttpClient(timeout=5) as client:
+        assert (await client.get(origin, "/x?a=1", {})).body is None
+        assert (await client.get(origin, "/x?a=1", {}, most_bytes=2 * len(body))).body == body
+        assert (await client.get(origin, "/x?a=1", {})).body is None
+
+
+async def test_get_has_no_body() -> None:
+    requests = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await read_request(reader))
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    async with run_server(serve) as origin, HttpClient(timeout=5) as client:
+        await client.get(origin, "/x?a=1", {"Accept": "a/b"})
+    assert requests == [f"GET /x?a=1 HTTP/1.1\r\nHost: {origin.authority}\r\nAccept: a/b\r\n\r\n".encode()]
+
+
+@pytest.mark.parametrize("target", ["", "x", "/a b", "/a\r\nX: y", "/é"])
+async def test_get_of_a_target_that_is_none_is_an_error(target: str) -> None:
+    async with HttpClient(timeout=5) as client:
+        with pytest.raises(ValueError, match="visible"):
+            await client.get(Origin("http", "127.0.0.1", 1), target, {})
 
 
 async def test_silence_ends_in_time_and_leaves_it_open_what_happened() -> None:

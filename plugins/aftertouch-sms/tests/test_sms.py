@@ -5,7 +5,8 @@ import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from urllib.parse import urlencode
 
 import aftertouch_sms
@@ -23,12 +24,17 @@ from aftertouch import hookspecs
 from aftertouch.channels import (
     Accepted,
     InvalidSignature,
+    Limit,
     Message,
+    NotTaken,
     Outcome,
     ReasonClass,
     Receipt,
     Refused,
+    Reply,
+    Standing,
     Unclear,
+    Webhook,
     WebhookRequest,
 )
 from aftertouch.signals import CORE_IMPLICATIONS, parse
@@ -294,6 +300,147 @@ async def test_send_keeps_twilios_limits_before_asking() -> None:
     assert {SmsChannel.classify(code) for code in ("payload_too_large", "empty_text")} == {ReasonClass.CONTENT}
 
 
+def test_limit_is_the_accounts_and_twilios_own_unless_it_is_set() -> None:
+    assert make_channel().limits(make_message()) == (Limit(key="account"),)
+    [limit] = make_channel(messages_per_second="80").limits(make_message())
+    assert limit == Limit(key="account", interval=timedelta(milliseconds=12.5))
+    assert SmsChannel.classify("20429") is ReasonClass.RATE
+
+
+# Looking up what was taken
+
+LAUNCHED = datetime(2026, 11, 22, 9, 0, tzinfo=UTC)
+
+
+def list_message(**fields: object) -> dict[str, object]:
+    """A message as Twilio lists it, which is the one that is looked up unless said otherwise."""
+    minutes = fields.pop("minutes", 1)
+    assert isinstance(minutes, int)
+    return {
+        "sid": SID,
+        "to": "+16502530000",
+        "from": "+15005550006",
+        "body": "Ends tonight",
+        "direction": "outbound-api",
+        "messaging_service_sid": SERVICE,
+        "status": "queued",
+        "date_created": format_datetime(LAUNCHED + timedelta(minutes=minutes)),
+        "date_sent": None,
+        **fields,
+    }
+
+
+def list_pages(*pages: list[dict[str, object]]) -> Handler:
+    """A list in pages, each with the address of the next."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        page = int(request.query.get("Page", 0))
+        following = f"{request.path}?Page={page + 1}" if page + 1 < len(pages) else None
+        return web.json_response({"messages": pages[page], "next_page_uri": following})
+
+    return answer
+
+
+async def look_up_one(answer: Handler, **values: object) -> object:
+    async with run_twilio(answer) as twilio, make_channel(api_url=twilio.url, **values) as channel:
+        [finding] = await channel.look_up([make_message()], LAUNCHED)
+        assert [method for method, *_ in twilio.requests] == ["GET"] * len(twilio.requests)
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("pages", "finding"),
+    [
+        ([[]], NotTaken()),
+        ([[list_message()]], Accepted(message_id=SID)),
+        ([[list_message(body="Hello")], [list_message()]], Accepted(message_id=SID)),
+        ([[list_message(body="Hello")], []], Unclear(detail="another message to the number")),
+        ([[list_message(minutes=-1), list_message(minutes=-100)]], NotTaken()),
+        ([[list_message(direction="inbound")]], NotTaken()),
+        ([[list_message(messaging_service_sid="MG" + "2" * 32)]], NotTaken()),
+        ([[list_message(date_created=None, body="Hello")]], Unclear(detail="another message to the number")),
+        ([[]] * 6, Unclear(detail="too many messages to the number")),
+    ],
+    ids=["none", "this one", "on page 2", "another one", "older", "their own", "others'", "without a date", "too many"],
+)
+async def test_look_up_finds_what_twilio_took(pages: list[list[dict[str, object]]], finding: object) -> None:
+    assert await look_up_one(list_pages(*pages)) == finding
+
+
+async def test_look_up_knows_its_sender() -> None:
+    sender = {"messaging_service_sid": "", "sender": "+15005550006"}
+    assert await look_up_one(list_pages([list_message(messaging_service_sid=None)]), **sender) == Accepted(message_id=SID)
+    assert await look_up_one(list_pages([list_message(messaging_service_sid=None)]), messaging_service_sid="", sender="ACME") == (
+        NotTaken()
+    )
+
+
+async def test_look_up_asks_for_one_number_and_leaves_nothing_out_by_its_date() -> None:
+    queries = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        queries.append(dict(request.query))
+        return web.json_response({"messages": [], "next_page_uri": None})
+
+    await look_up_one(answer)
+    assert queries == [{"To": "+16502530000", "PageSize": "100"}]
+
+
+async def stall(_: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(0.5)
+    return web.json_response({"messages": []})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answer_with(429, {"code": 20429}),
+        answer_with(200, {"messages": [None]}),
+        answer_with(200, {}),
+        answer_with(200, []),
+        answer_with(200, {"messages": [], "next_page_uri": "/a b"}),
+        stall,
+    ],
+    ids=["too fast", "no messages", "no list", "no object", "no address", "silence"],
+)
+async def test_look_up_is_unclear_when_twilio_does_not_say(answer: Handler) -> None:
+    assert isinstance(await look_up_one(answer), Unclear)
+
+
+# Asking what became of messages
+
+
+@pytest.mark.parametrize(
+    ("resource", "receipt"),
+    [
+        ({"status": "queued", "error_code": None}, None),
+        ({"status": "sent", "error_code": None}, None),
+        ({"status": "delivered", "error_code": None}, Receipt(signal="delivered", message_id=SID)),
+        ({"status": "undelivered", "error_code": 30003}, Receipt(signal="failed", message_id=SID, code="30003")),
+        ({"status": "failed", "error_code": None}, Receipt(signal="failed", message_id=SID)),
+        (
+            {"status": "delivered", "date_updated": "Sun, 22 Nov 2026 09:00:00 +0000"},
+            Receipt(signal="delivered", message_id=SID, time=LAUNCHED),
+        ),
+        ({"status": "teleported"}, None),
+        ([], None),
+    ],
+)
+async def test_fetched_message_brings_what_is_news(resource: object, receipt: Receipt | None) -> None:
+    async with run_twilio(answer_with(200, resource)) as twilio, make_channel(api_url=twilio.url) as channel:
+        found = await channel.fetch_receipts([SID])
+        assert [(method, path) for method, path, *_ in twilio.requests] == [
+            ("GET", f"/2010-04-01/Accounts/{ACCOUNT}/Messages/{SID}.json")
+        ]
+    assert found == ([receipt] if receipt else [])
+
+
+async def test_fetched_message_that_is_gone_or_none_of_twilios_brings_nothing() -> None:
+    async with run_twilio(answer_with(404, {"code": 20404})) as twilio, make_channel(api_url=twilio.url) as channel:
+        assert await channel.fetch_receipts([SID, "../../Accounts"]) == []
+        assert len(twilio.requests) == 1
+
+
 # Status callbacks
 
 
@@ -398,7 +545,75 @@ def test_webhook_of_an_unknown_status_is_kept_without_the_person() -> None:
     assert "hello" not in text
 
 
-def test_webhook_of_an_inbound_message_is_kept() -> None:
-    webhook = make_channel().parse(make_callback(WEBHOOK_URL, SmsStatus="received", Body="STOP", OptOutType="STOP"))
-    assert webhook.receipts == ()
+# What people write
+
+NUMBER = SmsAddress(phone="+16502530000")
+
+
+def read_inbound(body: str, **form: str) -> Webhook:
+    """What a text to our Messaging Service says."""
+    values = {"SmsStatus": "received", "From": NUMBER.phone, "To": "+15005550006", "MessagingServiceSid": SERVICE, **form}
+    request = make_callback(WEBHOOK_URL, Body=body, **values)
+    channel = make_channel()
+    channel.verify(request)
+    return channel.parse(request)
+
+
+@pytest.mark.parametrize("word", ["STOP", "stopall", " Unsubscribe\n", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"])
+def test_stop_ends_the_subscription_and_is_no_reply(word: str) -> None:
+    assert read_inbound(word) == Webhook(standings=(Standing(address=NUMBER, state="opted_out", reason="STOP"),))
+
+
+@pytest.mark.parametrize("word", ["START", "unstop"])
+def test_start_takes_the_stop_back(word: str) -> None:
+    assert read_inbound(word) == Webhook(standings=(Standing(address=NUMBER, state="active", reason="START"),))
+
+
+def test_yes_may_be_both() -> None:
+    """Twilio takes it for START, and somebody may have been asked something."""
+    webhook = read_inbound("Yes")
+    assert webhook.replies == (Reply(address=NUMBER),)
+    assert [standing.state for standing in webhook.standings] == ["active"]
+
+
+@pytest.mark.parametrize("word", ["HELP", "info"])
+def test_help_is_left_to_twilio(word: str) -> None:
+    assert read_inbound(word) == Webhook()
+
+
+@pytest.mark.parametrize("body", ["Please stop calling", "Stop it!", "", "Great", "helpful"])
+def test_any_other_text_is_a_reply(body: str) -> None:
+    assert read_inbound(body) == Webhook(replies=(Reply(address=NUMBER),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "webhook"),
+    [
+        ("STOP", Webhook(standings=(Standing(address=NUMBER, state="opted_out", reason="STOP"),))),
+        ("START", Webhook(standings=(Standing(address=NUMBER, state="active", reason="START"),))),
+        ("HELP", Webhook()),
+    ],
+)
+def test_words_of_an_accounts_own_mean_what_twilio_says(kind: str, webhook: Webhook) -> None:
+    assert read_inbound("ARRET", OptOutType=kind) == webhook
+
+
+@pytest.mark.parametrize("form", [{"MessagingServiceSid": "MG" + "2" * 32}, {"From": "12345"}, {"From": ""}])
+def test_text_that_is_for_somebody_else_or_from_no_number_ends_nothing(form: dict[str, str]) -> None:
+    webhook = read_inbound("STOP", **form)
+    assert webhook.standings == webhook.replies == ()
     assert len(webhook.unrecognized) == 1
+    assert "12345" not in webhook.unrecognized[0]
+
+
+def test_text_to_a_single_sender_is_for_us() -> None:
+    request = make_callback(WEBHOOK_URL, SmsStatus="received", Body="Hi", From=NUMBER.phone, To="+15005550006")
+    settings = {"messaging_service_sid": "", "sender": "+15005550006"}
+    assert make_channel(**settings).parse(request).replies == (Reply(address=NUMBER),)
+    assert make_channel(**settings | {"sender": "+15005550007"}).parse(request).replies == ()
+
+
+def test_text_of_a_person_shows_in_nothing_that_is_kept() -> None:
+    webhook = read_inbound("my secret")
+    assert "secret" not in repr(webhook)
+    assert "650253" not in repr(webhook)

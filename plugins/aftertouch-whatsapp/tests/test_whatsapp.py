@@ -36,12 +36,16 @@ from aftertouch.channels import (
     Accepted,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
     Receipt,
     Refused,
+    Reply,
     Unclear,
+    Webhook,
+    WebhookAnswer,
     WebhookRequest,
 )
 from aftertouch.signals import CORE_IMPLICATIONS, close_implications, parse
@@ -346,6 +350,23 @@ async def test_send_keeps_metas_limits_before_asking(content: dict[str, object],
     assert WhatsAppChannel.classify(code) is ReasonClass.CONTENT
 
 
+def test_limits_are_the_numbers_and_the_persons() -> None:
+    [number, person] = make_channel().limits(make_message())
+    assert number == Limit(key="number/106540352242922", interval=timedelta(milliseconds=12.5))
+    assert person.interval == timedelta(seconds=6)
+    assert person in make_channel().limits(make_message(template="winter_sale"))
+    assert person not in make_channel().limits(make_message("+16502530001"))
+    assert "650253" not in person.key
+
+
+async def test_refusal_names_the_limit_that_is_exhausted() -> None:
+    [_, person] = make_channel().limits(make_message())
+    assert await send_one(refuse_with(400, 131056)) == Refused(code="131056", limit=person.key)
+    for code in (130429, 80007):
+        assert await send_one(refuse_with(429, code)) == Refused(code=str(code))
+    assert {WhatsAppChannel.classify(code) for code in ("131056", "130429", "80007")} == {ReasonClass.RATE}
+
+
 # Webhooks
 
 
@@ -479,15 +500,98 @@ def test_webhook_with_one_strange_status_keeps_the_others(strange: object) -> No
 
 
 def test_webhook_of_another_field_is_kept() -> None:
-    assert read(make_update(field="user_preferences")) == ((), ("field=user_preferences",))
+    assert read(make_update(field="phone_number_quality_update")) == ((), ("field=phone_number_quality_update",))
 
 
 def test_webhook_of_an_account_error_is_kept() -> None:
     assert read(make_update(errors=[{"code": 131031, "title": "locked"}])) == ((), ("error=131031",))
 
 
-def test_webhook_of_an_inbound_message_brings_nothing() -> None:
-    assert read(make_update(messages=[{"from": "16505551234", "text": {"body": "hello"}}])) == ((), ())
+# What people write
+
+NUMBER = WhatsAppAddress(phone="+16502530000")
+SENT_AT = datetime(2025, 6, 28, 20, 34, 48, tzinfo=UTC)
+
+
+def make_inbound(kind: str, **values: object) -> dict[str, object]:
+    return {"from": "16502530000", "id": "wamid.in", "timestamp": "1751142888", "type": kind, **values}
+
+
+def read_inbound(*messages: object, **value: object) -> Webhook:
+    return make_channel().parse(make_request(json.dumps(make_update(messages=list(messages), **value)).encode()))
+
+
+@pytest.mark.parametrize(
+    ("message", "message_id"),
+    [
+        (make_inbound("text", text={"body": "Great!"}), None),
+        (make_inbound("text", text={"body": "Great!"}, context={"from": "15550783881", "id": WAMID}), WAMID),
+        (make_inbound("button", button={"payload": "YES", "text": "Yes"}, context={"from": "1", "id": WAMID}), WAMID),
+        (make_inbound("interactive", interactive={"type": "button_reply"}, context={"id": WAMID}), WAMID),
+        (make_inbound("image", image={"id": "1"}), None),
+        (make_inbound("reaction", reaction={"message_id": WAMID}), None),
+        (make_inbound("unheard_of"), None),
+    ],
+)
+def test_message_of_a_person_is_a_reply_to_what_it_names(message: dict[str, object], message_id: str | None) -> None:
+    webhook = read_inbound(message)
+    assert webhook.replies == (Reply(address=NUMBER, message_id=message_id, time=SENT_AT),)
+    assert webhook.standings == webhook.unrecognized == ()
+
+
+@pytest.mark.parametrize(
+    ("message", "state"),
+    [
+        (make_inbound("text", text={"body": " stop "}), "opted_out"),
+        (make_inbound("button", button={"payload": "x", "text": "Stop promotions"}), "opted_out"),
+        (make_inbound("button", button={"payload": "STOP", "text": "Basta"}, context={"id": WAMID}), "opted_out"),
+        (make_inbound("text", text={"body": "Start"}), "active"),
+    ],
+)
+def test_stop_and_start_are_respected(message: dict[str, object], state: str) -> None:
+    webhook = read_inbound(message)
+    assert [(standing.address, standing.state, standing.time) for standing in webhook.standings] == [(NUMBER, state, SENT_AT)]
+    assert webhook.replies == webhook.unrecognized == ()
+
+
+def test_text_that_only_mentions_stop_is_a_reply() -> None:
+    assert read_inbound(make_inbound("text", text={"body": "Stop by any time"})).standings == ()
+
+
+@pytest.mark.parametrize(("value", "state"), [("stop", "opted_out"), ("resume", "active")])
+@pytest.mark.parametrize("timestamp", ["1751142888", 1751142888])
+def test_preference_ends_or_resumes_the_subscription(value: str, state: str, timestamp: object) -> None:
+    preference = {"wa_id": "16502530000", "detail": "x", "category": "marketing_messages", "value": value, "timestamp": timestamp}
+    webhook = make_channel().parse(
+        make_request(json.dumps(make_update(field="user_preferences", user_preferences=[preference])).encode())
+    )
+    [standing] = webhook.standings
+    assert (standing.address, standing.state, standing.reason, standing.time) == (NUMBER, state, "user_preferences", SENT_AT)
+    assert webhook.unrecognized == ()
+
+
+def test_change_of_a_persons_number_is_no_reply() -> None:
+    assert read_inbound(make_inbound("system", system={"body": "x", "wa_id": "1"})) == Webhook(answer=WebhookAnswer(status=200))
+
+
+@pytest.mark.parametrize("message", [None, {}, make_inbound("text", **{"from": "x"}), make_inbound("text", text=None)])
+def test_message_that_cannot_be_read_is_kept_without_the_person(message: object) -> None:
+    webhook = read_inbound(message, make_inbound("text"))
+    assert len(webhook.replies) == 1
+    [kept] = webhook.unrecognized
+    assert "650253" not in kept
+
+
+def test_message_to_another_number_of_the_account_ends_nothing() -> None:
+    webhook = read_inbound(make_inbound("text", text={"body": "STOP"}), metadata={"phone_number_id": "1"})
+    assert webhook.standings == webhook.replies == ()
+    assert len(webhook.unrecognized) == 1
+
+
+def test_message_of_a_person_shows_in_nothing_that_is_kept() -> None:
+    shown = repr(read_inbound(make_inbound("text", text={"body": "my secret"})))
+    assert "secret" not in shown
+    assert "650253" not in shown
 
 
 @settings(deadline=None)

@@ -89,7 +89,7 @@ class Intake:
             SpoolFull: the database is away, and there is no room.
             sqlite3.Error: the database is away, and the disk is full or broken.
         """
-        if not webhook.receipts and not webhook.unrecognized:
+        if not (webhook.receipts or webhook.replies or webhook.standings or webhook.unrecognized):
             return
         arrive_time = datetime.now(UTC)
         if not self._is_away and await self._store_in_time(channel, webhook):
@@ -98,7 +98,7 @@ class Intake:
         if self._spool is None:
             raise DatabaseUnavailable
         self._has_failed = True
-        await self._spool.add(channel, webhook.receipts, webhook.unrecognized, arrive_time)
+        await self._spool.add(channel, webhook, arrive_time)
         self._spooled.set()
 
     async def replay(self, spool: Spool) -> None:
@@ -199,7 +199,7 @@ class Intake:
         """Let no stranger write to the disk: of webhooks that are not signed, only tokens prove anything without the database."""
         if self._channels[channel].channel.capabilities.signed_webhooks:
             return
-        if not self._ledger.are_tokens_ours(webhook.receipts):
+        if webhook.replies or webhook.standings or not self._ledger.are_tokens_ours(webhook.receipts):
             raise TokenInvalid
         if webhook.unrecognized or not all(receipt.token for receipt in webhook.receipts):
             raise DatabaseUnavailable

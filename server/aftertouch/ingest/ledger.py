@@ -12,10 +12,11 @@ import numpy as np
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from aftertouch.channels import ReasonClass, Receipt, Webhook
+from aftertouch.channels import ReasonClass, Receipt, Reply, Webhook
 from aftertouch.declarations import ChannelType
 from aftertouch.errors import DatabaseUnavailable
 from aftertouch.ingest.batcher import RETRY_SECONDS, Batcher, Submission
+from aftertouch.ingest.inbound import apply_standings, find_answered
 from aftertouch.ingest.lookups import Lookups
 from aftertouch.ingest.reports import Rejection, Reports, kind_of, place_reports
 from aftertouch.ingest.tokens import TEST_POSITION, TokenCodec
@@ -144,10 +145,12 @@ class Ledger:
         """
         now = datetime.now(UTC)
         declared = self._channels[channel]
+        is_signed = declared.channel.capabilities.signed_webhooks
         targets = iter(await self._find_targets(channel, [receipt for webhook in webhooks for receipt in webhook.receipts]))
         facts: list[Fact] = []
         strange: list[str] = []
-        proven = []
+        proven: list[bool] = []
+        taken: list[Webhook] = []
         for webhook in webhooks:
             found, odd = [], []
             # The receipts first: of an iterator that has come to its end, zip would have taken one more target.
@@ -160,10 +163,12 @@ class Ledger:
                     continue
                 kind = kind_of(self.lookups, declared, receipt.signal, clean_text(receipt.code or ""))
                 found.append(Fact(campaign, position, kind, receipt.time or now))
-            proven.append(not odd or declared.channel.capabilities.signed_webhooks)
+            proven.append(is_signed or not (odd or webhook.replies or webhook.standings))
             if proven[-1]:
+                taken.append(webhook)
                 facts += found
                 strange += (*webhook.unrecognized, *odd)
+        facts += await self._attribute(declared, [reply for webhook in taken for reply in webhook.replies])
         if strange:
             log.warning("receipts were not recognized", action="ingest_webhooks", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
@@ -172,7 +177,28 @@ class Ledger:
             numbers = await self.lookups.number_kinds({fact.kind for fact in facts})
             await (await self._batcher.submit(Submission(encode_facts(facts, numbers))))
         await self._follow(channel, facts)
+        if standings := [standing for webhook in taken for standing in webhook.standings]:
+            async with transaction(self._engine) as conn:
+                changed = await apply_standings(conn, channel, standings)
+            log.info("people said stop or start", action="ingest_webhooks", channel=channel, told=len(standings), changed=changed)
         return proven
+
+    async def _attribute(self, declared: ChannelType, replies: Sequence[Reply]) -> list[Fact]:
+        """What replies say of the messages that they answer. Who writes without having been written to is no news."""
+        if not replies:
+            return []
+        channel, now = declared.channel.name, datetime.now(UTC)
+        named = [Receipt(signal=reply.signal, message_id=reply.message_id) for reply in replies]
+        targets = await self._find_targets(channel, named)
+        unnamed = [at for at, (campaign, position) in enumerate(targets) if campaign is None and position != TEST_POSITION]
+        async with transaction(self._engine) as conn:
+            for at in unnamed:
+                targets[at] = await find_answered(conn, channel, replies[at]) or (None, 0)
+        return [
+            Fact(campaign, position, Kind(reply.signal), reply.time or now)
+            for reply, (campaign, position) in zip(replies, targets, strict=True)
+            if campaign is not None and reply.signal in declared.evidence
+        ]
 
     def are_tokens_ours(self, receipts: Sequence[Receipt]) -> bool:
         """True when every token of the receipts was made by us; needs no database."""

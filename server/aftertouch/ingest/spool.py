@@ -8,18 +8,19 @@ file; each replays what it finds, and since the numbers of rows are never used a
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from aftertouch.channels import Receipt, Webhook
+from aftertouch.channels import Address, Receipt, Reply, Standing, Webhook
 
 FILE = "spool.sqlite"
 ROW_BYTES = 100
@@ -31,11 +32,11 @@ BUSY_SECONDS = 5.0
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spooled (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, channel TEXT NOT NULL, receipts TEXT NOT NULL, unrecognized TEXT NOT NULL,
-    arrive_time TEXT NOT NULL, size INTEGER NOT NULL, error TEXT);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, channel TEXT NOT NULL, receipts TEXT NOT NULL, inbound TEXT NOT NULL,
+    unrecognized TEXT NOT NULL, arrive_time TEXT NOT NULL, size INTEGER NOT NULL, error TEXT);
 CREATE INDEX IF NOT EXISTS spooled_by_error ON spooled (error, id, size);
 """
-_Row = tuple[str, str, str, str, int]
+_Row = tuple[str, str, str, str, str, int]
 Answer = TypeVar("Answer")
 
 
@@ -47,6 +48,16 @@ class SpoolUnusable(Exception):
     """The file cannot be opened; the text says what to do about it."""
 
 
+class KeptAddress(Address):
+    """All that is kept of an address that somebody wrote from."""
+
+    text: str
+
+    @property
+    def key(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True)
 class Spooled:
     """What one webhook said, as it was written down."""
@@ -54,16 +65,34 @@ class Spooled:
     number: int
     channel: str
     receipts: str
+    inbound: str
     unrecognized: str
     size: int
 
     def read(self) -> Webhook:
-        """What it said; every receipt has a time."""
-        receipts = json.loads(self.receipts)
+        """What it said; everything has a time."""
+        receipts, inbound = json.loads(self.receipts), json.loads(self.inbound)
         return Webhook(
-            receipts=tuple(Receipt(**{**fields, "time": datetime.fromisoformat(fields["time"])}) for fields in receipts),
+            receipts=tuple(Receipt(**_read_time(fields)) for fields in receipts),
+            replies=tuple(Reply(**_read_address(fields)) for fields in inbound["replies"]),
+            standings=tuple(Standing(**_read_address(fields)) for fields in inbound["standings"]),
             unrecognized=tuple(map(str, json.loads(self.unrecognized))),
         )
+
+
+def _read_time(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "time": datetime.fromisoformat(fields["time"])}
+
+
+def _read_address(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**_read_time(fields), "address": KeptAddress(text=fields["address"])}
+
+
+def _write(item: Receipt | Reply | Standing, arrive_time: datetime) -> dict[str, Any]:
+    fields = {each.name: getattr(item, each.name) for each in dataclasses.fields(item)}
+    if not isinstance(item, Receipt):
+        fields["address"] = item.address.key
+    return fields | {"time": (item.time or arrive_time).isoformat()}
 
 
 @dataclass
@@ -106,17 +135,20 @@ class Spool:
         await self._run(lambda: self._conn.close())
         self._thread.shutdown()
 
-    async def add(self, channel: str, receipts: Sequence[Receipt], unrecognized: Sequence[str], arrive_time: datetime) -> None:
-        """Return when it is on disk; what comes meanwhile shares the next sync. A receipt without a time gets the arrival's.
+    async def add(self, channel: str, webhook: Webhook, arrive_time: datetime) -> None:
+        """Return when it is on disk; what comes meanwhile shares the next sync. What has no time gets the arrival's.
 
         Raises:
             SpoolFull: it does not fit.
             sqlite3.Error: the disk is full or broken.
         """
-        written = json.dumps([asdict(receipt) | {"time": (receipt.time or arrive_time).isoformat()} for receipt in receipts])
-        strange = json.dumps(list(unrecognized))
-        size = len(written) + len(strange) + ROW_BYTES
-        addition = _Addition((channel, written, strange, arrive_time.isoformat(), size))
+        written = json.dumps([_write(receipt, arrive_time) for receipt in webhook.receipts])
+        inbound = json.dumps(
+            {name: [_write(item, arrive_time) for item in getattr(webhook, name)] for name in ("replies", "standings")}
+        )
+        strange = json.dumps(list(webhook.unrecognized))
+        size = len(written) + len(inbound) + len(strange) + ROW_BYTES
+        addition = _Addition((channel, written, inbound, strange, arrive_time.isoformat(), size))
         self._additions.append(addition)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write(), name="write the spool")
@@ -184,7 +216,8 @@ class Spool:
                     break
                 fitting += 1
             self._conn.executemany(
-                "INSERT INTO spooled (channel, receipts, unrecognized, arrive_time, size) VALUES (?, ?, ?, ?, ?)", rows[:fitting]
+                "INSERT INTO spooled (channel, receipts, inbound, unrecognized, arrive_time, size) VALUES (?, ?, ?, ?, ?, ?)",
+                rows[:fitting],
             )
         self.size += sum(row[-1] for row in rows[:fitting])
         self.waiting += fitting
@@ -195,7 +228,7 @@ class Spool:
         found: list[Spooled] = []
         size = 0
         cursor = self._conn.execute(
-            "SELECT id, channel, receipts, unrecognized, size FROM spooled WHERE error IS NULL ORDER BY id"
+            "SELECT id, channel, receipts, inbound, unrecognized, size FROM spooled WHERE error IS NULL ORDER BY id"
         )
         for columns in cursor:
             found.append(Spooled(*columns))

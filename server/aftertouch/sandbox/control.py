@@ -6,9 +6,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -22,6 +22,18 @@ from .webhooks import Outbox
 
 _LONGEST_DRAIN = 600.0
 _LINES_PER_CHUNK = 500
+
+
+class Inbound(BaseModel):
+    """What a person does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channel: Literal["sms", "whatsapp"]
+    address: str
+    text: str = ""
+    preference: Literal["stop", "resume"] | None = None
+    """On WhatsApp: instead of writing, in the settings."""
 
 
 class Control:
@@ -40,6 +52,7 @@ class Control:
             Route("/sandbox/drain", self._drain, methods=["POST"]),
             Route("/sandbox/reset", self._reset, methods=["POST"]),
             Route("/sandbox/faults", self._set_fault, methods=["PUT"]),
+            Route("/sandbox/inbound", self._write, methods=["POST"]),
             Route("/sandbox/whatsapp-webhook", self._set_webhook, methods=["PUT"]),
         ]
 
@@ -54,6 +67,7 @@ class Control:
         self._faults.clear()
         self._truth.clear()
         self._twilio.clear()
+        self._meta.clear()
         self._push.clear()
 
     async def _show_truth(self, request: Request) -> Response:
@@ -85,6 +99,24 @@ class Control:
         except ValidationError as problem:
             return JSONResponse(json.loads(problem.json(include_url=False)), 400)
         return Response(status_code=204)
+
+    async def _write(self, request: Request) -> Response:
+        """Let a person write to the business, or say in WhatsApp's settings what they want."""
+        try:
+            inbound = Inbound.model_validate_json(await request.body())
+        except ValidationError as problem:
+            return JSONResponse(json.loads(problem.json(include_url=False)), 400)
+        if not self.write(inbound):
+            return JSONResponse({"error": "nothing was ever sent to this address"}, 409)
+        return Response(status_code=204)
+
+    def write(self, inbound: Inbound) -> bool:
+        """Let a person write; False when nothing was ever sent to them, so that they know nobody to write to."""
+        if inbound.preference is not None:
+            self._meta.prefer(inbound.address, inbound.preference)
+            return True
+        receiver = self._twilio if inbound.channel == "sms" else self._meta
+        return receiver.receive(inbound.address, inbound.text)
 
     async def _set_webhook(self, request: Request) -> Response:
         try:

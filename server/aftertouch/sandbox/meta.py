@@ -80,8 +80,28 @@ class _Report:
     code: int | None = None
 
 
-class Webhooks(Stream[_Report]):
-    """The app's subscription to the field ``messages``."""
+@dataclass(frozen=True, slots=True)
+class _Inbound:
+    """What a person sends after a message: the message's own type and what belongs to it, as the webhook has it."""
+
+    entry: Entry
+    content: Mapping[str, Any]
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Preference:
+    """What a person says of the business's marketing in WhatsApp's settings."""
+
+    address: str
+    value: str
+
+
+_News = _Report | _Inbound | _Preference
+
+
+class Webhooks(Stream[_News]):
+    """The app's subscription to the fields ``messages`` and ``user_preferences``."""
 
     name = "meta"
     batch_size = 1000
@@ -105,13 +125,14 @@ class Webhooks(Stream[_Report]):
             self._verified = self.url
             return True
 
-    def compose(self, items: Sequence[_Report]) -> Request | None:
+    def compose(self, items: Sequence[_News]) -> Request | None:
         if self.url is None:
             return None
-        remaining = iter(items)
         changes = []
-        while chunk := list(islice(remaining, _STATUSES_PER_CHANGE)):
-            changes.append({"field": "messages", "value": self._describe_value(chunk)})
+        for kind, field in ((_Report, "messages"), (_Inbound, "messages"), (_Preference, "user_preferences")):
+            remaining = (item for item in items if isinstance(item, kind))
+            while chunk := list(islice(remaining, _STATUSES_PER_CHANGE)):
+                changes.append({"field": field, "value": self._describe_value(chunk)})
         payload = {
             "object": "whatsapp_business_account",
             "entry": [{"id": self.settings.business_account_id, "changes": changes}],
@@ -128,20 +149,30 @@ class Webhooks(Stream[_Report]):
             },
         )
 
-    def _describe_value(self, reports: Sequence[_Report]) -> dict[str, Any]:
-        return {
+    def _describe_value(self, news: Sequence[_News]) -> dict[str, Any]:
+        described: dict[str, Any] = {
             "messaging_product": "whatsapp",
             "metadata": {
                 "display_phone_number": self.settings.display_phone_number,
                 "phone_number_id": self.settings.phone_number_id,
             },
-            "contacts": [_describe_contact(report.entry) for report in reports],
-            "statuses": [_describe_status(report) for report in reports],
+            "contacts": [_describe_contact(item.entry) for item in news if not isinstance(item, _Preference)],
         }
+        for item in news:
+            match item:
+                case _Report():
+                    described.setdefault("statuses", []).append(_describe_status(item))
+                case _Inbound():
+                    described.setdefault("messages", []).append(_describe_inbound(item))
+                case _Preference():
+                    described.setdefault("user_preferences", []).append(_describe_preference(item))
+        return described
 
-    def acknowledge(self, items: Sequence[_Report]) -> None:
-        for report in items:
-            if decision := report.entry.signals.get(report.status):
+    def acknowledge(self, items: Sequence[_News]) -> None:
+        for item in items:
+            if isinstance(item, _Preference):
+                continue
+            if decision := item.entry.signals.get(item.status if isinstance(item, _Report) else "replied"):
                 decision.acknowledged = True
 
     def is_taken(self, status: int) -> bool:
@@ -172,6 +203,21 @@ def _describe_status(report: _Report) -> dict[str, Any]:
     return status
 
 
+def _describe_inbound(inbound: _Inbound) -> dict[str, Any]:
+    sender = {"from": inbound.entry.address.removeprefix("+"), "id": inbound.id, "timestamp": str(int(time.time()))}
+    return {**sender, **inbound.content}
+
+
+def _describe_preference(preference: _Preference) -> dict[str, Any]:
+    return {
+        "wa_id": preference.address.removeprefix("+"),
+        "detail": f"User requested to {preference.value} marketing messages",
+        "category": "marketing_messages",
+        "value": preference.value,
+        "timestamp": int(time.time()),
+    }
+
+
 def sign_webhook(app_secret: str, body: bytes) -> str:
     """The value of X-Hub-Signature-256."""
     return "sha256=" + hmac.new(app_secret.encode(), body, "sha256").hexdigest()
@@ -187,7 +233,31 @@ class Meta:
         self._faults = faults
         self._outbox = outbox
         self.webhooks = Webhooks(settings)
+        self._entries: dict[str, Entry] = {}
+        """The last message to each address."""
+        self._stopped: set[str] = set()
         self.routes = [Route("/{version}/{number}/messages", self._create, methods=["POST"])]
+
+    def clear(self) -> None:
+        """Forget all messages, and who stopped."""
+        self._entries.clear()
+        self._stopped.clear()
+
+    def receive(self, address: str, text: str) -> bool:
+        """Let a person write, to whoever wrote to them last; False when nobody did."""
+        if address not in self._entries:
+            return False
+        self._hear(self._entries[address], {"type": "text", "text": {"body": text}}, 0.0, 0.1)
+        return True
+
+    def prefer(self, address: str, value: str) -> None:
+        """Let a person ``stop`` or ``resume`` the business's marketing."""
+        (self._stopped.add if value == "stop" else self._stopped.discard)(address)
+        self._outbox.schedule(self.webhooks, _Preference(address, value), 0.0, 0.1)
+
+    def _hear(self, entry: Entry, content: Mapping[str, Any], earliest: float, latest: float) -> None:
+        inbound = _Inbound(entry, content, f"wamid.{b64encode(secrets.token_bytes(36)).decode()}")
+        self._outbox.schedule(self.webhooks, inbound, earliest, latest)
 
     async def _create(self, request: HttpRequest) -> Response:
         fault = self._faults.strike("whatsapp")
@@ -230,6 +300,7 @@ class Meta:
         entry = self._truth.record(
             "whatsapp", address, person, token=echo, message_id=message_id, title=title, content=message[kind]
         )
+        self._entries[address] = entry
         self._decide(entry, kind)
         accepted = {"message_status": "accepted"} if kind == "template" else {}
         return {
@@ -268,7 +339,7 @@ class Meta:
         shares = self._settings.shares
         trait = draw_numbers(self._settings.seed, "whatsapp", entry.address)[0]
         number = self._truth.count_earlier("whatsapp", entry.address, entry.token)
-        fate, read, order, twist = draw_numbers(self._settings.seed, "whatsapp", entry.address, number)[:4]
+        fate, read, order, twist, answer = draw_numbers(self._settings.seed, "whatsapp", entry.address, number)[:5]
         if kind == "text":
             # Free-form text needs an inbound message within 24 hours, and nobody writes to a sandbox.
             code: int | None = 131047
@@ -277,7 +348,7 @@ class Meta:
             code = 131049
         elif trait < shares.whatsapp_gone or _lacks_whatsapp(entry.person):
             code = 131026
-        elif trait < shares.whatsapp_gone + shares.whatsapp_opted_out:
+        elif entry.address in self._stopped or trait < shares.whatsapp_gone + shares.whatsapp_opted_out:
             code = 131050
         elif fate < shares.whatsapp_capped:
             code = 131049
@@ -296,6 +367,11 @@ class Meta:
             self._report(entry, "delivered", 0.1, 1.0)
         if is_read:
             self._report(entry, "read", 0.3, 1.8)
+            if answer < shares.whatsapp_replied:
+                entry.signals["replied"] = Decision()
+                reply = {"type": "button", "button": {"payload": "more", "text": "Tell me more"}}
+                context = {"from": self._settings.display_phone_number, "id": entry.message_id}
+                self._hear(entry, {"context": context, **reply}, 0.4, 1.8)
 
     def _report(self, entry: Entry, status: str, earliest: float, latest: float, code: int | None = None) -> None:
         entry.signals[status] = Decision(None if code is None else str(code))

@@ -31,6 +31,9 @@ class Shares:
     sms_no_report: float = 0.02
     """Messages: ``sent`` is the last word, as with carriers that report nothing."""
 
+    sms_replied: float = 0.04
+    """Of the delivered messages."""
+
     whatsapp_gone: float = 0.03
     """People: failed with 131026."""
     whatsapp_opted_out: float = 0.02
@@ -45,6 +48,9 @@ class Shares:
     """Of the read messages: no ``delivered`` comes, because the chat was open."""
     whatsapp_failed_first: float = 0.005
     """Of the delivered messages: 131026 for one device, then delivered on another."""
+
+    whatsapp_replied: float = 0.08
+    """Of the read messages: with a quick reply, which names the message."""
 
     push_gone: float = 0.03
     """Browsers: answered 410."""
@@ -126,6 +132,9 @@ class SandboxSettings:
             "AFTERTOUCH_WHATSAPP_APP_SECRET": self.app_secret,
             "AFTERTOUCH_WHATSAPP_VERIFY_TOKEN": self.verify_token,
             "AFTERTOUCH_WHATSAPP_API_URL": url,
+            # The sandbox takes whatever comes, and nobody wants to wait for it.
+            "AFTERTOUCH_WHATSAPP_MESSAGES_PER_SECOND": "10000",
+            "AFTERTOUCH_WHATSAPP_SECONDS_BETWEEN_MESSAGES": "0",
             "AFTERTOUCH_PUSH_VAPID_SUBJECT": "mailto:sandbox@example.com",
             "AFTERTOUCH_PUSH_ALLOW_INSECURE_LOOPBACK": "true",
         }

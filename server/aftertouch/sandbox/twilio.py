@@ -11,13 +11,14 @@ import hmac
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from email.utils import format_datetime
 from math import ceil
 from typing import Any
-from urllib.parse import parse_qs, parse_qsl, urldefrag, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urldefrag, urlencode, urlsplit
 from uuid import uuid4
 
 from starlette.requests import Request as HttpRequest
@@ -35,6 +36,7 @@ _E164 = re.compile(r"\+[1-9][0-9]{6,14}")
 _HOST = re.compile(r"[a-z0-9.:-]+")
 _LONGEST_BODY = 1600
 _LONGEST_VALIDITY = 36_000
+_LARGEST_PAGE = 1000
 
 # Twilio's numbers for tests: https://www.twilio.com/docs/iam/test-credentials
 _MAGIC_RECIPIENTS = {
@@ -99,6 +101,11 @@ class _Text:
     status: str
     error_code: int | None = None
 
+    @property
+    def is_sent(self) -> bool:
+        """True from when it has a date on which it was sent."""
+        return self.status in ("sent", "delivered", "undelivered")
+
 
 @dataclass(frozen=True, slots=True)
 class _Report:
@@ -134,17 +141,9 @@ class _Callbacks(Stream[_Report]):
             parameters["ErrorCode"] = str(report.error_code)
         if report.status in ("delivered", "undelivered"):
             parameters["RawDlrDoneDate"] = f"{datetime.now(UTC):%y%m%d%H%M}"
-        return Request(
-            url,
-            # Plus signs of phone numbers are all there is to escape, and urlencode is a quarter of a callback's cost.
-            "&".join(f"{name}={value}" for name, value in parameters.items()).replace("+", "%2B").encode(),
-            {
-                "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
-                "X-Twilio-Signature": sign_callback(self.settings.auth_token, url, parameters),
-                "I-Twilio-Idempotency-Token": str(uuid4()),
-                "User-Agent": "TwilioProxy/1.1",
-            },
-        )
+        # Plus signs of phone numbers are all there is to escape, and urlencode is a quarter of a callback's cost.
+        form = "&".join(f"{name}={value}" for name, value in parameters.items()).replace("+", "%2B")
+        return _sign_request(self.settings, url, parameters, form)
 
     def acknowledge(self, items: Sequence[_Report]) -> None:
         for report in items:
@@ -156,6 +155,61 @@ class _Callbacks(Stream[_Report]):
         if asked.wants_retry(attempts, elapsed, failure):
             return 0.1 * attempts
         return None if self.settings.strict_retries else super().pick_backoff(attempts, elapsed, failure, item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inbound:
+    """What a person writes after a text."""
+
+    text: _Text
+    body: str
+
+
+class _Inbox(Stream[_Inbound]):
+    """The webhook of the number or Messaging Service. The real one is set in Twilio's console; this one is where the texts that
+    the person got report to."""
+
+    name = "twilio inbound"
+
+    def compose(self, items: Sequence[_Inbound]) -> Request | None:
+        (inbound,) = items
+        fields = inbound.text.fields
+        if "StatusCallback" not in fields:
+            return None
+        url = urldefrag(fields["StatusCallback"]).url.partition("?")[0]
+        sid = f"SM{uuid4().hex}"
+        parameters = {
+            "ToCountry": "US",
+            "SmsMessageSid": sid,
+            "NumMedia": "0",
+            "SmsSid": sid,
+            "SmsStatus": "received",
+            "Body": inbound.body,
+            "To": fields.get("From", self.settings.sender),
+            "NumSegments": str(count_segments(inbound.body)),
+            "MessageSid": sid,
+            "AccountSid": self.settings.account_sid,
+            "From": fields["To"],
+            "ApiVersion": "2010-04-01",
+        }
+        if "MessagingServiceSid" in fields:
+            parameters["MessagingServiceSid"] = fields["MessagingServiceSid"]
+        return _sign_request(self.settings, url, parameters, urlencode(parameters))
+
+    def acknowledge(self, items: Sequence[_Inbound]) -> None:
+        for inbound in items:
+            if decision := inbound.text.entry.signals.get("replied"):
+                decision.acknowledged = True
+
+
+def _sign_request(settings: SandboxSettings, url: str, parameters: Mapping[str, str], form: str) -> Request:
+    headers = {
+        "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
+        "X-Twilio-Signature": sign_callback(settings.auth_token, url, parameters),
+        "I-Twilio-Idempotency-Token": str(uuid4()),
+        "User-Agent": "TwilioProxy/1.1",
+    }
+    return Request(url, form.encode(), headers)
 
 
 @dataclass(frozen=True)
@@ -200,15 +254,33 @@ class Twilio:
         self._faults = faults
         self._outbox = outbox
         self._callbacks = _Callbacks(settings)
+        self._inbox = _Inbox(settings)
+        self._stopped: set[str] = set()
         self._texts: dict[str, _Text] = {}
+        self._texts_to: defaultdict[str, list[_Text]] = defaultdict(list)
         self.routes = [
             Route("/2010-04-01/Accounts/{account}/Messages.json", self._create, methods=["POST"]),
+            Route("/2010-04-01/Accounts/{account}/Messages.json", self._list, methods=["GET"]),
             Route("/2010-04-01/Accounts/{account}/Messages/{sid}.json", self._fetch, methods=["GET"]),
         ]
 
     def clear(self) -> None:
         """Forget all messages."""
         self._texts.clear()
+        self._texts_to.clear()
+        self._stopped.clear()
+
+    def receive(self, address: str, body: str) -> bool:
+        """Let a person write, to whoever wrote to them last; False when nobody did."""
+        if address not in self._texts_to:
+            return False
+        word = body.strip().upper()
+        if word == "STOP":
+            self._stopped.add(address)
+        elif word == "START":
+            self._stopped.discard(address)
+        self._outbox.schedule(self._inbox, _Inbound(self._texts_to[address][-1], body), 0.0, 0.1)
+        return True
 
     async def _create(self, request: HttpRequest) -> Response:
         fault = self._faults.strike("sms")
@@ -228,6 +300,49 @@ class Twilio:
             return _answer_error(refused.code)
         text = self._texts.get(request.path_params["sid"])
         return JSONResponse(self._describe(text)) if text else _answer_error(20404)
+
+    async def _list(self, request: HttpRequest) -> Response:
+        """The messages of the account that match, the newest first, a page at a time."""
+        query = request.query_params
+        try:
+            self._authenticate(request)
+            texts = self._find_texts(query)
+            size = _read_number(query.get("PageSize", "50"), 1, _LARGEST_PAGE)
+            page = _read_number(query.get("Page", "0"), 0, 10**6)
+        except _Refused as refused:
+            return _answer_error(refused.code)
+        path, token = request.url.path, query.get("PageToken", "").removeprefix("PA")
+        # From a message on, not from a count on: what is sent meanwhile moves nothing.
+        start = next((at + 1 for at, text in enumerate(texts) if text.sid == token), 0)
+        shown = texts[start : start + size]
+        following = None
+        if start + size < len(texts):
+            given = [(name, value) for name, value in query.multi_items() if name not in ("Page", "PageSize", "PageToken")]
+            paging = [("PageSize", str(size)), ("Page", str(page + 1)), ("PageToken", f"PA{shown[-1].sid}")]
+            following = f"{path}?{urlencode(given + paging)}"
+        return JSONResponse(
+            {
+                "messages": [self._describe(text) for text in shown],
+                "first_page_uri": f"{path}?PageSize={size}&Page=0",
+                "next_page_uri": following,
+                "previous_page_uri": None,
+                "uri": f"{path}?{request.url.query}",
+                "page": page,
+                "page_size": size,
+                "start": page * size,
+                "end": page * size + max(len(shown) - 1, 0),
+            }
+        )
+
+    def _find_texts(self, query: Mapping[str, str]) -> list[_Text]:
+        found: Iterable[_Text] = self._texts_to[query["To"]] if "To" in query else self._texts.values()
+        if "From" in query:
+            found = [text for text in found if text.fields.get("From", self._settings.sender) == query["From"]]
+        for name in ("DateSent", "DateSent<", "DateSent>"):
+            if name in query:
+                # A message that has no date yet matches none.
+                found = [text for text in found if text.is_sent and _matches_date(name, text.created, query[name])]
+        return list(found)[::-1]
 
     def _answer_fault(self, fault: Fault) -> Response:
         code = _FAULT_CODES.get(fault.mode or "")
@@ -258,8 +373,8 @@ class Twilio:
         title = fields.get("Body") or fields.get("ContentSid", "")
         shares = self._settings.shares
         trait = draw_numbers(self._settings.seed, "sms", address)[0]
-        if trait < shares.sms_opted_out + shares.sms_gone:
-            code = 21610 if trait < shares.sms_opted_out else 21211
+        if address in self._stopped or trait < shares.sms_opted_out + shares.sms_gone:
+            code = 21610 if address in self._stopped or trait < shares.sms_opted_out else 21211
             entry = self._truth.record("sms", address, person, token=token, title=title, content=content, refused=str(code))
             entry.signals["failed"] = Decision(str(code))
             raise _Refused(code)
@@ -269,7 +384,9 @@ class Twilio:
         has_service = "MessagingServiceSid" in fields
         text = _Text(sid, fields, entry, datetime.now(UTC), "accepted" if has_service else "queued")
         self._texts[sid] = text
-        chance = draw_numbers(self._settings.seed, "sms", address, self._truth.count_earlier("sms", address, token))[0]
+        self._texts_to[address].append(text)
+        number = self._truth.count_earlier("sms", address, token)
+        chance, answer = draw_numbers(self._settings.seed, "sms", address, number)[:2]
         if has_service:
             # The first status is never called back, and that is "queued" only without a Messaging Service.
             self._report(text, "queued", 0.0, 0.1)
@@ -278,6 +395,9 @@ class Twilio:
             self._report(text, "undelivered", 0.2, 1.2, 30003)
         elif chance >= shares.sms_unreachable + shares.sms_no_report:
             self._report(text, "delivered", 0.1, 1.2)
+            if answer < shares.sms_replied:
+                entry.signals["replied"] = Decision()
+                self._outbox.schedule(self._inbox, _Inbound(text, "Tell me more"), 0.3, 1.8)
         return text
 
     def _check_sender(self, fields: Mapping[str, str]) -> None:
@@ -298,7 +418,7 @@ class Twilio:
         self._outbox.schedule(self._callbacks, _Report(text, status, error_code), earliest, latest)
 
     def _describe(self, text: _Text) -> dict[str, Any]:
-        fields, date = text.fields, format_datetime(text.created)
+        fields, written = text.fields, format_datetime(text.created)
         uri = f"/2010-04-01/Accounts/{self._settings.account_sid}/Messages/{text.sid}"
         has_sender = "From" in fields or text.status != "accepted"
         body = fields.get("Body", "")
@@ -306,9 +426,9 @@ class Twilio:
             "account_sid": self._settings.account_sid,
             "api_version": "2010-04-01",
             "body": body,
-            "date_created": date,
-            "date_sent": date if text.status in ("sent", "delivered", "undelivered") else None,
-            "date_updated": date,
+            "date_created": written,
+            "date_sent": written if text.is_sent else None,
+            "date_updated": written,
             "direction": "outbound-api",
             "error_code": text.error_code,
             "error_message": None if text.error_code is None else "Unreachable destination handset",
@@ -324,6 +444,27 @@ class Twilio:
             "to": fields["To"],
             "uri": f"{uri}.json",
         }
+
+
+def _read_number(text: str, least: int, most: int) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise _Refused(20001)
+    return int(text)
+
+
+def _matches_date(name: str, sent: datetime, given: str) -> bool:
+    """``DateSent>=2026-11-22`` is the parameter ``DateSent>``: on that day in GMT, or after it."""
+    try:
+        day = date.fromisoformat(given[:10])
+    except ValueError:
+        raise _Refused(20001) from None
+    match name:
+        case "DateSent<":
+            return sent.date() <= day
+        case "DateSent>":
+            return sent.date() >= day
+        case _:
+            return sent.date() == day
 
 
 async def _read_form(request: HttpRequest) -> dict[str, str]:

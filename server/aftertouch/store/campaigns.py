@@ -168,6 +168,22 @@ async def list_open_waves(conn: AsyncConnection, root_ids: Collection[int]) -> l
     return [_campaign(row) for row in await conn.execute(statement)]
 
 
+async def list_sent_since(conn: AsyncConnection, app_id: int, channel: str, since: datetime, limit: int) -> list[Campaign]:
+    """The campaigns on a channel that were still being sent then, or were launched later, newest first."""
+    statement = (
+        select(campaigns)
+        .where(
+            campaigns.c.app_id == app_id,
+            campaigns.c.channel == channel,
+            campaigns.c.launch_time.is_not(None),
+            func.coalesce(campaigns.c.finish_time, func.now()) >= since,
+        )
+        .order_by(campaigns.c.launch_time.desc())
+        .limit(limit)
+    )
+    return [_campaign(row) for row in await conn.execute(statement)]
+
+
 async def list_finished(conn: AsyncConnection, app_id: int, channel: str, since: datetime, limit: int) -> list[Campaign]:
     """The campaigns on a channel that were launched since then and are sent, newest first."""
     statement = (

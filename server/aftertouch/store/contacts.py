@@ -140,6 +140,28 @@ async def page_address(
     return [row.number for row in rows]
 
 
+@dataclass(frozen=True)
+class Subscriber:
+    """A contact who has a certain address."""
+
+    app_id: int
+    number: int
+    state: str
+    reason: str
+    update_time: datetime
+
+
+async def find_subscribers(conn: AsyncConnection, channel: str, address_hash: bytes) -> list[Subscriber]:
+    """Everybody, in all apps, who has this address on a channel."""
+    columns = subscriptions.c
+    rows = await conn.execute(
+        select(columns.block, columns.number, columns.state, columns.reason, columns.update_time)
+        .where(columns.address_hash == address_hash, columns.channel == channel)
+        .order_by(columns.block, columns.number)
+    )
+    return [Subscriber(row.block >> SLOT_SHIFT, row.number, row.state, row.reason, row.update_time) for row in rows]
+
+
 async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable[str]) -> tuple[dict[str, int], set[str]]:
     """The contact numbers of all these external_ids, and those that had to be made."""
     wanted = list(dict.fromkeys(external_ids))

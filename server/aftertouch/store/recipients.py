@@ -145,6 +145,22 @@ async def read_tried(conn: AsyncConnection, place: Place) -> list[Tried]:
     return [Tried(*row) for row in await rows.fetchall()]
 
 
+async def read_last_tried(conn: AsyncConnection, places: Sequence[Place]) -> dict[Place, dict[bytes, datetime]]:
+    """When each address of these places was messaged last, by its hash; nothing while the outcome is not on record."""
+    last: dict[Place, dict[bytes, datetime]] = defaultdict(dict)
+    if places:
+        pg = await driver(conn)
+        rows = await pg.execute(
+            "SELECT a.slot, a.position, a.address_hash, max(a.arrive_time)"
+            " FROM unnest(%b::bigint[], %b::int[]) AS p (slot, position)"
+            " JOIN attempts AS a ON a.slot = p.slot AND a.position = p.position GROUP BY 1, 2, 3",
+            ([place.slot for place in places], [place.position for place in places]),
+        )
+        for slot, position, address_hash, time in await rows.fetchall():
+            last[Place(slot, position)][address_hash] = time
+    return last
+
+
 async def blank_attempts(conn: AsyncConnection, places: Sequence[Place]) -> tuple[int, list[str]]:
     """Remove addresses' hashes and message ids from the attempts of these places; how many there were, and the ids."""
     if not places:

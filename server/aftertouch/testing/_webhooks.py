@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlencode
 import pytest
 from pydantic import SecretStr
 
-from aftertouch.channels import Channel, InvalidSignature, InvalidWebhook, Receipt, Webhook, WebhookRequest
+from aftertouch.channels import Channel, InvalidSignature, InvalidWebhook, Receipt, Reply, Standing, Webhook, WebhookRequest
 from aftertouch.testing._subject import TOKENS, UNHEARD_OF, Subject
 
 _GARBAGE = (b"", b"\x00\xff\xfe", b"{", b"null", b"0", b'"x"', b"[]", b"{}", b"[[[]]]", b"=&=&%zz", b"a" * 10_000, b"[" * 5_000)
@@ -181,6 +181,15 @@ def _require_sound(channel: Channel, webhook: Webhook, source: str) -> None:
             value = getattr(receipt, name)
             assert value is None or isinstance(value, str), f"{source}: {name} of {receipt!r} is no text"
         assert receipt.time is None or receipt.time.tzinfo is not None, f"{source}: the time of {receipt!r} has no zone"
+    for reply in webhook.replies:
+        assert reply.signal in known, f"{source}: {reply!r} has a signal that the channel does not declare"
+    inbound: list[Reply | Standing] = [*webhook.replies, *webhook.standings]
+    for item in inbound:
+        assert isinstance(item.address, channel.address_model), f"{source}: {item!r} has another channel's address"
+        assert item.time is None or item.time.tzinfo is not None, f"{source}: the time of {item!r} has no zone"
+    assert not (webhook.replies or webhook.standings) or channel.capabilities.signed_webhooks, (
+        f"{source}: replies and standings are taken from signed webhooks only: anybody could end a subscription"
+    )
     assert all(isinstance(item, str) for item in webhook.unrecognized), f"{source}: unrecognized has items that are no text"
 
 
@@ -231,6 +240,10 @@ def _write_body(body: Any) -> bytes:
 def _write_webhook(webhook: Webhook) -> dict[str, Any]:
     """What was parsed, as a sample's ``expect``: without what is empty."""
     told: dict[str, Any] = {"receipts": [_write_receipt(receipt) for receipt in webhook.receipts]}
+    if webhook.replies:
+        told["replies"] = [_write_reply(reply) for reply in webhook.replies]
+    if webhook.standings:
+        told["standings"] = [_write_standing(standing) for standing in webhook.standings]
     if webhook.unrecognized:
         told["unrecognized"] = list(webhook.unrecognized)
     if webhook.answer.body:
@@ -239,6 +252,18 @@ def _write_webhook(webhook: Webhook) -> dict[str, Any]:
 
 
 def _write_receipt(receipt: Receipt) -> dict[str, str]:
-    told = {name: getattr(receipt, name) for name in ("signal", "token", "message_id", "code")}
-    told["time"] = receipt.time and receipt.time.isoformat()
+    return _write_fields(receipt, "signal", "token", "message_id", "code")
+
+
+def _write_reply(reply: Reply) -> dict[str, str]:
+    return {"address": reply.address.key, **_write_fields(reply, "signal", "message_id")}
+
+
+def _write_standing(standing: Standing) -> dict[str, str]:
+    return {"address": standing.address.key, **_write_fields(standing, "state", "reason")}
+
+
+def _write_fields(item: Receipt | Reply | Standing, *names: str) -> dict[str, str]:
+    told = {name: getattr(item, name) for name in names}
+    told["time"] = item.time and item.time.isoformat()
     return {name: value for name, value in told.items() if value is not None}

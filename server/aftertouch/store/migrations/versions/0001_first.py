@@ -60,6 +60,23 @@ def upgrade() -> None:
         op.f("attempts_message_id_idx"), "attempts", ["message_id"], unique=False, postgresql_where=sa.text("message_id <> ''")
     )
     op.create_index(op.f("attempts_slot_position_idx"), "attempts", ["slot", "position"], unique=False)
+    op.create_index(
+        op.f("attempts_arrive_time_idx"),
+        "attempts",
+        ["arrive_time"],
+        unique=False,
+        postgresql_using="brin",
+        postgresql_with={"autosummarize": "on", "pages_per_range": 32},
+    )
+    op.create_table(
+        "checkups",
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("age", postgresql.INTERVAL(), nullable=False, comment="of the messages that are asked about"),
+        sa.Column("checked_until", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("lease_until", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("channel", "age", name=op.f("checkups_pkey")),
+        comment="up to which message each channel was asked what became of those it never told of",
+    )
     op.create_table(
         "contact_counters",
         sa.Column("app_id", sa.BigInteger(), autoincrement=False, nullable=False),

@@ -1,0 +1,119 @@
+"""Reconciliation: asking providers what became of messages of which nothing was heard, since webhooks get lost.
+
+Twilio gives a callback up after seconds, and a server may be away for longer. So every message that was taken is looked at
+again at a few ages, and the provider asked about those without any news. What it says is stored like a webhook.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from aftertouch.channels import Channel, Receipt, Webhook
+from aftertouch.delivery.calls import LONGEST_CALL
+from aftertouch.errors import AftertouchError
+from aftertouch.ingest.ledger import Ledger
+from aftertouch.store.checkups import Checkup, claim_checkup, note_checked, read_unheard
+from aftertouch.store.engine import transaction
+from aftertouch.store.kinds import load_kinds
+
+log = structlog.get_logger()
+
+AGES = (timedelta(minutes=10), timedelta(hours=1), timedelta(hours=12))
+"""Nearly all receipts come within seconds. A carrier may take a while, a phone be off; Twilio's queue holds for ten hours."""
+OLDEST = timedelta(days=2)
+"""Nothing is asked about messages before that, however long no server ran."""
+SLICE = timedelta(minutes=1)
+"""Messages are looked at minute by minute, so that a crash repeats little."""
+LOOK_SECONDS = 60.0
+ASKED_PER_SECOND = 20
+"""Of one channel: campaigns have the provider to themselves, more or less, and there is no hurry."""
+_PAGE = 1_000
+_LEASE = timedelta(minutes=2)
+_SILENT = frozenset({"attempted", "refused", "skipped", "sent"})
+"""Signals that say nothing of what became of a message after it was taken."""
+
+
+class Reconciler:
+    """Asks the channels that can be asked."""
+
+    def __init__(
+        self, engine: AsyncEngine, ledger: Ledger, channels: Mapping[str, Channel], ages: Sequence[timedelta] = AGES
+    ) -> None:
+        self._engine = engine
+        self._ledger = ledger
+        self._channels = [channel for _, channel in sorted(channels.items()) if channel.capabilities.fetch_receipts]
+        self._ages = ages
+
+    async def run(self) -> None:
+        """Ask again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self.check()
+
+    async def check(self) -> None:
+        """Ask every channel about what has come to one of the ages."""
+        await asyncio.gather(*(self._check(channel) for channel in self._channels))
+
+    async def _check(self, channel: Channel) -> None:
+        try:
+            for age in self._ages:
+                async with transaction(self._engine) as conn:
+                    checkup = await claim_checkup(conn, channel.name, age, _LEASE, OLDEST)
+                if checkup is not None:
+                    await self._examine(channel, checkup)
+        except AftertouchError as error:
+            log.warning("asking for receipts waits for the database", action="reconcile", reason=error.reason)
+
+    async def _examine(self, channel: Channel, checkup: Checkup) -> None:
+        start = checkup.start
+        while start < checkup.end:
+            end = min(start + SLICE, checkup.end)
+            after = (0, 0, "")
+            while True:
+                async with transaction(self._engine) as conn:
+                    numbered = await load_kinds(conn)
+                    sent = [number for number, kind in numbered.items() if kind.signal == "sent"]
+                    heard = [number for number, kind in numbered.items() if kind.signal not in _SILENT]
+                    unheard = await read_unheard(conn, channel.name, sent, heard, (start, end), after, _PAGE)
+                if not unheard:
+                    break
+                after = unheard[-1]
+                await self._ask(channel, checkup, [message_id for *_, message_id in unheard])
+            start = end
+            async with transaction(self._engine) as conn:
+                # The next claim may come at once, from here or from another process.
+                await note_checked(conn, checkup, end, _LEASE if start < checkup.end else timedelta(0))
+
+    async def _ask(self, channel: Channel, checkup: Checkup, message_ids: Sequence[str]) -> None:
+        size = channel.capabilities.batch_size
+        found = 0
+        for at in range(0, len(message_ids), size):
+            batch = message_ids[at : at + size]
+            receipts = await fetch_receipts(channel, batch)
+            if receipts:
+                await self._ledger.ingest_webhooks(channel.name, [Webhook(receipts=tuple(receipts))])
+                found += len(receipts)
+            await asyncio.sleep(len(batch) / ASKED_PER_SECOND)
+            async with transaction(self._engine) as conn:
+                await note_checked(conn, checkup, checkup.start, _LEASE)
+        log.info(
+            "a provider was asked for receipts", action="reconcile", channel=channel.name, asked=len(message_ids), found=found
+        )
+
+
+async def fetch_receipts(channel: Channel, message_ids: Sequence[str]) -> list[Receipt]:
+    """Have the channel ask for receipts; a call that failed found none."""
+    try:
+        async with asyncio.timeout(LONGEST_CALL.total_seconds()):
+            found = list(await channel.fetch_receipts(message_ids))
+        if not all(isinstance(receipt, Receipt) and receipt.message_id in message_ids for receipt in found):
+            raise TypeError("fetch_receipts returned something else than receipts of these messages")
+    except Exception:
+        log.exception("a channel failed", action="reconcile", channel=channel.name)
+        return []
+    return found

@@ -1,0 +1,231 @@
+"""The house's channels in a whole world: what only shows with a provider, a server and a database together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from aftertouch.contact_files import read_contacts
+from aftertouch.delivery.reconciliation import Reconciler
+from aftertouch.sandbox import SandboxSettings
+from aftertouch.sandbox.control import Inbound
+from aftertouch.store.contacts import hash_address, set_states
+from aftertouch.store.engine import transaction
+from aftertouch.v1 import campaigns_pb2, contacts_pb2
+from tests.fix_world import OpenWorld, World
+from tests.sandbox.conftest import CERTAIN
+
+State = campaigns_pb2.Campaign.State
+
+
+def read_settings(size: int = 5) -> SandboxSettings:
+    """Everybody has everything and gets everything."""
+    return SandboxSettings(size=size, time_scale=0.05, shares=CERTAIN, duplicate_share=0)
+
+
+async def read_limits(world: World) -> dict[str, datetime]:
+    """When each limit has room again."""
+    async with transaction(world.core.engine) as conn:
+        rows = await conn.execute(text("SELECT key, free_time FROM paces"))
+    return {row.key: row.free_time for row in rows}
+
+
+async def free_limits(world: World) -> None:
+    """Let every limit have room at once, and look at what waits."""
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(text("UPDATE paces SET free_time = now()"))
+        await conn.execute(text("UPDATE send_units SET ready_time = now()"))
+
+
+async def test_second_message_to_a_person_on_whatsapp_waits_for_its_turn(open_world: OpenWorld) -> None:
+    environment = {"AFTERTOUCH_WHATSAPP_SECONDS_BETWEEN_MESSAGES": "3600"}
+    async with open_world(read_settings(), environment=environment) as world:
+        await world.import_people()
+        first, second = [await world.create_campaign("whatsapp") for _ in range(2)]
+        await world.launch(first.name)
+        limits = await read_limits(world)
+        pairs = [key for key in limits if key.startswith("whatsapp/pair/")]
+        assert len(pairs) == 5
+        assert limits.keys() - set(pairs) == {f"whatsapp/number/{world.sandbox.settings.phone_number_id}"}
+        await world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=second.name))
+        while not await is_put_off(world):  # noqa: ASYNC110 - nothing to wait on but the next look
+            await asyncio.sleep(0.02)
+        assert len(world.sandbox.truth.entries) == 5
+        await free_limits(world)
+        assert (await world.wait_until_sent(second.name)).state == State.SENT
+        assert set(Counter(entry.address for entry in world.sandbox.truth.entries).values()) == {2}
+
+
+async def is_put_off(world: World) -> bool:
+    """True when no unit is under way and all wait for longer than a second."""
+    async with transaction(world.core.engine) as conn:
+        rows = await conn.execute(
+            text("SELECT bool_and(lease_until IS NULL AND ready_time > now() + interval '1 minute') FROM send_units")
+        )
+    return bool(rows.scalar())
+
+
+async def test_pace_of_an_sms_account_is_kept_by_all_its_campaigns(open_world: OpenWorld) -> None:
+    async with open_world(read_settings(), environment={"AFTERTOUCH_SMS_MESSAGES_PER_SECOND": "200"}) as world:
+        await world.import_people()
+        campaigns = [await world.create_campaign("sms") for _ in range(2)]
+        for campaign in campaigns:
+            await world.launch(campaign.name)
+        assert (await read_limits(world)).keys() == {"sms/account"}
+        assert len(world.sandbox.truth.entries) == 10
+
+
+async def test_receipts_whose_webhooks_were_lost_are_asked_for(open_world: OpenWorld) -> None:
+    shares = replace(CERTAIN, sms_unreachable=0.3, sms_no_report=0.2)
+    settings = replace(read_settings(30), shares=shares, strict_retries=True, duplicate_share=0)
+    # Nobody answers there, so every callback is given up.
+    async with open_world(settings, public_url="http://127.0.0.1:9") as world:
+        await world.import_people()
+        reconciler = Reconciler(world.core.engine, world.core.ledger, world.core.registry.channels, [timedelta(0)])
+        await reconciler.check()
+        campaign = await world.create_campaign("sms")
+        await world.launch(campaign.name)
+        signals = (await world.get_campaign(campaign.name)).counts.signals
+        assert (signals["sent"], signals["delivered"], signals["failed"]) == (30, 0, 0)
+        await reconciler.check()
+        recipients = await world.read_recipients(campaign.name)
+        entries = {entry.person.external_id: entry for entry in world.sandbox.truth.entries if entry.person}
+        for external_id, recipient in recipients.items():
+            truth = entries[external_id].signals.keys()
+            assert set(recipient.signals) & {"delivered", "failed"} == truth - {"sent"}
+            assert recipient.reasons == (["transient/30003"] if "failed" in truth else [])
+        counted = (await world.get_campaign(campaign.name)).counts
+        # Everybody who was heard of is not asked about again, and a second look changes nothing.
+        await rewind_checkups(world)
+        await reconciler.check()
+        assert (await world.get_campaign(campaign.name)).counts == counted
+
+
+async def rewind_checkups(world: World) -> None:
+    """Look at everything once more."""
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(text("UPDATE checkups SET checked_until = checked_until - interval '1 hour', lease_until = NULL"))
+
+
+async def read_subscription(world: World, external_id: str, channel: str) -> contacts_pb2.Subscription:
+    contact = await world.client.contacts.GetContact(
+        contacts_pb2.GetContactRequest(name=f"{world.client.parent}/contacts/{external_id}")
+    )
+    (found,) = [subscription for subscription in contact.subscriptions if subscription.channel == channel]
+    return found
+
+
+async def write(world: World, **inbound: Any) -> None:
+    """Let a person write, and wait until the server has it."""
+    assert world.sandbox.control.write(Inbound(**inbound))
+    await world.sandbox.outbox.drain()
+
+
+OPTED_OUT = contacts_pb2.Subscription.State.OPTED_OUT
+ACTIVE = contacts_pb2.Subscription.State.ACTIVE
+
+
+async def test_stop_and_start_are_mirrored_in_every_app_that_has_the_number(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("sms")).name)
+        person = world.sandbox.population.get_person(1)
+        other = world.connect("other", await world.create_key("other", "admin"))
+        async with other:
+            await other.import_contacts(read_contacts(world.sandbox.population.list_rows()))
+        await write(world, channel="sms", address=person.phone, text="Stop")
+        assert (await read_subscription(world, person.external_id, "sms")).state == OPTED_OUT
+        assert (await read_subscription(world, person.external_id, "sms")).reason == "opted_out/STOP"
+        assert (await read_subscription(world, person.external_id, "whatsapp")).state == ACTIVE
+        async with transaction(world.core.engine) as conn:
+            rows = await conn.execute(text("SELECT count(*) FROM subscriptions WHERE state = 'opted_out' AND channel = 'sms'"))
+            assert rows.scalar() == 2
+        second = await world.create_campaign("sms")
+        await world.launch(second.name)
+        assert person.external_id not in await world.read_recipients(second.name)
+        await write(world, channel="sms", address=person.phone, text="START")
+        subscription = await read_subscription(world, person.external_id, "sms")
+        assert (subscription.state, subscription.reason) == (ACTIVE, "")
+        assert (await world.get_campaign(second.name)).counts.signals["replied"] == 0
+
+
+async def test_start_takes_back_what_twilio_refused_and_nothing_that_a_caller_said(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("sms")).name)
+        stopped, barred = (world.sandbox.population.get_person(number) for number in (1, 2))
+        await write(world, channel="sms", address=stopped.phone, text="STOP")
+        # As if the webhook of the stop had been lost: the next send is refused with 21610.
+        async with transaction(world.core.engine) as conn:
+            await set_states(conn, 1, [(1, "sms", hash_address(stopped.phone), "active", "")])
+        contact = contacts_pb2.Contact(external_id=barred.external_id)
+        subscription = contact.subscriptions.add(channel="sms", state=OPTED_OUT)
+        subscription.address.update({"phone": barred.phone})
+        await world.client.contacts.UpsertContacts(
+            contacts_pb2.UpsertContactsRequest(parent=world.client.parent, contacts=[contact])
+        )
+        await world.launch((await world.create_campaign("sms")).name)
+        assert (await read_subscription(world, stopped.external_id, "sms")).reason == "opted_out/21610"
+        for person in (stopped, barred):
+            await write(world, channel="sms", address=person.phone, text="START")
+        assert (await read_subscription(world, stopped.external_id, "sms")).state == ACTIVE
+        assert (await read_subscription(world, barred.external_id, "sms")).state == OPTED_OUT
+
+
+@pytest.mark.parametrize("channel", ["sms", "whatsapp"])
+async def test_reply_belongs_to_the_last_message_to_the_person(open_world: OpenWorld, channel: str) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        first, second = [await world.create_campaign(channel) for _ in range(2)]
+        person = world.sandbox.population.get_person(1)
+        await world.launch(first.name)
+        await write(world, channel=channel, address=person.phone, text="Who is this?")
+        await world.launch(second.name)
+        await write(world, channel=channel, address=person.phone, text="Thanks")
+        await write(world, channel=channel, address=person.phone, text="Really")
+        for campaign in (first, second):
+            recipients = await world.read_recipients(campaign.name)
+            assert [who for who, found in recipients.items() if "replied" in found.signals] == [person.external_id]
+
+
+async def test_quick_reply_belongs_to_the_message_that_it_names(open_world: OpenWorld) -> None:
+    settings = replace(read_settings(20), shares=replace(CERTAIN, whatsapp_replied=0.5), late_share=1.0)
+    async with open_world(settings) as world:
+        await world.import_people()
+        names = [(await world.create_campaign("whatsapp")).name for _ in range(3)]
+        for name in names:
+            await world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+        for name in names:
+            await world.wait_until_sent(name)
+        await world.sandbox.outbox.drain()
+        replied = Counter(entry.token for entry in world.sandbox.truth.entries if "replied" in entry.signals)
+        counted = [(await world.get_campaign(name)).counts.signals["replied"] for name in names]
+        assert sum(counted) == len(replied) > 10
+
+
+async def test_whatsapps_own_stop_and_resume_are_mirrored(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("whatsapp")).name)
+        person = world.sandbox.population.get_person(1)
+        for preference, state in (("stop", OPTED_OUT), ("resume", ACTIVE)):
+            await write(world, channel="whatsapp", address=person.phone, preference=preference)
+            assert (await read_subscription(world, person.external_id, "whatsapp")).state == state
+
+
+async def test_stop_that_arrives_while_the_database_is_away_is_kept(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        await world.launch((await world.create_campaign("sms")).name)
+        person = world.sandbox.population.get_person(1)
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(text("LOCK TABLE subscriptions"))
+            await write(world, channel="sms", address=person.phone, text="STOP")
+        while (await read_subscription(world, person.external_id, "sms")).state != OPTED_OUT:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
