@@ -24,6 +24,7 @@ from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.breaker import Breaker
 from aftertouch.delivery.calls import send_messages
+from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import stop_sending
 from aftertouch.delivery.drafts import Draft, Drafter, Drafts, Sending
 from aftertouch.delivery.leases import LEASE, Lease
@@ -31,7 +32,6 @@ from aftertouch.delivery.lookup import LOOK_UP_AFTER, look_up, may_look_up
 from aftertouch.delivery.outcomes import Consequences, Verdict, describe, judge
 from aftertouch.delivery.pace import HORIZON, Pacer, back_off, name_limit
 from aftertouch.delivery.progress import read_progress
-from aftertouch.delivery.render import ContentTemplate
 from aftertouch.errors import DatabaseUnavailable, NotFound
 from aftertouch.ingest.batcher import RETRY_SECONDS
 from aftertouch.ingest.ledger import Fact, Ledger, Tried
@@ -86,6 +86,7 @@ class Sender:
         self,
         engine: AsyncEngine,
         ledger: Ledger,
+        context: MessageContext,
         pacer: Pacer,
         breaker: Breaker,
         types: Mapping[str, ChannelType],
@@ -94,6 +95,7 @@ class Sender:
     ) -> None:
         self._engine = engine
         self._ledger = ledger
+        self._context = context
         self._pacer = pacer
         self._breaker = breaker
         self._types = types
@@ -129,6 +131,7 @@ class Sender:
             app = await read_app(conn, campaign.app_id)
             roll = await read_roll_chunk(conn, self._unit.slot)
             progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
+            app_keys = await self._context.read_app_keys(conn, app, self._type)
             try:
                 recheck = await self._prepare_recheck(conn, campaign, roll)
             except NotFound as error:
@@ -138,8 +141,8 @@ class Sender:
         if obstacle:
             await stop_sending(self._engine, campaign, obstacle)
             raise LeaseLost
-        template = ContentTemplate(campaign.content, self._type.channel.content_model)
-        sending = Sending(campaign, app, template, self._unit.slot, roll, recheck)
+        template = self._context.compile_content(app, campaign, self._type)
+        sending = Sending(campaign, app, template, app_keys, self._unit.slot, roll, recheck)
         try:
             if self._unit.unclear_since is not None and self._channel.capabilities.look_up:
                 await look_up(self._drafter, self._ledger, self._channel, sending, progress)

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Accepted, Outcome, ReasonClass
 from aftertouch.delivery.calls import send_messages
+from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.drafts import write_messages
 from aftertouch.delivery.outcomes import describe
 from aftertouch.delivery.render import ContentTemplate
@@ -50,9 +51,15 @@ class Trial:
 
 
 async def send_test(
-    conn: AsyncConnection, ledger: Ledger, registry: Registry, app: App, campaign: Campaign, external_id: str
+    conn: AsyncConnection,
+    ledger: Ledger,
+    registry: Registry,
+    context: MessageContext,
+    app: App,
+    campaign: Campaign,
+    external_id: str,
 ) -> Trial:
-    """Send a campaign's content to one contact now.
+    """Send a campaign's content to one contact now. Its links stay as they are: nothing that comes back would be counted.
 
     Raises:
         ContentMissing, ChannelNotReady, NotFound, or FieldsInvalid when there is nothing to send or nowhere to send it.
@@ -67,8 +74,9 @@ async def send_test(
         raise NotFound(f"{app.name}/contacts/{external_id}")
     addressees = await read_addressees(conn, app.app_id, campaign.channel, np.array([number]))
     template = ContentTemplate(campaign.content, declared.channel.content_model)
+    app_keys = await context.read_app_keys(conn, app, declared)
     (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
-    written = write_messages(declared, template, addressees.get(number), token)
+    written = write_messages(declared, template, app_keys, addressees.get(number), token)
     if isinstance(written, Kind):
         raise FieldsInvalid([Violation("contact", _OBSTACLES[written.reason_code])])
     messages = [message for _, message in written]
