@@ -109,12 +109,16 @@ def answer_actions(channel: str, told: Told) -> dict[str, People]:
                 "not_received": (told["failed"] | told["sent"]) - delivered,
                 "read": told["read"],
                 "failed": told["failed"] - delivered,
+                "clicked": told["clicked"],
+                "not_clicked": delivered - told["clicked"],
             }
         case "sms":
             return {
                 "delivered": told["delivered"],
                 "not_delivered": told["failed"] - told["delivered"],
                 "sent": told.messaged,
+                "clicked": told["clicked"],
+                "not_clicked": told["delivered"] - told["clicked"],
             }
         case _:
             sent = told["sent"]

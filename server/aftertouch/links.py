@@ -21,10 +21,13 @@ MOST_LINKS = 50
 """Of one content; further ones stay as they are."""
 
 _LINK = re.compile(
-    r"\{\{.*?\}\}|\{%.*?%\}"  # an address inside of Liquid's own code is a value there
-    r"|(?<![\w.+-])(?P<link>https?://[a-z0-9][a-z0-9.-]*(?::\d{1,5})?(?![\w.:@{%-])"
-    r"(?:\{\{.*?\}\}|[^\s\"'<>{}|\\^`\x00-\x20])*)",
-    re.IGNORECASE | re.DOTALL,
+    r"\{\{[^{}]*\}\}|\{%[^{}]*%\}"  # an address inside of Liquid's own code is a value there
+    r"|(?<![\w.+-])(?P<link>https?://[a-z0-9][a-z0-9.-]*+(?::\d{1,5})?+(?![\w:@{%-])"
+    r"(?:\{\{[^{}]*\}\}|[^\s\"'<>{}|\\^`\x00-\x20])*+)"
+    # After a tag may come more of the address, or not, as its condition is; then nobody can say what the link is.
+    r"(?!\{)|(?<![\w.+-])(?P<before_tag>https?://[a-z0-9][a-z0-9.-]*+(?::\d{1,5})?+(?![\w:@%-]|\{\{)"
+    r"(?:\{\{[^{}]*\}\}|[^\s\"'<>{}|\\^`\x00-\x20])*+)(?=(?:\{%[^{}]*%\})+(?:\s|$|https?://))",
+    re.IGNORECASE,
 )
 _VERBATIM = re.compile(r"\{%-?\s*(raw|comment)\b")
 """Tags between which Liquid's code is none."""
@@ -45,7 +48,7 @@ def track_links(content: Mapping[str, Any], paths: Sequence[str]) -> Tracked:
     links: list[str] = []
 
     def replace(match: re.Match[str]) -> str:
-        found = match["link"]
+        found = match["link"] or match["before_tag"]
         if found is None:
             return match[0]
         link = _trim(found)

@@ -14,17 +14,18 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.channels import Receipt, Webhook
+from aftertouch.delivery.context import find_links
 from aftertouch.delivery.render import render_link
 from aftertouch.errors import AftertouchError
 from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.spool import SpoolFull
-from aftertouch.ingest.tokens import TOKEN_LENGTH
+from aftertouch.ingest.tokens import TEST_POSITION, TOKEN_LENGTH
 from aftertouch.links import find_front_page, is_same_site
 from aftertouch.plugins import Registry
 from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, slot_of
 from aftertouch.rolls.sql import read_roll_chunk
-from aftertouch.store.campaigns import Campaign
+from aftertouch.store.campaigns import Campaign, read_campaign
 from aftertouch.store.contacts import read_contacts
 from aftertouch.store.engine import transaction
 
@@ -33,7 +34,7 @@ log = structlog.get_logger()
 _LINK = re.compile(rf"(?P<token>[A-Za-z0-9_-]{{{TOKEN_LENGTH}}})(?P<number>[0-9]{{1,2}})", re.ASCII)
 _MACHINES = re.compile(
     # Previews of messengers and networks: each names itself in its documentation for site owners.
-    r"bot\b|facebookexternalhit|facebot|whatsapp/|skypeuripreview|embedly|vkshare|viber|line-poker|kakaotalk-scrap|snapchat"
+    r"(?<!cu)bot\b|facebookexternalhit|facebot|whatsapp/|skypeuripreview|embedly|vkshare|viber|line-poker|kakaotalk-scrap|snapchat"
     r"|google-safety|googleimageproxy|google-pagerenderer|yahoo! slurp|preview|crawler|spider|scanner|monitor"
     # Scanners of mail and messages, and programs.
     r"|barracuda|mimecast|proofpoint|symantec|trendmicro|headlesschrome|curl/|wget/|python-|go-http-client|java/|okhttp/|libwww",
@@ -64,6 +65,8 @@ class Clicks:
         if not targets.valid[0]:
             return None
         campaign_id, position = int(targets.campaigns[0]), int(targets.positions[0])
+        if position == TEST_POSITION:
+            return await self._follow_test(campaign_id, number)
         campaign = (await self._ledger.lookups.read_launched([campaign_id])).get(campaign_id)
         if campaign is None or position >= campaign.recipients or number >= len(campaign.links):
             return None
@@ -71,6 +74,16 @@ class Clicks:
         address = found if "{" not in found else await self._render(campaign, position, found)
         await self._record(campaign, token, number, is_machine=is_machine(method, headers))
         return address
+
+    async def _follow_test(self, campaign_id: int, number: int) -> str | None:
+        """Where a link of a test send leads, as the campaign's content is now; it was made for nobody, and is counted nowhere."""
+        async with transaction(self._engine) as conn:
+            campaign = await read_campaign(conn, campaign_id)
+        declared = campaign and self._registry.types.get(campaign.channel)
+        links = find_links(campaign, declared) if campaign and declared else []
+        if number >= len(links):
+            return None
+        return links[number] if "{" not in links[number] else find_front_page(links[number])
 
     async def _render(self, campaign: Campaign, position: int, link: str) -> str:
         """A link with attributes in it, for the person it was made for; the site's front page where that is not possible."""

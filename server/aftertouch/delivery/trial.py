@@ -18,7 +18,6 @@ from aftertouch.delivery.calls import send_messages
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.drafts import write_messages
 from aftertouch.delivery.outcomes import describe
-from aftertouch.delivery.render import ContentTemplate
 from aftertouch.errors import ChannelNotReady, ContentMissing, FieldsInvalid, NotFound, Violation
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.tokens import TEST_POSITION
@@ -59,7 +58,7 @@ async def send_test(
     campaign: Campaign,
     external_id: str,
 ) -> Trial:
-    """Send a campaign's content to one contact now. Its links stay as they are: nothing that comes back would be counted.
+    """Send a campaign's content to one contact now.
 
     Raises:
         ContentMissing, ChannelNotReady, NotFound, or FieldsInvalid when there is nothing to send or nowhere to send it.
@@ -73,7 +72,7 @@ async def send_test(
     if number is None:
         raise NotFound(f"{app.name}/contacts/{external_id}")
     addressees = await read_addressees(conn, app.app_id, campaign.channel, np.array([number]))
-    template = ContentTemplate(campaign.content, declared.channel.content_model)
+    template = context.compile_content(app, campaign, declared)
     app_keys = await context.read_app_keys(conn, app, declared)
     (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
     written = write_messages(declared, template, app_keys, addressees.get(number), token)
