@@ -79,7 +79,8 @@ _LOOPBACK_HOSTS = frozenset(("127.0.0.1", "localhost"))
 
 _CODES: Mapping[ReasonClass, Sequence[str]] = {
     ReasonClass.RECIPIENT_GONE: ("http_404", "http_410"),  # RFC 8030, section 7.3: the subscription expired or was ended
-    ReasonClass.CONTENT: ("payload_too_large", "endpoint_refused", "http_400", "http_413"),
+    # Whoever subscribed with a key that is no longer ours is not gone: the page subscribes the browser again.
+    ReasonClass.CONTENT: ("payload_too_large", "endpoint_refused", "key_unknown", "http_400", "http_413"),
     # A redirect is not part of the protocol: the endpoint is not what it seems.
     ReasonClass.CONFIG: ("http_401", "http_403", *(f"http_{status}" for status in range(300, 400))),
     ReasonClass.RATE: ("http_406", "http_429"),  # 406 is how the Windows service says 429
@@ -94,7 +95,12 @@ def decode_base64url(text: str) -> bytes:
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
-def _check_p256dh(text: str) -> str:
+def encode_base64url(data: bytes) -> str:
+    """Encode without padding, as browsers do."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _check_point(text: str) -> str:
     point = decode_base64url(text)
     if len(point) != 65 or point[0] != 4:
         raise ValueError("must be an uncompressed point: 65 bytes that begin with 0x04")
@@ -129,6 +135,11 @@ def load_vapid_key(text: str) -> ec.EllipticCurvePrivateKey:
     return ec.derive_private_key(int.from_bytes(number, "big"), CURVE)
 
 
+def write_public_key(key: ec.EllipticCurvePrivateKey) -> str:
+    """The public half as browsers want it: ``applicationServerKey`` (Push API, section 7)."""
+    return encode_base64url(key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint))
+
+
 def _split_hosts(value: object) -> object:
     return [host.strip() for host in value.split(",") if host.strip()] if isinstance(value, str) else value
 
@@ -140,10 +151,11 @@ def _check_host_rule(rule: str) -> str:
 
 
 class PushSettings(Settings):
-    """The key that browsers subscribed with, and which push services are spoken to."""
+    """Who we are to push services, and which of them are spoken to."""
 
-    vapid_private_key: SecretStr
-    """The key pair's private half, as PEM or as 32 bytes in base64url. Browsers subscribe with the public half."""
+    vapid_private_key: SecretStr | None = None
+    """The private half of a key pair that browsers subscribed with before, for all apps; PEM, or 32 bytes in base64url. Without
+    it each app has a key pair of its own, which is made and kept."""
     vapid_subject: str
     """Whom a push service writes to: ``mailto:user@host`` or an https origin. Apple answers 403 to any other form."""
     ttl_seconds: int = Field(default=2 * 24 * 3600, ge=0, le=28 * 24 * 3600)
@@ -157,8 +169,9 @@ class PushSettings(Settings):
 
     @field_validator("vapid_private_key")
     @classmethod
-    def _check_vapid_private_key(cls, value: SecretStr) -> SecretStr:
-        load_vapid_key(value.get_secret_value())
+    def _check_vapid_private_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            load_vapid_key(value.get_secret_value())
         return value
 
     @field_validator("vapid_subject")
@@ -188,7 +201,7 @@ class PushKeys(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    p256dh: Annotated[str, AfterValidator(_check_p256dh)] = Field(repr=False)
+    p256dh: Annotated[str, AfterValidator(_check_point)] = Field(repr=False)
     auth: Annotated[str, AfterValidator(_check_auth)] = Field(repr=False)
 
 
@@ -200,6 +213,8 @@ class PushAddress(Address):
     keys: PushKeys
     expirationTime: float | None = Field(default=None, exclude=True, repr=False)
     """Part of ``toJSON``, taken and dropped: an expired subscription answers 404 or 410."""
+    application_server_key: Annotated[str, AfterValidator(_check_point)] | None = None
+    """The public key that the browser subscribed with, where it is known: ``options.applicationServerKey`` in base64url."""
     confirms: bool = True
     """False for a browser whose service worker does not call back."""
 
@@ -217,6 +232,19 @@ class PushAddress(Address):
         return self.endpoint
 
 
+class PushAction(BaseModel):
+    """A button below a notification."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    action: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")
+    """Its name."""
+    title: str
+    url: str | None = None
+    """Where it leads, if not to the notification's own address."""
+    icon: str | None = None
+
+
 class PushContent(Content):
     """A notification, and where a click on it leads."""
 
@@ -224,10 +252,44 @@ class PushContent(Content):
     body: str = ""
     url: str
     icon: str | None = None
+    image: str | None = None
+    """A large picture, where the browser shows one."""
+    badge: str | None = None
+    """A small one of a single colour, for the status bar of a phone."""
+    actions: tuple[PushAction, ...] = Field(default=(), max_length=2)
+    """Buttons. Chrome and Edge show two (``Notification.maxActions``), Firefox and Safari none."""
     tag: str | None = None
     """A later notification with the same tag takes this one's place on the screen."""
     urgency: Literal["very-low", "low", "normal", "high"] | None = None
     """RFC 8030, section 5.3: whether a device that saves power is woken."""
+
+
+class _Signer:
+    """One key pair, and what it signed for each push service (RFC 8292)."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey, settings: PushSettings) -> None:
+        self.public_key = write_public_key(key)
+        self._vapid = Vapid02(key)
+        self._settings = settings
+        self._authorizations: dict[Origin, tuple[float, str]] = {}
+
+    def authorize(self, origin: Origin) -> str:
+        """Sign once per push service and half a day: its origin is all that a signature is bound to (RFC 8292, section 2).
+
+        Raises:
+            ValueError: the origin is not at a push service that the settings allow, whatever was stored.
+        """
+        now = time.time()
+        renewal, header = self._authorizations.get(origin, (0.0, ""))
+        if renewal <= now:
+            self._settings.check_origin(origin)
+            if len(self._authorizations) >= MAX_VAPID_ORIGINS:
+                self._authorizations.clear()
+            expiry = now + VAPID_LIFETIME.total_seconds()
+            claims = {"aud": str(origin), "exp": int(expiry), "sub": self._settings.vapid_subject}
+            header = cast("str", self._vapid.sign(claims)["Authorization"])
+            self._authorizations[origin] = (expiry - VAPID_RENEWAL.total_seconds(), header)
+        return header
 
 
 class PushChannel(Channel):
@@ -239,10 +301,13 @@ class PushChannel(Channel):
     content_model = PushContent
     settings_model = PushSettings
     # The token is the Topic, and a push service replaces a waiting message by the next one of its topic (RFC 8030, section 5.4).
-    capabilities = Capabilities(idempotent_sends=True, signed_webhooks=False, batch_size=500)
+    capabilities = Capabilities(
+        idempotent_sends=True, signed_webhooks=False, batch_size=500, browsers=True, tracked_links=("url", "actions.url")
+    )
     signals = (
         Signal(name="confirmed", label="Confirmed delivery", implies=("sent",)),
         Signal(name="clicked", label="Clicked", implies=("confirmed",)),
+        Signal(name="scanned", label="A machine followed a link", implies=("sent",)),
         Signal(name="dismissed", label="Dismissed", implies=("confirmed",)),
         Signal(name="unconfirmable", label="Cannot confirm delivery"),
     )
@@ -267,8 +332,10 @@ class PushChannel(Channel):
 
     def __init__(self, settings: PushSettings, *, webhook_url: str) -> None:
         super().__init__(settings, webhook_url=webhook_url)
-        self._vapid = Vapid02(load_vapid_key(settings.vapid_private_key.get_secret_value()))
-        self._authorizations: dict[Origin, tuple[float, str]] = {}
+        given = settings.vapid_private_key
+        self._given = None if given is None else _Signer(load_vapid_key(given.get_secret_value()), settings)
+        self._signers: dict[str, _Signer] = {}
+        """By the private keys of apps."""
 
     async def __aenter__(self) -> Self:
         self._http = HttpClient(timeout=self.settings.timeout_seconds, may_connect=self.settings.may_connect)
@@ -288,7 +355,10 @@ class PushChannel(Channel):
         address = message.address
         try:
             origin, target = split_url(address.endpoint)
-            authorization = self._authorize(origin)
+            signer = self._find_signer(message)
+            if signer is None:
+                return Refused(code="key_unknown")
+            authorization = signer.authorize(origin)
         except ValueError:
             return Refused(code="endpoint_refused")
         payload = self._write_payload(message)
@@ -319,27 +389,34 @@ class PushChannel(Channel):
 
     def _write_payload(self, message: Message[PushAddress, PushContent]) -> bytes:
         """Write what the service worker reads: the notification, the token ``t`` and ``b``, below which it calls back."""
-        content = message.content.model_dump(exclude_none=True, exclude={"urgency"})
+        content = message.content.model_dump(exclude_none=True, exclude={"urgency"} if message.content.actions else _NOT_SHOWN)
         payload = {"t": message.token, **content, "b": self.webhook_url}
         return _JSON.encode(payload).encode()
 
-    def _authorize(self, origin: Origin) -> str:
-        """Sign once per push service and half a day: its origin is all that a signature is bound to (RFC 8292, section 2).
+    def _find_signer(self, message: Message[PushAddress, PushContent]) -> _Signer | None:
+        """The key that the browser subscribed with; where that is not known, the one that browsers are told to subscribe with."""
+        own = self._read_app_keys(message.app_keys)
+        wanted = message.address.application_server_key
+        if wanted is None:
+            return self._given or own
+        return next((signer for signer in (self._given, own) if signer is not None and signer.public_key == wanted), None)
 
-        Raises:
-            ValueError: the origin is not at a push service that the settings allow, whatever was stored.
-        """
-        now = time.time()
-        renewal, header = self._authorizations.get(origin, (0.0, ""))
-        if renewal <= now:
-            self.settings.check_origin(origin)
-            if len(self._authorizations) >= MAX_VAPID_ORIGINS:
-                self._authorizations.clear()
-            expiry = now + VAPID_LIFETIME.total_seconds()
-            claims = {"aud": str(origin), "exp": int(expiry), "sub": self.settings.vapid_subject}
-            header = cast("str", self._vapid.sign(claims)["Authorization"])
-            self._authorizations[origin] = (expiry - VAPID_RENEWAL.total_seconds(), header)
-        return header
+    def _read_app_keys(self, app_keys: Mapping[str, str]) -> _Signer | None:
+        text = app_keys.get(_PRIVATE_KEY)
+        if text is None:
+            return None
+        if text not in self._signers:
+            self._signers[text] = _Signer(load_vapid_key(text), self.settings)
+        return self._signers[text]
+
+    @classmethod
+    def make_app_keys(cls) -> Mapping[str, str]:
+        number = ec.generate_private_key(CURVE).private_numbers().private_value
+        return {_PRIVATE_KEY: encode_base64url(number.to_bytes(32, "big"))}
+
+    def describe_app_keys(self, app_keys: Mapping[str, str]) -> Mapping[str, str]:
+        signer = self._given or self._read_app_keys(app_keys)
+        return {} if signer is None else {"application_server_key": signer.public_key}
 
     def verify(self, request: WebhookRequest) -> None:
         """Take a call with a token: a service worker holds no secret of ours, but nobody can make up a token."""
@@ -378,6 +455,9 @@ def encrypt(payload: bytes, keys: PushKeys, *, sender: ec.EllipticCurvePrivateKe
     return header + AESGCM(key).encrypt(nonce, payload + b"\2", None)
 
 
+_PRIVATE_KEY = "vapid_private_key"
+"""The one key of an app."""
+_NOT_SHOWN = {"urgency", "actions"}
 _ECDH = ec.ECDH()
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 

@@ -221,10 +221,13 @@ class SmsChannel(Channel):
     address_model = SmsAddress
     content_model = SmsContent
     settings_model = SmsSettings
-    capabilities = Capabilities(look_up=True, fetch_receipts=True)
+    capabilities = Capabilities(look_up=True, fetch_receipts=True, tracked_links=("body",))
     signals = (
         Signal(name="delivered", label="Delivered", implies=("sent",)),
         Signal(name="replied", label="Replied", implies=("sent",)),
+        Signal(name="clicked", label="Clicked a link", implies=("delivered",)),
+        # A carrier's filter may look at a link before anybody gets the message.
+        Signal(name="scanned", label="A machine followed a link", implies=("sent",)),
     )
     actions = (
         Action(name="delivered", label="Delivered", short_name="delivered", expression="delivered"),
@@ -239,6 +242,8 @@ class SmsChannel(Channel):
         Action(name="sent", label="Sent", short_name="sent", expression="attempted"),
         Action(name="replied", label="Replied", short_name="replied", expression="replied"),
         Action(name="not_replied", label="Didn't reply", short_name="not replied", expression="delivered & ~replied"),
+        Action(name="clicked", label="Clicked a link", short_name="clicked", expression="clicked"),
+        Action(name="not_clicked", label="Did not click a link", short_name="not clicked", expression="delivered & ~clicked"),
     )
     reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
 

@@ -71,7 +71,7 @@ _CODES: Mapping[ReasonClass, Sequence[str]] = {
     ReasonClass.CAPPED: ("131049", "130472"),  # Meta's limit on marketing per person (24 hours at least), Meta's experiment
     ReasonClass.WINDOW: ("131047",),
     ReasonClass.CONTENT: (
-        *("payload_too_large", "parameter_invalid"),
+        *("payload_too_large", "parameter_invalid", "button_not_tracked"),
         *("132005", "132008", "132012", "132018"),  # the text with this person's parameters
         *("131052", "131053", "http_413"),  # media
     ),
@@ -145,7 +145,13 @@ class Button(BaseModel):
     index: int = Field(ge=0, le=9)
     """The button's place in the template, from 0."""
     value: str
-    """The end of the URL, the payload of the reply, or the code to copy."""
+    """The end of the URL, the payload of the reply, or the code to copy. For a template whose button leads to our tracked links
+    (``https://<public URL>/l/{{1}}``) the whole address that a click is to lead to."""
+
+    @property
+    def is_address(self) -> bool:
+        """True for a URL button with a whole address."""
+        return self.type == "url" and self.value.startswith(("https://", "http://"))
 
 
 class WhatsAppContent(Content):
@@ -214,12 +220,15 @@ class WhatsAppChannel(Channel):
     address_model = WhatsAppAddress
     content_model = WhatsAppContent
     settings_model = WhatsAppSettings
-    capabilities = Capabilities()
+    capabilities = Capabilities(tracked_links=("body", "buttons.value"))
     signals = (
         Signal(name="delivered", label="Delivered", implies=("sent",)),
         Signal(name="read", label="Read", implies=("delivered",)),
         # Whoever writes has the chat open, also where read receipts are switched off.
         Signal(name="replied", label="Replied", implies=("read",)),
+        # Whoever clicked has read it, with read receipts turned off too.
+        Signal(name="clicked", label="Clicked a link", implies=("read",)),
+        Signal(name="scanned", label="A machine followed a link", implies=("sent",)),
     )
     actions = (
         Action(name="not_read", label="Didn't read", short_name="not read", expression="delivered & ~read"),
@@ -228,6 +237,8 @@ class WhatsAppChannel(Channel):
         Action(name="failed", label="Failed", short_name="failed", expression="failed & ~delivered"),
         Action(name="replied", label="Replied", short_name="replied", expression="replied"),
         Action(name="not_replied", label="Didn't reply", short_name="not replied", expression="delivered & ~replied"),
+        Action(name="clicked", label="Clicked a link", short_name="clicked", expression="clicked"),
+        Action(name="not_clicked", label="Did not click a link", short_name="not clicked", expression="delivered & ~clicked"),
     )
     reasons: ClassVar[Mapping[str, ReasonClass]] = {code: reason for reason, codes in _CODES.items() for code in codes}
 
@@ -267,6 +278,8 @@ class WhatsAppChannel(Channel):
         texts = [*body, *([content.header] if isinstance(content.header, str) else []), *(b.value for b in content.buttons)]
         if any(not text.strip() or _FORBIDDEN_TEXT.search(text) for text in texts):
             return Refused(code="parameter_invalid")
+        if any(button.is_address and message.token not in button.value for button in content.buttons):
+            return Refused(code="button_not_tracked")
         if sum(map(len, body)) > MAX_BODY:
             return Refused(code="payload_too_large")
         request = {
@@ -275,7 +288,7 @@ class WhatsAppChannel(Channel):
             # With its plus sign: Meta puts the business's own country code before a number without one.
             "to": message.address.phone,
             "type": "template",
-            "template": write_template(content),
+            "template": write_template(content, message.token),
             "biz_opaque_callback_data": message.token,
         }
         try:
@@ -356,8 +369,8 @@ class WhatsAppChannel(Channel):
         )
 
 
-def write_template(content: WhatsAppContent) -> dict[str, object]:
-    """Write the ``template`` object of a message (Meta: Cloud API, "Template messages")."""
+def write_template(content: WhatsAppContent, token: str) -> dict[str, object]:
+    """Write the ``template`` object of a message (Meta: Cloud API, "Template messages"); ``token`` is what tracked links have."""
     components: list[dict[str, object]] = []
     if isinstance(content.header, Media):
         media = {"type": content.header.type, content.header.type: {"link": content.header.link}}
@@ -372,7 +385,9 @@ def write_template(content: WhatsAppContent) -> dict[str, object]:
         components.append({"type": "body", "parameters": body})
     for button in content.buttons:
         kind = {"url": "text", "quick_reply": "payload", "copy_code": "coupon_code"}[button.type]
-        parameter = {"type": kind, kind: button.value}
+        # The template has the beginning of the URL, and takes what follows it.
+        value = button.value[button.value.index(token) :] if button.is_address else button.value
+        parameter = {"type": kind, kind: value}
         # The index is a string there.
         components.append({"type": "button", "sub_type": button.type, "index": str(button.index), "parameters": [parameter]})
     return {"name": content.template, "language": {"code": content.language}, "components": components}

@@ -101,6 +101,13 @@ class Capabilities:
     """``look_up`` can find out at the provider whether it took a message."""
     fetch_receipts: bool = False
     """``fetch_receipts`` can find out at the provider what became of messages that no webhook has told of."""
+    browsers: bool = False
+    """Addresses are those of browsers, which register them by themselves from an app's pages; ``make_app_keys`` and
+    ``describe_app_keys`` are then required."""
+    tracked_links: tuple[str, ...] = ()
+    """Fields of the content in whose texts links are tracked: ``("body",)``, or ``("buttons.url",)`` for the ``url`` of every
+    button. The links in a message then lead through the server, which reports ``clicked``, and ``scanned`` where it is
+    declared and a machine follows a link."""
 
 
 class Address(BaseModel, ABC):
@@ -139,6 +146,8 @@ class Message(Generic[A, C]):
     message is sent again. Put it into the provider's echo field, so that receipts carry it back."""
     address: A = field(repr=False)
     content: C = field(repr=False)
+    app_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """What ``make_app_keys`` made for the app that it comes from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +352,15 @@ class Channel(ABC):
         Never raises for a provider's trouble; an exception is taken for a bug, and every message of the batch for ``Unclear``.
         Set a timeout on every call, follow no redirects, and keep the provider's limits before asking it.
         """
+
+    @classmethod
+    def make_app_keys(cls) -> Mapping[str, str]:
+        """Make keys of its own for an app. Called once for each app; the server keeps them encrypted."""
+        raise NotImplementedError
+
+    def describe_app_keys(self, app_keys: Mapping[str, str]) -> Mapping[str, str]:
+        """What an app's pages have to know to subscribe a browser: a public key. Everybody can read it."""
+        raise NotImplementedError
 
     def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
         """The limits that a message counts against, the most general first; none by default. Pure; called for every message."""

@@ -208,7 +208,7 @@ async def _work() -> None:
     stopping = _stop_on_signals()
     async with (
         open_database(config, may_share=True) as url,
-        open_core(config, url, discovery, os.environ, f"{config.public_url}/v1/webhooks") as core,
+        open_core(config, url, discovery, os.environ, config.public_url) as core,
         send_beside(config, core, stopping),
     ):
         out.print("sending")

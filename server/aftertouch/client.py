@@ -12,6 +12,7 @@ from typing import Any, Self
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from aftertouch.identity import sign_identity as sign_identity
 from aftertouch.v1 import (
     apps_pb2_grpc,
     campaigns_pb2_grpc,

@@ -38,6 +38,13 @@ class CompiledAction:
     expression: Expression
     apart: Expression | None
 
+    @property
+    def reasoned(self) -> str | None:
+        """The signal by whose reasons the action can be narrowed: fewer of it have to mean fewer people."""
+        if "failed" in self.expression.names:
+            return "failed"
+        return "clicked" if self.expression == Expression("name", name="clicked") else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelType:
@@ -158,6 +165,15 @@ def _find_capability_faults(channel: type[Channel]) -> Iterator[str]:
     for method in ("look_up", "fetch_receipts"):
         if getattr(channel.capabilities, method) and getattr(channel, method) is getattr(Channel, method):
             yield f"capabilities.{method} is True, but {method} is not overridden"
+    if channel.capabilities.browsers:
+        for method in ("make_app_keys", "describe_app_keys"):
+            if inspect.getattr_static(channel, method) is inspect.getattr_static(Channel, method):
+                yield f"capabilities.browsers is True, but {method} is not overridden"
+    if channel.capabilities.tracked_links and "clicked" not in {signal.name for signal in channel.signals}:
+        yield "capabilities.tracked_links is set, but there is no signal 'clicked'"
+    for path in channel.capabilities.tracked_links:
+        if path.partition(".")[0] not in channel.content_model.model_fields:
+            yield f"capabilities.tracked_links names {path!r}, which {channel.content_model.__qualname__} has not"
     for code, reason in channel.reasons.items():
         if not (isinstance(code, str) and isinstance(reason, ReasonClass)):
             yield f"reasons[{code!r}] is {reason!r}: a code is a str and its class a ReasonClass"

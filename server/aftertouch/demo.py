@@ -103,7 +103,7 @@ def answer_actions(channel: str, told: Told) -> dict[str, People]:
     """Who matches each action, by the words of the channels' documents, in plain sets."""
     match channel:
         case "whatsapp":
-            read = told["read"] | told["replied"]
+            read = told["read"] | told["replied"] | told["clicked"]
             delivered = told["delivered"] | read
             return {
                 "not_read": delivered - read,
@@ -112,14 +112,19 @@ def answer_actions(channel: str, told: Told) -> dict[str, People]:
                 "failed": told["failed"] - delivered,
                 "replied": told["replied"],
                 "not_replied": delivered - told["replied"],
+                "clicked": told["clicked"],
+                "not_clicked": delivered - told["clicked"],
             }
         case "sms":
+            delivered = told["delivered"] | told["clicked"]
             return {
-                "delivered": told["delivered"],
-                "not_delivered": told["failed"] - told["delivered"],
+                "delivered": delivered,
+                "not_delivered": told["failed"] - delivered,
                 "sent": told.messaged,
                 "replied": told["replied"],
-                "not_replied": told["delivered"] - told["replied"],
+                "not_replied": delivered - told["replied"],
+                "clicked": told["clicked"],
+                "not_clicked": delivered - told["clicked"],
             }
         case _:
             sent = told["sent"]

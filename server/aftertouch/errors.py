@@ -269,6 +269,28 @@ class ListLimitReached(AftertouchError):
         super().__init__(f"{app} has {limit} lists, as many as it may have; delete one", app=app, limit=str(limit))
 
 
+class IdentityInvalid(AftertouchError):
+    code, reason = "UNAUTHENTICATED", "IDENTITY_INVALID"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"the identity is not valid: {cause}", cause=cause)
+
+
+class OriginNotAllowed(AftertouchError):
+    code, reason = "PERMISSION_DENIED", "ORIGIN_NOT_ALLOWED"
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(f"pages of {origin} are not among the app's web_origins", origin=origin)
+
+
+class TooManyRequests(AftertouchError):
+    code, reason = "RESOURCE_EXHAUSTED", "TOO_MANY_REQUESTS"
+
+    def __init__(self, retry_after: timedelta) -> None:
+        super().__init__("too many requests for the same person or browser; wait a while")
+        self.retry_after = retry_after
+
+
 class MethodUnknown(AftertouchError):
     code, reason = "UNIMPLEMENTED", "METHOD_UNKNOWN"
 

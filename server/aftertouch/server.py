@@ -25,9 +25,12 @@ from aftertouch.config import Config
 from aftertouch.console.app import open_console
 from aftertouch.console.visits import PREFIX
 from aftertouch.delivery.breaker import BreakerSettings
+from aftertouch.delivery.clicks import Clicks
+from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.delivery.worker import Worker
 from aftertouch.errors import AftertouchError
+from aftertouch.ingest.enrolment import Enrolment
 from aftertouch.ingest.intake import Intake
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.spool import Spool
@@ -43,6 +46,8 @@ from aftertouch.store.paces import forget_limits
 from aftertouch.store.partitions import create_partitions, drop_partitions, lock_partitions
 from aftertouch.store.requests import forget_requests
 from aftertouch.store.users import forget_sessions
+from aftertouch.vault import Vault
+from aftertouch.web.browsers import Browsers
 from aftertouch.web.ingress import WEBHOOKS, create_ingress
 from aftertouch.web.server import mount, serve_http
 
@@ -58,6 +63,7 @@ class Core:
     engine: AsyncEngine
     registry: Registry
     ledger: Ledger
+    context: MessageContext
 
 
 @asynccontextmanager
@@ -138,7 +144,7 @@ def _write_new(path: Path, content: bytes) -> None:
 
 @asynccontextmanager
 async def open_core(
-    config: Config, database_url: str, discovery: Discovery, environment: Mapping[str, str], webhook_base_url: str
+    config: Config, database_url: str, discovery: Discovery, environment: Mapping[str, str], public_url: str
 ) -> AsyncIterator[Core]:
     """Connect, check the schema, and open channels and ledger.
 
@@ -149,16 +155,17 @@ async def open_core(
         engine = create_engine(database_url)
         stack.push_async_callback(engine.dispose)
         await check_schema(engine)
-        built = build_registry(discovery, environment, webhook_base_url=webhook_base_url)
+        built = build_registry(discovery, environment, webhook_base_url=public_url + WEBHOOKS)
         registry = await stack.enter_async_context(built.open())
         for problem in registry.problems:
             log.error("a plugin is broken", action="load_plugins", distribution=problem.distribution, cause=problem.cause)
         for name, obstacles in registry.obstacles.items():
             log.warning("a channel cannot send", action="load_plugins", channel=name, obstacles=list(obstacles))
-        ledger = Ledger(engine, registry.types, TokenCodec(read_secret_key(config)))
+        secret_key = read_secret_key(config)
+        ledger = Ledger(engine, registry.types, TokenCodec(secret_key))
         await stack.enter_async_context(ledger)
         _spare_collections()
-        yield Core(engine, registry, ledger)
+        yield Core(engine, registry, ledger, MessageContext(Vault(secret_key), public_url))
 
 
 def _spare_collections() -> None:
@@ -226,11 +233,13 @@ async def serve(
     public_url = config.public_url or f"http://{_name_address(listener)}"
     async with AsyncExitStack() as stack:
         database_url = await stack.enter_async_context(open_database(config, stopping=stopping))
-        core = await stack.enter_async_context(open_core(config, database_url, discovery, environment, public_url + WEBHOOKS))
+        core = await stack.enter_async_context(open_core(config, database_url, discovery, environment, public_url))
         await keep_house(core.engine)
         intake = await stack.enter_async_context(_open_intake(config, core, stopping))
-        servicers = create_servicers(core.registry, core.ledger)
-        http = create_ingress(core.registry, intake, public_url)
+        servicers = create_servicers(core.registry, core.ledger, core.context)
+        browsers = Browsers(Enrolment(core.engine, core.registry, core.context.vault))
+        clicks = Clicks(core.engine, core.registry, core.ledger, intake)
+        http = create_ingress(core.registry, intake, browsers, clicks, public_url)
         if config.serve_console:
             console = await stack.enter_async_context(open_console(core.engine, core.registry, servicers, public_url))
             http = mount(http, console, ("/", PREFIX))
@@ -255,7 +264,7 @@ async def send_beside(config: Config, core: Core, stopping: asyncio.Event) -> As
     """Send work units meanwhile; the batches under way are finished first when it ends."""
     done = asyncio.Event()
     breaker = BreakerSettings(config.pause_failures, config.pause_percent)
-    worker = Worker(core.engine, core.ledger, core.registry, units=config.send_units, breaker=breaker)
+    worker = Worker(core.engine, core.ledger, core.registry, core.context, units=config.send_units, breaker=breaker)
     sending = asyncio.create_task(worker.run(done), name="send")
     sending.add_done_callback(lambda _: stopping.set())
     try:

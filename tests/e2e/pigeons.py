@@ -225,7 +225,10 @@ class Loft:
         """Somebody who sends a claimed unit."""
         core = self.world.core
         lease = Lease(unit, time.monotonic())
-        return Sender(core.engine, core.ledger, self.pacer, self.breaker, core.registry.types, self.channel, lease)
+        return Sender(
+            *(core.engine, core.ledger, core.context, self.pacer, self.breaker),
+            *(core.registry.types, self.channel, lease),
+        )
 
     async def send(self) -> None:
         """Claim a unit and send it until it is done or has to wait."""

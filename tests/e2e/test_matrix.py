@@ -6,13 +6,16 @@ the words of the actions and in plain sets: nothing here knows the server's sign
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+import aiohttp
 import pytest
 
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, Shares
+from aftertouch.sandbox.truth import Decision
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 from tests.fix_database import clone_database
 from tests.fix_world import CONTENT, World, run_world
@@ -22,13 +25,22 @@ CHANNELS = ("push", "sms", "whatsapp")
 UNREACHABLE = {"sms": {"21610", "21211"}, "whatsapp": {"131026", "131050", "131049"}, "push": {"410"}}
 """The providers' codes for "this will never arrive", "this person said stop" and "not for a day": nobody is written to after
 them."""
+LINKED = {
+    "sms": {"body": "Hi {{ first_name | default: 'there' }}, see https://shop.example/sale."},
+    "whatsapp": {"body": ["{{ first_name | default: 'there' }}", "https://shop.example/sale"]},
+    "push": {},
+}
 
 Story = frozenset[str]
 """What happened to one person in one campaign: ``asked`` (handed over), ``taken`` or ``turned down``, and what followed."""
 
 
 def _was_delivered(story: Story) -> bool:
-    return bool(story & {"delivered", "read"})
+    return bool(story & {"delivered", "read", "clicked"})
+
+
+def _did_read(story: Story) -> bool:
+    return bool(story & {"read", "clicked", "replied"})
 
 
 def _did_confirm(story: Story) -> bool:
@@ -37,19 +49,23 @@ def _did_confirm(story: Story) -> bool:
 
 ACTIONS: dict[str, dict[str, Callable[[Story], bool]]] = {
     "whatsapp": {
-        "not_read": lambda story: _was_delivered(story) and "read" not in story,
+        "not_read": lambda story: _was_delivered(story) and not _did_read(story),
         "not_received": lambda story: bool(story & {"sent", "failed"}) and not _was_delivered(story),
-        "read": lambda story: "read" in story,
+        "read": lambda story: _did_read(story),
         "failed": lambda story: "failed" in story and not _was_delivered(story),
         "replied": lambda story: "replied" in story,
         "not_replied": lambda story: _was_delivered(story) and "replied" not in story,
+        "clicked": lambda story: "clicked" in story,
+        "not_clicked": lambda story: _was_delivered(story) and "clicked" not in story,
     },
     "sms": {
-        "delivered": lambda story: "delivered" in story,
-        "not_delivered": lambda story: bool(story & {"undelivered", "turned down"}) and "delivered" not in story,
+        "delivered": lambda story: _was_delivered(story),
+        "not_delivered": lambda story: bool(story & {"undelivered", "turned down"}) and not _was_delivered(story),
         "sent": lambda story: "asked" in story,
         "replied": lambda story: "replied" in story,
-        "not_replied": lambda story: "delivered" in story and "replied" not in story,
+        "not_replied": lambda story: _was_delivered(story) and "replied" not in story,
+        "clicked": lambda story: "clicked" in story,
+        "not_clicked": lambda story: _was_delivered(story) and "clicked" not in story,
     },
     "push": {
         "clicked": lambda story: "clicked" in story,
@@ -82,6 +98,22 @@ class Played:
         first = len(self.world.sandbox.truth.entries)
         await self.world.launch(name)
         return Launched(name, channel, first, len(self.world.sandbox.truth.entries))
+
+    async def click_links(self) -> None:
+        """Every third person who got a message with a link clicks on it, and a machine looks at every second link."""
+        async with aiohttp.ClientSession() as http:
+            for number, entry in enumerate(self.world.sandbox.truth.entries):
+                link = re.search(rf"{self.world.addresses.public_url}/l/[\w-]+", str(entry.content))
+                if link is None or "delivered" not in entry.signals or entry.channel == "push":
+                    continue
+                visits = [("GET", "Mozilla/5.0 (Linux; Android 16) Chrome/156.0 Mobile Safari/537.36")] if number % 3 == 0 else []
+                visits += [("HEAD", ""), ("GET", "WhatsApp/2.26.1 A")] if number % 2 == 0 else []
+                for method, agent in visits:
+                    given = {"allow_redirects": False, "headers": {"User-Agent": agent}}
+                    async with http.request(method, link[0], **given) as answer:
+                        assert (answer.status, answer.headers["location"]) == (302, "https://shop.example/sale")
+                if number % 3 == 0:
+                    entry.signals["clicked"] = Decision(acknowledged=True)
 
     def tell_stories(self, launched: Launched) -> dict[str, Story]:
         """What happened, by now, to each person to whom a campaign's message was handed over; once each."""
@@ -145,14 +177,20 @@ class Played:
 
 @pytest.fixture(scope="module")
 async def played(postgres_url: str, template: str) -> AsyncIterator[Played]:
-    shares = Shares(sms_unreachable=0.15, push_beacon_lost=0.3, whatsapp_switched_off=0.1, whatsapp_failed_first=0.05)
+    shares = Shares(
+        sms_unreachable=0.15,
+        push_beacon_lost=0.3,
+        whatsapp_switched_off=0.1,
+        whatsapp_failed_first=0.05,
+    )
     settings = SandboxSettings(seed=7, size=300, time_scale=0.03, duplicate_share=0.5, late_share=0.3, shares=shares)
     async with clone_database(postgres_url, template) as url, run_world(url, settings) as world:
         await world.import_people()
         played = Played(world)
         for channel in CHANNELS:
-            draft = await world.create_campaign(channel)
+            draft = await world.create_campaign(channel, content=LINKED[channel])
             played.sources[channel] = await played.launch(draft.name, channel)
+        await played.click_links()
         yield played
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -29,6 +30,8 @@ class Sending:
     campaign: Campaign
     app: App
     template: ContentTemplate
+    app_keys: Mapping[str, str]
+    """Of the channel."""
     slot: int
     roll: Numbers
     """Of the unit."""
@@ -99,7 +102,7 @@ class Drafter:
             within.tolist(), positions.tolist(), numbers.tolist(), tokens, tries.tolist(), strict=True
         ):
             addressee = addressees.get(number)
-            written = write_messages(self._type, sending.template, addressee, token)
+            written = write_messages(self._type, sending.template, sending.app_keys, addressee, token)
             if isinstance(written, Kind):
                 drafts.skipped.append((position, written))
                 continue
@@ -119,7 +122,11 @@ class Drafter:
 
 
 def write_messages(
-    channel_type: ChannelType, template: ContentTemplate, addressee: Addressee | None, token: str
+    channel_type: ChannelType,
+    template: ContentTemplate,
+    app_keys: Mapping[str, str],
+    addressee: Addressee | None,
+    token: str,
 ) -> list[tuple[bytes, Message[Address, Content]]] | Kind:
     """The messages to each address of a person, with the addresses' hashes, or why there are none."""
     if addressee is None or not addressee.addresses:
@@ -127,7 +134,7 @@ def write_messages(
             return Kind("skipped", ReasonClass.CAPPED, "held")
         return Kind("skipped", "unsubscribed", "no_active_subscription")
     try:
-        content = template.render(addressee.external_id, addressee.attributes)
+        content = template.render(addressee.external_id, addressee.attributes, token)
     except RenderError as error:
         return Kind("skipped", ReasonClass.CONTENT, error.code)
     messages: list[tuple[bytes, Message[Address, Content]]] = []
@@ -137,5 +144,5 @@ def write_messages(
         except ValueError:
             # It was stored by a version of the channel that took it.
             continue
-        messages.append((address_hash, Message(token=token, address=address, content=content)))
+        messages.append((address_hash, Message(token=token, address=address, content=content, app_keys=app_keys)))
     return messages or Kind("skipped", ReasonClass.CONTENT, "invalid_address")

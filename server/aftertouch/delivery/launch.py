@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from aftertouch.delivery.context import find_links
 from aftertouch.delivery.control import check_state
 from aftertouch.errors import (
     AftertouchError,
@@ -131,6 +132,7 @@ async def launch(
         recipients=len(numbers),
         launch_time=func.now(),
         send_by_time=send_by_time,
+        links=find_links(campaign, registry.types[campaign.channel]),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import structlog
 from liquid import BoundTemplate, Environment, FalsyStrictUndefined
 from liquid.builtin.content import ContentNode
 from liquid.builtin.expressions import Filter, FilteredExpression, Path, PositionalArgument, StringLiteral
@@ -16,6 +17,9 @@ from liquid.builtin.output import OutputNode
 from liquid.exceptions import LiquidError, LiquidSyntaxError, TemplateNotFoundError, UndefinedError
 
 from aftertouch.channels import Content
+from aftertouch.links import VARIABLE
+
+log = structlog.get_logger()
 
 
 class _Missing(FalsyStrictUndefined):
@@ -76,11 +80,13 @@ def _parse(text: str) -> BoundTemplate:
 class ContentTemplate:
     """A campaign's content, ready to be rendered for one contact after the other."""
 
-    def __init__(self, content: Mapping[str, Any], model: type[Content]) -> None:
+    def __init__(self, content: Mapping[str, Any], model: type[Content], link_url: str = "") -> None:
+        """Compile it; ``link_url`` is what tracked links begin with, before the token."""
         self._render = _compile(content)
         self._model = model
+        self._link_url = link_url
 
-    def render(self, external_id: str, attributes: Mapping[str, Any]) -> Content:
+    def render(self, external_id: str, attributes: Mapping[str, Any], token: str = "") -> Content:
         """The content for one contact.
 
         Raises:
@@ -88,7 +94,7 @@ class ContentTemplate:
         """
         known = {name: value for name, value in attributes.items() if value not in (None, "")}
         try:
-            rendered = self._render({"external_id": external_id, **known})
+            rendered = self._render({"external_id": external_id, **known, VARIABLE: f"{self._link_url}{token}"})
         except UndefinedError as error:
             raise RenderError("missing_attribute") from error
         except Exception as error:
@@ -99,6 +105,17 @@ class ContentTemplate:
             return self._model.model_validate(rendered)
         except ValueError as error:
             raise RenderError("invalid_content") from error
+
+
+def render_link(link: str, external_id: str, attributes: Mapping[str, Any]) -> str | None:
+    """A link of a content for one contact; None when it cannot be rendered for this one any more."""
+    known = {name: value for name, value in attributes.items() if value not in (None, "")}
+    try:
+        return str(_compile(link)({"external_id": external_id, **known}))
+    except Exception as error:
+        # As in ``render``: an odd attribute raises whatever Python does over it.
+        log.info("a link cannot be rendered", action="follow_link", cause=type(error).__name__)
+        return None
 
 
 def _compile(value: Any) -> Render:

@@ -25,6 +25,7 @@ from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.breaker import Breaker
 from aftertouch.delivery.calls import send_messages
+from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import stop_sending
 from aftertouch.delivery.drafts import Draft, Drafter, Drafts, Sending
 from aftertouch.delivery.leases import LEASE, Lease
@@ -32,7 +33,6 @@ from aftertouch.delivery.lookup import LOOK_UP_AFTER, is_look_up_due, look_up, m
 from aftertouch.delivery.outcomes import Consequences, Verdict, describe, judge
 from aftertouch.delivery.pace import HORIZON, Pacer, back_off, name_limit
 from aftertouch.delivery.progress import read_progress
-from aftertouch.delivery.render import ContentTemplate
 from aftertouch.errors import DatabaseUnavailable, NotFound
 from aftertouch.ingest.batcher import RETRY_SECONDS
 from aftertouch.ingest.ledger import Fact, Ledger, Tried
@@ -87,6 +87,7 @@ class Sender:
         self,
         engine: AsyncEngine,
         ledger: Ledger,
+        context: MessageContext,
         pacer: Pacer,
         breaker: Breaker,
         types: Mapping[str, ChannelType],
@@ -95,6 +96,7 @@ class Sender:
     ) -> None:
         self._engine = engine
         self._ledger = ledger
+        self._context = context
         self._pacer = pacer
         self._breaker = breaker
         self._types = types
@@ -131,6 +133,7 @@ class Sender:
             if self._lease.unsent:
                 await self._take_back(conn, campaign, len(roll))
             progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
+            app_keys = await self._context.read_app_keys(conn, app, self._type)
             try:
                 recheck = await self._prepare_recheck(conn, campaign, roll)
             except NotFound as error:
@@ -141,8 +144,8 @@ class Sender:
         if obstacle:
             await stop_sending(self._engine, campaign, obstacle)
             raise LeaseLost
-        template = ContentTemplate(campaign.content, self._type.channel.content_model)
-        sending = Sending(campaign, app, template, self._unit.slot, roll, recheck)
+        template = self._context.compile_content(app, campaign, self._type)
+        sending = Sending(campaign, app, template, app_keys, self._unit.slot, roll, recheck)
         try:
             if is_look_up_due(self._channel, self._lease.unclear_since):
                 await look_up(self._drafter, self._ledger, self._channel, sending, progress)

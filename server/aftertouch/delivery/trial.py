@@ -15,9 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Accepted, Outcome, ReasonClass
 from aftertouch.delivery.calls import send_messages
+from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.drafts import write_messages
 from aftertouch.delivery.outcomes import describe
-from aftertouch.delivery.render import ContentTemplate
 from aftertouch.errors import ChannelNotReady, ContentMissing, FieldsInvalid, NotFound, Violation
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.tokens import TEST_POSITION
@@ -50,7 +50,13 @@ class Trial:
 
 
 async def send_test(
-    conn: AsyncConnection, ledger: Ledger, registry: Registry, app: App, campaign: Campaign, external_id: str
+    conn: AsyncConnection,
+    ledger: Ledger,
+    registry: Registry,
+    context: MessageContext,
+    app: App,
+    campaign: Campaign,
+    external_id: str,
 ) -> Trial:
     """Send a campaign's content to one contact now.
 
@@ -66,9 +72,10 @@ async def send_test(
     if number is None:
         raise NotFound(f"{app.name}/contacts/{external_id}")
     addressees = await read_addressees(conn, app.app_id, campaign.channel, np.array([number]))
-    template = ContentTemplate(campaign.content, declared.channel.content_model)
+    template = context.compile_content(app, campaign, declared)
+    app_keys = await context.read_app_keys(conn, app, declared)
     (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
-    written = write_messages(declared, template, addressees.get(number), token)
+    written = write_messages(declared, template, app_keys, addressees.get(number), token)
     if isinstance(written, Kind):
         raise FieldsInvalid([Violation("contact", _OBSTACLES[written.reason_code])])
     messages = [message for _, message in written]

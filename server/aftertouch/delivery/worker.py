@@ -18,6 +18,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.delivery.breaker import Breaker, BreakerSettings
+from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.launch import launch_due
 from aftertouch.delivery.leases import HEARTBEAT_SECONDS, LEASE, Lease
 from aftertouch.delivery.leftovers import close_leftover
@@ -43,10 +44,18 @@ class Worker:
     """Sends the units of every campaign whose channel is ready, and launches what is due."""
 
     def __init__(
-        self, engine: AsyncEngine, ledger: Ledger, registry: Registry, *, units: int, breaker: BreakerSettings | None = None
+        self,
+        engine: AsyncEngine,
+        ledger: Ledger,
+        registry: Registry,
+        context: MessageContext,
+        *,
+        units: int,
+        breaker: BreakerSettings | None = None,
     ) -> None:
         self._engine = engine
         self._ledger = ledger
+        self._context = context
         self._registry = registry
         self._units = units
         self._pacer = Pacer(engine)
@@ -143,7 +152,7 @@ class Worker:
         assert campaign is not None, "a launched campaign is never deleted"
         breaker = self._find_breaker(campaign.campaign_id, campaign.version)
         ready, types = self._registry.channels[channel], self._registry.types
-        sender = Sender(self._engine, self._ledger, self._pacer, breaker, types, ready, lease)
+        sender = Sender(self._engine, self._ledger, self._context, self._pacer, breaker, types, ready, lease)
         if self._is_stopping:
             sender.stop()
         self._senders[lease] = sender

@@ -236,7 +236,9 @@ async def _number_kinds(
 
 
 def kind_of(lookups: Lookups, channel: ChannelType, signal: str, code: str) -> Kind:
-    """The kind of a report: a failure has the code's class, other signals have no reason."""
+    """The kind of a report: a failure has the code's class, a click the number of its link, other signals no reason."""
+    if signal == "clicked" and code:
+        return lookups.bound_kind(Kind(signal, "link", code[:64]))
     if signal != "failed":
         return Kind(signal)
     code = code[:64] or "unknown"

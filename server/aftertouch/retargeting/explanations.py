@@ -289,12 +289,12 @@ async def _ask_question(
         text += "; nothing was heard since the message was sent, and whom that is true of is left out"
     if matches and (question.reason_codes or question.reason_classes):
         matches = any(
-            kind.signal == "failed"
+            kind.signal == compiled.reasoned
             and (kind.reason_code in question.reason_codes or kind.reason_class in question.reason_classes)
             for kind in known.kinds
         )
         asked = ", ".join((*question.reason_codes, *question.reason_classes))
-        text += f"; only failures for {asked} count, and the person's {_list(known.reasons)}"
+        text += f"; only {compiled.reasoned} for {asked} counts, and the person's {_list(known.reasons)}"
     return [
         Step("RECIPIENT_OF_SOURCE", True, f"is a recipient of {question.source}"),
         Step("IN_AUDIENCE", matches, text),

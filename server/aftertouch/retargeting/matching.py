@@ -100,8 +100,10 @@ class Known:
         matching = self.evaluate(_express(self._channel.actions[question.action], self._channel, question))
         if question.reason_codes or question.reason_classes:
             codes, classes = frozenset(question.reason_codes), frozenset(question.reason_classes)
-            failed = self._join(lambda k: k.signal == "failed" and (k.reason_code in codes or k.reason_class in classes))
-            return matching & failed
+            reasoned = self._channel.actions[question.action].reasoned
+            return matching & self._join(
+                lambda kind: kind.signal == reasoned and (kind.reason_code in codes or kind.reason_class in classes)
+            )
         return matching
 
 

@@ -18,6 +18,9 @@ from aftertouch.store.kinds import Kind, group_evidence, load_kinds
 CORE_EVIDENCE = close_implications(CORE_IMPLICATIONS)
 """What is known of a channel whose plugin is gone."""
 
+REASONED = ("failed", "skipped", "clicked")
+"""Signals whose reasons are told: why, and for a click, on which link."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -28,7 +31,7 @@ class Counts:
     unclear: int
     """Tried, and no outcome is known (yet)."""
     reasons: list[tuple[Kind, int]]
-    """Failures and skips, most frequent first."""
+    """Of failures, skips and clicks, most frequent first."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ async def count_campaign(conn: AsyncConnection, campaign: Campaign, channel: Cha
     counts = await count_expressions(conn, campaign.campaign_id, group_evidence(numbered, evidence), expressions)
     unclear = counts.pop("")
     by_kind = await count_by_kind(conn, campaign.campaign_id)
-    reasons = [(numbered[kind], count) for kind, count in by_kind.items() if numbered[kind].signal in ("failed", "skipped")]
+    reasons = [
+        (numbered[kind], count)
+        for kind, count in by_kind.items()
+        if numbered[kind].signal in REASONED and numbered[kind].reason_class
+    ]
     reasons.sort(key=lambda item: (-item[1], item[0]))
     return Counts({signal: count for signal, count in sorted(counts.items()) if count}, unclear, reasons)
 
@@ -75,7 +82,7 @@ async def list_recipients(
             for signal, proving in evidence.items():
                 if kind.signal in proving:
                     true[signal] |= flags
-            if kind.signal in ("failed", "skipped") and kind.reason:
+            if kind.signal in REASONED and kind.reason:
                 for index in np.flatnonzero(flags).tolist():
                     reasons[index].append(kind.reason)
         for index, number in enumerate(roll.tolist()):

@@ -135,10 +135,9 @@ def _find_faults(question: Question, channel: ChannelType, path: str) -> Iterato
     if compiled is None:
         known = ", ".join(channel.actions)
         yield Violation(f"{path}.action", f"{channel.name} has no action {question.action!r}; it has {known}")
-    elif (question.reason_codes or question.reason_classes) and "failed" not in compiled.expression.names:
-        yield Violation(
-            f"{path}.reason_codes", f"only an action over failed can be narrowed to reasons; {question.action} is not"
-        )
+    elif (question.reason_codes or question.reason_classes) and compiled.reasoned is None:
+        text = f"only an action over failed, or clicked itself, can be narrowed to reasons; {question.action} is neither"
+        yield Violation(f"{path}.reason_codes", text)
     for index, name in enumerate(question.reason_classes):
         if name not in [known.value for known in ReasonClass]:
             yield Violation(f"{path}.reason_classes[{index}]", f"unknown class {name!r}; known are {', '.join(ReasonClass)}")

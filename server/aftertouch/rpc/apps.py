@@ -13,13 +13,18 @@ from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import TIME_ZONES, to_timestamp
 from aftertouch.store import apps as store
+from aftertouch.store.app_secrets import create_identity_secret
 from aftertouch.v1 import apps_pb2, apps_pb2_grpc, options_pb2
+from aftertouch.vault import Vault
 
-_CHANGEABLE = ("display_name", "quiet_hours", "frequency_cap")
+_CHANGEABLE = ("display_name", "quiet_hours", "frequency_cap", "web_origins", "link_url")
 
 
 class Apps(apps_pb2_grpc.AppsServicer):
     """The caller's app and its keys."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
 
     async def GetApp(self, request: apps_pb2.GetAppRequest, call: Call) -> apps_pb2.App:  # type: ignore[override]
         check_parent(call, request.name, "name")
@@ -39,6 +44,10 @@ class Apps(apps_pb2_grpc.AppsServicer):
         if "frequency_cap" in paths:
             cap = given.frequency_cap if given.HasField("frequency_cap") else None
             values |= {"cap_messages": cap.messages if cap else None, "cap_hours": cap.hours if cap else None}
+        if "web_origins" in paths:
+            values["web_origins"] = list(given.web_origins)
+        if "link_url" in paths:
+            values["link_url"] = given.link_url
         return _to_app(await store.update_app(await call.begin(), call.app.app_id, **values) if values else call.app)
 
     async def CreateApiKey(  # type: ignore[override]
@@ -67,6 +76,12 @@ class Apps(apps_pb2_grpc.AppsServicer):
         if not await store.revoke_api_key(await call.begin(), call.app.app_id, key, datetime.now(UTC)):
             raise NotFound(request.name)
         return Empty()
+
+    async def CreateIdentitySecret(  # type: ignore[override]
+        self, request: apps_pb2.CreateIdentitySecretRequest, call: Call
+    ) -> apps_pb2.IdentitySecret:
+        check_parent(call, request.parent)
+        return apps_pb2.IdentitySecret(secret=await create_identity_secret(await call.begin(), self._vault, call.app.app_id))
 
 
 def _read_mask(request: apps_pb2.UpdateAppRequest) -> tuple[str, ...]:
@@ -114,6 +129,8 @@ def _to_app(app: store.App) -> apps_pb2.App:
         retargeting_enabled=app.retargeting_enabled,
         retargetable_since=to_timestamp(app.retargetable_since),
         retention_days=app.retention_days,
+        web_origins=app.web_origins,
+        link_url=app.link_url,
     )
     if app.quiet_start is not None and app.quiet_end is not None:
         message.quiet_hours.start = "{:02d}:{:02d}".format(*divmod(app.quiet_start, 60))

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from aftertouch.channels import Accepted, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
+from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import cancel, check_state, pause, resume, settle
 from aftertouch.delivery.launch import check_times, launch, prepare_launch, schedule, unschedule
 from aftertouch.delivery.render import find_template_errors
@@ -46,7 +47,7 @@ from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
 
 _SETTINGS = ("display_name", "messages_per_second", "transactional")
 """Fields that are stored as they are given."""
-_CHANGEABLE = (*_SETTINGS, "content", "audience")
+_CHANGEABLE = (*_SETTINGS, "content", "audience", "track_links")
 _CHANGEABLE_BEFORE_SENDING = frozenset({"messages_per_second"})
 """In a campaign that is SCHEDULED or PAUSED."""
 WATCH_SECONDS = 1.0
@@ -57,9 +58,10 @@ _LARGEST_CONTENT = 65_536
 class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     """The campaigns of the caller's app."""
 
-    def __init__(self, registry: Registry, ledger: Ledger, copies: Copies) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger, context: MessageContext, copies: Copies) -> None:
         self._registry = registry
         self._ledger = ledger
+        self._context = context
         self._copies = copies
 
     async def CreateCampaign(  # type: ignore[override]
@@ -72,7 +74,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             raise FieldsInvalid([Violation("campaign.channel", f"no channel {given.channel!r} is installed; there are {known}")])
         found = self._registry.types[given.channel]
         values: dict[str, Any] = {"channel": given.channel} | {name: getattr(given, name) for name in _SETTINGS}
-        parts, roll = await self._read_parts(call, given, found, ("content", "audience"))
+        parts, roll = await self._read_parts(call, given, found, ("content", "audience", "track_links"))
         return await create_draft(call, request.campaign_id, values | parts, roll)
 
     async def GetCampaign(  # type: ignore[override]
@@ -204,7 +206,9 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.SendTestResponse:
         campaign = await find(call, request.name)
         external_id = read_name(call, request.contact, "contacts", "contact")
-        trial = await send_test(await call.begin(), self._ledger, self._registry, call.app, campaign, external_id)
+        trial = await send_test(
+            *(await call.begin(), self._ledger, self._registry, self._context, call.app, campaign, external_id)
+        )
         return campaigns_pb2.SendTestResponse(
             content=to_struct(trial.content),
             outcomes=[_to_outcome(outcome, reason_class) for outcome, reason_class in trial.outcomes],
@@ -260,6 +264,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         values: dict[str, Any] = {}
         if "content" in paths:
             values["content"] = _read_content(found, given) if given.HasField("content") else None
+        if "track_links" in paths:
+            values["track_links"] = given.track_links or not given.HasField("track_links")
         if "audience" not in paths:
             return values, None
         if not given.HasField("audience"):
@@ -390,6 +396,8 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
         etag=str(campaign.version),
         messages_per_second=campaign.messages_per_second,
         transactional=campaign.transactional,
+        track_links=campaign.track_links,
+        links=campaign.links,
         create_time=to_timestamp(campaign.create_time),
         update_time=to_timestamp(campaign.update_time),
         schedule_time=to_timestamp(campaign.schedule_time),

@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from aftertouch.delivery.context import MessageContext
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.copies import Copies
@@ -59,15 +60,15 @@ SERVICES = tuple(
 """The descriptors of our services."""
 
 
-def create_servicers(registry: Registry, ledger: Ledger) -> dict[str, Any]:
+def create_servicers(registry: Registry, ledger: Ledger, context: MessageContext) -> dict[str, Any]:
     """Our services by name."""
     copies = Copies()
     return {
-        "Apps": Apps(),
+        "Apps": Apps(context.vault),
         "Channels": Channels(registry),
         "Contacts": Contacts(registry),
         "Lists": Lists(),
-        "Campaigns": Campaigns(registry, ledger, copies),
+        "Campaigns": Campaigns(registry, ledger, context, copies),
         "Events": Events(ledger),
         "Retargeting": Retargeting(registry, copies),
     }

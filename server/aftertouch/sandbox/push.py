@@ -9,9 +9,10 @@ from __future__ import annotations
 import binascii
 import hmac
 import json
+import os
 import re
 import time
-from base64 import urlsafe_b64decode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ _LONGEST_TOKEN_LIFE = 24 * 3600
 _TOPIC = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _CREDENTIALS = re.compile(r"vapid\s+(.+)", re.IGNORECASE)
 _SUBJECT = re.compile(r"mailto:[^\s<>@]+@[^\s<>@]+|https://[^\s]+")
+_ANY_PAGE = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "POST, DELETE",
+    "Access-Control-Allow-Headers": "*",
+}
 _URGENCIES = ("very-low", "low", "normal", "high")
 
 # The shapes and numbers of Mozilla's service: https://mozilla-services.github.io/autopush-rs/errors.html
@@ -89,6 +95,16 @@ class _Beacons(Stream[_Report]):
 
 
 @dataclass(frozen=True, slots=True)
+class _Visitor:
+    """A browser outside of the population, whose service worker is somebody else's: it is only handed what it was sent."""
+
+    key: ec.EllipticCurvePrivateKey
+    secret: bytes
+    server_key: str
+    messages: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class _Waiting:
     entry: Entry
     expires: float
@@ -112,7 +128,14 @@ class Push:
         # A sender keeps one signed token for hours; checking it once per message would cost more than the decryption.
         self._checked: dict[str, float] = {}
         self._waiting: dict[int, list[_Waiting]] = {}
-        self.routes = [Route("/push/{browser}", self._create, methods=["POST"])]
+        self._visitors: dict[str, _Visitor] = {}
+        self.routes = [
+            Route("/push/visitors", self._subscribe, methods=["POST", "OPTIONS"]),
+            Route("/push/visitors/{name}", self._create_for_visitor, methods=["POST"]),
+            Route("/push/visitors/{name}", self._unsubscribe, methods=["DELETE", "OPTIONS"]),
+            Route("/push/visitors/{name}", self._list_messages, methods=["GET"]),
+            Route("/push/{browser}", self._create, methods=["POST"]),
+        ]
 
     def clear(self) -> None:
         """Forget what waits for browsers that are offline."""
@@ -129,6 +152,40 @@ class Push:
         if fault:
             return self._answer_fault(fault)
         return Response(status_code=201, headers={"location": f"{self._url}/push/messages/{message_id}", "ttl": str(ttl)})
+
+    async def _subscribe(self, request: HttpRequest) -> Response:
+        """What ``PushManager.subscribe`` asks a push service for: a page of any origin calls it, in the browser's place."""
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=_ANY_PAGE)
+        name, key, secret = uuid4().hex, ec.generate_private_key(ec.SECP256R1()), os.urandom(16)
+        self._visitors[name] = _Visitor(key, secret, (await request.json())["applicationServerKey"], [])
+        point = key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        keys = {"p256dh": _encode(point), "auth": _encode(secret)}
+        answer = {"endpoint": f"{self._url}/push/visitors/{name}", "expirationTime": None, "keys": keys}
+        return JSONResponse(answer, 201, _ANY_PAGE)
+
+    async def _unsubscribe(self, request: HttpRequest) -> Response:
+        if request.method == "DELETE":
+            self._visitors.pop(request.path_params["name"], None)
+        return Response(status_code=204, headers=_ANY_PAGE)
+
+    async def _list_messages(self, request: HttpRequest) -> Response:
+        """The messages to a visitor, decrypted, oldest first."""
+        visitor = self._visitors.get(request.path_params["name"])
+        return JSONResponse([] if visitor is None else visitor.messages)
+
+    async def _create_for_visitor(self, request: HttpRequest) -> Response:
+        visitor = self._visitors.get(request.path_params["name"])
+        try:
+            if visitor is None:
+                raise _Refused(410, 106, "The subscription is gone")
+            body = await request.body()
+            check_vapid(request.headers.get("authorization", ""), audience=self._url, server_key=visitor.server_key)
+            _check_headers(request.headers, body)
+        except _Refused as refused:
+            return _answer_error(refused.status, refused.errno, refused.message)
+        visitor.messages.append(decrypt(body, visitor.key, visitor.secret).decode())
+        return Response(status_code=201, headers={"location": f"{self._url}/push/messages/{uuid4().hex}"})
 
     def _answer_fault(self, fault: Fault) -> Response:
         answer = _FAULTS.get(fault.mode or "")
@@ -313,6 +370,10 @@ def decrypt(body: bytes, key: ec.EllipticCurvePrivateKey, secret: bytes) -> byte
 def _derive(salt: bytes, secret: bytes, info: bytes, length: int) -> bytes:
     """HKDF-SHA256 of at most one block; a tenth of the time that an HKDF object takes."""
     return hmac.digest(hmac.digest(salt, secret, "sha256"), info + b"\x01", "sha256")[:length]
+
+
+def _encode(data: bytes) -> str:
+    return urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _decode(text: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -38,6 +38,10 @@ class App:
     cap_messages: int | None
     """How many messages a contact may get within ``cap_hours``; None when there is no cap."""
     cap_hours: int | None
+    web_origins: Sequence[str]
+    """Of the pages that may subscribe browsers."""
+    link_url: str
+    """Where tracked links lead, without a slash at the end; empty for the server's own address."""
     create_time: datetime
 
     @property

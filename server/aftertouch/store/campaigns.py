@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -44,6 +44,10 @@ class Campaign:
     """0 is as fast as the limits of the channel allow."""
     transactional: bool
     """Neither quiet hours nor the frequency cap hold for it."""
+    track_links: bool
+    """Links in its content lead through us."""
+    links: Sequence[str]
+    """The tracked ones by their numbers, as they stand in the content; none before the launch."""
     launch_time: datetime | None
     finish_time: datetime | None
 

@@ -57,7 +57,20 @@ apps = Table(
     Column("quiet_time_zone", Text, nullable=False, server_default=text("'UTC'"), comment="of contacts that have none"),
     Column("cap_messages", Integer, comment="most messages a contact gets within cap_hours; null when there is no cap"),
     Column("cap_hours", Integer),
+    Column("web_origins", ARRAY(Text), nullable=False, server_default=text("'{}'"), comment="whose pages may subscribe browsers"),
+    Column("link_url", Text, nullable=False, server_default=text("''"), comment="where tracked links lead; empty: to the server"),
     _time("create_time", default=True),
+)
+
+app_secrets = Table(
+    "app_secrets",
+    metadata,
+    Column("app_id", BigInteger, nullable=False),
+    Column("name", Text, nullable=False, comment="identity, or keys/ and a channel"),
+    Column("secret_id", BigInteger, Identity(always=True), nullable=False),
+    Column("sealed", LargeBinary, nullable=False, comment="AES-GCM under a key of the server's"),
+    _time("create_time", default=True),
+    PrimaryKeyConstraint("app_id", "name", "secret_id"),
 )
 
 api_keys = Table(
@@ -199,6 +212,8 @@ campaigns = Table(
     _time("send_by_time", nullable=True),
     Column("messages_per_second", Integer, nullable=False, server_default=text("0"), comment="0 is as fast as allowed"),
     Column("transactional", Boolean, nullable=False, server_default=text("false"), comment="no quiet hours, no frequency cap"),
+    Column("track_links", Boolean, nullable=False, server_default=text("true")),
+    Column("links", ARRAY(Text), nullable=False, server_default=text("'{}'"), comment="tracked ones by number, since the launch"),
     _time("launch_time", nullable=True),
     _time("finish_time", nullable=True),
     UniqueConstraint("app_id", "campaign"),

@@ -31,7 +31,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x66tertouch/v1/apps.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\x02\n\x03\x41pp\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x1e\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x35\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12!\n\x13retargeting_enabled\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12<\n\x12retargetable_since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eretention_days\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12.\n\x0bquiet_hours\x18\x07 \x01(\x0b\x32\x19.aftertouch.v1.QuietHours\x12\x32\n\rfrequency_cap\x18\x08 \x01(\x0b\x32\x1b.aftertouch.v1.FrequencyCap:\x1f\xea\x41\x1c\n\x0e\x61\x66tertouch/App\x12\napps/{app}\"\xa4\x01\n\nQuietHours\x12\x39\n\x05start\x18\x01 \x01(\tB*\xe2\x41\x01\x02\xbaH#r!2\x1f^([01][0-9]|2[0-3]):[0-5][0-9]$\x12\x37\n\x03\x65nd\x18\x02 \x01(\tB*\xe2\x41\x01\x02\xbaH#r!2\x1f^([01][0-9]|2[0-3]):[0-5][0-9]$\x12\"\n\x11\x64\x65\x66\x61ult_time_zone\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\"N\n\x0c\x46requencyCap\x12\x1f\n\x08messages\x18\x01 \x01(\x05\x42\r\xe2\x41\x01\x02\xbaH\x06\x1a\x04\x18\x64(\x01\x12\x1d\n\x05hours\x18\x02 \x01(\x05\x42\x0e\xe2\x41\x01\x02\xbaH\x07\x1a\x05\x18\xd0\x05(\x01\"\xb9\x02\n\x06\x41piKey\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\"\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x0c\xe2\x41\x01\x02\xbaH\x05r\x03\x18\xc8\x01\x12=\n\x06scopes\x18\x03 \x03(\x0e\x32\x14.aftertouch.v1.ScopeB\x17\xe2\x41\x01\x02\xbaH\x10\x92\x01\r\x10\x04\x18\x01\"\x07\x82\x01\x04\x10\x01 \x00\x12\x35\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x14\n\x06secret\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03:4\xea\x41\x31\n\x11\x61\x66tertouch/ApiKey\x12\x1c\x61pps/{app}/apiKeys/{api_key}\"#\n\rGetAppRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"j\n\x10UpdateAppRequest\x12%\n\x03\x61pp\x18\x01 \x01(\x0b\x32\x12.aftertouch.v1.AppB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"z\n\x13\x43reateApiKeyRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12,\n\x07\x61pi_key\x18\x02 \x01(\x0b\x32\x15.aftertouch.v1.ApiKeyB\x04\xe2\x41\x01\x02\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"Z\n\x12ListApiKeysRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x13ListApiKeysResponse\x12\'\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x15.aftertouch.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x13\x44\x65leteApiKeyRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\x8f\x03\n\x04\x41pps\x12@\n\x06GetApp\x12\x1c.aftertouch.v1.GetAppRequest\x1a\x12.aftertouch.v1.App\"\x04\x88\xca*\x01\x12\x46\n\tUpdateApp\x12\x1f.aftertouch.v1.UpdateAppRequest\x1a\x12.aftertouch.v1.App\"\x04\x88\xca*\x04\x12O\n\x0c\x43reateApiKey\x12\".aftertouch.v1.CreateApiKeyRequest\x1a\x15.aftertouch.v1.ApiKey\"\x04\x88\xca*\x04\x12Z\n\x0bListApiKeys\x12!.aftertouch.v1.ListApiKeysRequest\x1a\".aftertouch.v1.ListApiKeysResponse\"\x04\x88\xca*\x04\x12P\n\x0c\x44\x65leteApiKey\x12\".aftertouch.v1.DeleteApiKeyRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x04\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x66tertouch/v1/apps.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x04\n\x03\x41pp\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x1e\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x35\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12!\n\x13retargeting_enabled\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12<\n\x12retargetable_since\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eretention_days\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12.\n\x0bquiet_hours\x18\x07 \x01(\x0b\x32\x19.aftertouch.v1.QuietHours\x12\x32\n\rfrequency_cap\x18\x08 \x01(\x0b\x32\x1b.aftertouch.v1.FrequencyCap\x12{\n\x0bweb_origins\x18\x14 \x03(\tBf\xbaHc\x92\x01`\x10\x14\x18\x01\"ZrX\x18\xc8\x01\x32S^(https://[a-z0-9-]+(\\.[a-z0-9-]+)*|http://(localhost|127\\.0\\.0\\.1))(:[0-9]{1,5})?$\x12Q\n\x08link_url\x18\x15 \x01(\tB?\xbaH<r7\x18\xc8\x01\x32\x32^https?://[a-z0-9-]+(\\.[a-z0-9-]+)*(:[0-9]{1,5})?$\xd8\x01\x01:\x1f\xea\x41\x1c\n\x0e\x61\x66tertouch/App\x12\napps/{app}\"\xa4\x01\n\nQuietHours\x12\x39\n\x05start\x18\x01 \x01(\tB*\xe2\x41\x01\x02\xbaH#r!2\x1f^([01][0-9]|2[0-3]):[0-5][0-9]$\x12\x37\n\x03\x65nd\x18\x02 \x01(\tB*\xe2\x41\x01\x02\xbaH#r!2\x1f^([01][0-9]|2[0-3]):[0-5][0-9]$\x12\"\n\x11\x64\x65\x66\x61ult_time_zone\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\"N\n\x0c\x46requencyCap\x12\x1f\n\x08messages\x18\x01 \x01(\x05\x42\r\xe2\x41\x01\x02\xbaH\x06\x1a\x04\x18\x64(\x01\x12\x1d\n\x05hours\x18\x02 \x01(\x05\x42\x0e\xe2\x41\x01\x02\xbaH\x07\x1a\x05\x18\xd0\x05(\x01\"\xb9\x02\n\x06\x41piKey\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\"\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x0c\xe2\x41\x01\x02\xbaH\x05r\x03\x18\xc8\x01\x12=\n\x06scopes\x18\x03 \x03(\x0e\x32\x14.aftertouch.v1.ScopeB\x17\xe2\x41\x01\x02\xbaH\x10\x92\x01\r\x10\x04\x18\x01\"\x07\x82\x01\x04\x10\x01 \x00\x12\x35\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x14\n\x06secret\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03:4\xea\x41\x31\n\x11\x61\x66tertouch/ApiKey\x12\x1c\x61pps/{app}/apiKeys/{api_key}\"#\n\rGetAppRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"j\n\x10UpdateAppRequest\x12%\n\x03\x61pp\x18\x01 \x01(\x0b\x32\x12.aftertouch.v1.AppB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"z\n\x13\x43reateApiKeyRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12,\n\x07\x61pi_key\x18\x02 \x01(\x0b\x32\x15.aftertouch.v1.ApiKeyB\x04\xe2\x41\x01\x02\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"Z\n\x12ListApiKeysRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x13ListApiKeysResponse\x12\'\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x15.aftertouch.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x13\x44\x65leteApiKeyRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"3\n\x1b\x43reateIdentitySecretRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"&\n\x0eIdentitySecret\x12\x14\n\x06secret\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x32\xf8\x03\n\x04\x41pps\x12@\n\x06GetApp\x12\x1c.aftertouch.v1.GetAppRequest\x1a\x12.aftertouch.v1.App\"\x04\x88\xca*\x01\x12\x46\n\tUpdateApp\x12\x1f.aftertouch.v1.UpdateAppRequest\x1a\x12.aftertouch.v1.App\"\x04\x88\xca*\x04\x12O\n\x0c\x43reateApiKey\x12\".aftertouch.v1.CreateApiKeyRequest\x1a\x15.aftertouch.v1.ApiKey\"\x04\x88\xca*\x04\x12Z\n\x0bListApiKeys\x12!.aftertouch.v1.ListApiKeysRequest\x1a\".aftertouch.v1.ListApiKeysResponse\"\x04\x88\xca*\x04\x12P\n\x0c\x44\x65leteApiKey\x12\".aftertouch.v1.DeleteApiKeyRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x04\x12g\n\x14\x43reateIdentitySecret\x12*.aftertouch.v1.CreateIdentitySecretRequest\x1a\x1d.aftertouch.v1.IdentitySecret\"\x04\x88\xca*\x04\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,6 +51,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APP'].fields_by_name['retargetable_since']._serialized_options = b'\342A\001\003'
   _globals['_APP'].fields_by_name['retention_days']._loaded_options = None
   _globals['_APP'].fields_by_name['retention_days']._serialized_options = b'\342A\001\003'
+  _globals['_APP'].fields_by_name['web_origins']._loaded_options = None
+  _globals['_APP'].fields_by_name['web_origins']._serialized_options = b'\272Hc\222\001`\020\024\030\001\"ZrX\030\310\0012S^(https://[a-z0-9-]+(\\.[a-z0-9-]+)*|http://(localhost|127\\.0\\.0\\.1))(:[0-9]{1,5})?$'
+  _globals['_APP'].fields_by_name['link_url']._loaded_options = None
+  _globals['_APP'].fields_by_name['link_url']._serialized_options = b'\272H<r7\030\310\00122^https?://[a-z0-9-]+(\\.[a-z0-9-]+)*(:[0-9]{1,5})?$\330\001\001'
   _globals['_APP']._loaded_options = None
   _globals['_APP']._serialized_options = b'\352A\034\n\016aftertouch/App\022\napps/{app}'
   _globals['_QUIETHOURS'].fields_by_name['start']._loaded_options = None
@@ -93,6 +97,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTAPIKEYSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_DELETEAPIKEYREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_DELETEAPIKEYREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_CREATEIDENTITYSECRETREQUEST'].fields_by_name['parent']._loaded_options = None
+  _globals['_CREATEIDENTITYSECRETREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
+  _globals['_IDENTITYSECRET'].fields_by_name['secret']._loaded_options = None
+  _globals['_IDENTITYSECRET'].fields_by_name['secret']._serialized_options = b'\342A\001\003'
   _globals['_APPS'].methods_by_name['GetApp']._loaded_options = None
   _globals['_APPS'].methods_by_name['GetApp']._serialized_options = b'\210\312*\001'
   _globals['_APPS'].methods_by_name['UpdateApp']._loaded_options = None
@@ -103,26 +111,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APPS'].methods_by_name['ListApiKeys']._serialized_options = b'\210\312*\004'
   _globals['_APPS'].methods_by_name['DeleteApiKey']._loaded_options = None
   _globals['_APPS'].methods_by_name['DeleteApiKey']._serialized_options = b'\210\312*\004'
+  _globals['_APPS'].methods_by_name['CreateIdentitySecret']._loaded_options = None
+  _globals['_APPS'].methods_by_name['CreateIdentitySecret']._serialized_options = b'\210\312*\004'
   _globals['_APP']._serialized_start=258
-  _globals['_APP']._serialized_end=630
-  _globals['_QUIETHOURS']._serialized_start=633
-  _globals['_QUIETHOURS']._serialized_end=797
-  _globals['_FREQUENCYCAP']._serialized_start=799
-  _globals['_FREQUENCYCAP']._serialized_end=877
-  _globals['_APIKEY']._serialized_start=880
-  _globals['_APIKEY']._serialized_end=1193
-  _globals['_GETAPPREQUEST']._serialized_start=1195
-  _globals['_GETAPPREQUEST']._serialized_end=1230
-  _globals['_UPDATEAPPREQUEST']._serialized_start=1232
-  _globals['_UPDATEAPPREQUEST']._serialized_end=1338
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=1340
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=1462
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=1464
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=1554
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1556
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1643
-  _globals['_DELETEAPIKEYREQUEST']._serialized_start=1645
-  _globals['_DELETEAPIKEYREQUEST']._serialized_end=1686
-  _globals['_APPS']._serialized_start=1689
-  _globals['_APPS']._serialized_end=2088
+  _globals['_APP']._serialized_end=838
+  _globals['_QUIETHOURS']._serialized_start=841
+  _globals['_QUIETHOURS']._serialized_end=1005
+  _globals['_FREQUENCYCAP']._serialized_start=1007
+  _globals['_FREQUENCYCAP']._serialized_end=1085
+  _globals['_APIKEY']._serialized_start=1088
+  _globals['_APIKEY']._serialized_end=1401
+  _globals['_GETAPPREQUEST']._serialized_start=1403
+  _globals['_GETAPPREQUEST']._serialized_end=1438
+  _globals['_UPDATEAPPREQUEST']._serialized_start=1440
+  _globals['_UPDATEAPPREQUEST']._serialized_end=1546
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=1548
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=1670
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=1672
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=1762
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1764
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1851
+  _globals['_DELETEAPIKEYREQUEST']._serialized_start=1853
+  _globals['_DELETEAPIKEYREQUEST']._serialized_end=1894
+  _globals['_CREATEIDENTITYSECRETREQUEST']._serialized_start=1896
+  _globals['_CREATEIDENTITYSECRETREQUEST']._serialized_end=1947
+  _globals['_IDENTITYSECRET']._serialized_start=1949
+  _globals['_IDENTITYSECRET']._serialized_end=1987
+  _globals['_APPS']._serialized_start=1990
+  _globals['_APPS']._serialized_end=2494
 # @@protoc_insertion_point(module_scope)

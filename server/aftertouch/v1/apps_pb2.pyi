@@ -35,6 +35,8 @@ class App(_message.Message):
     RETENTION_DAYS_FIELD_NUMBER: _builtins.int
     QUIET_HOURS_FIELD_NUMBER: _builtins.int
     FREQUENCY_CAP_FIELD_NUMBER: _builtins.int
+    WEB_ORIGINS_FIELD_NUMBER: _builtins.int
+    LINK_URL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}`."""
     display_name: _builtins.str
@@ -43,6 +45,10 @@ class App(_message.Message):
     """Whether the plan includes retargeting."""
     retention_days: _builtins.int
     """How many days event data is kept, and so how long a campaign can be retargeted."""
+    link_url: _builtins.str
+    """Where tracked links lead, as in "https://go.shop.example": a domain of the app's that reaches the server's HTTP address.
+    The server's own public address when it is empty.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -59,6 +65,13 @@ class App(_message.Message):
     def frequency_cap(self) -> Global___FrequencyCap:
         """How many messages a person may get; unset means any number."""
 
+    @_builtins.property
+    def web_origins(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Origins of the pages that may subscribe browsers, as in "https://shop.example": scheme and host, with a port where it is
+        not the scheme's own, and nothing after it. https, or http at localhost. At most 20; without any, no browser can be
+        subscribed.
+        """
+
     def __init__(
         self,
         *,
@@ -70,10 +83,12 @@ class App(_message.Message):
         retention_days: _builtins.int = ...,
         quiet_hours: Global___QuietHours | None = ...,
         frequency_cap: Global___FrequencyCap | None = ...,
+        web_origins: _abc.Iterable[_builtins.str] | None = ...,
+        link_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "frequency_cap", b"frequency_cap", "quiet_hours", b"quiet_hours", "retargetable_since", b"retargetable_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "frequency_cap", b"frequency_cap", "name", b"name", "quiet_hours", b"quiet_hours", "retargetable_since", b"retargetable_since", "retargeting_enabled", b"retargeting_enabled", "retention_days", b"retention_days"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "frequency_cap", b"frequency_cap", "link_url", b"link_url", "name", b"name", "quiet_hours", b"quiet_hours", "retargetable_since", b"retargetable_since", "retargeting_enabled", b"retargeting_enabled", "retention_days", b"retention_days", "web_origins", b"web_origins"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,3 +366,47 @@ class DeleteApiKeyRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteApiKeyRequest: _TypeAlias = DeleteApiKeyRequest  # noqa: Y015
+
+@_typing.final
+class CreateIdentitySecretRequest(_message.Message):
+    """Request of CreateIdentitySecret. It takes no request_id: a repeat makes another secret, and the one before stays valid."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`apps/{app}`."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateIdentitySecretRequest: _TypeAlias = CreateIdentitySecretRequest  # noqa: Y015
+
+@_typing.final
+class IdentitySecret(_message.Message):
+    """What a site's backend signs identities with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRET_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """`sign_identity` of the Python client takes it. It belongs on a backend, never into a page."""
+    def __init__(
+        self,
+        *,
+        secret: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IdentitySecret: _TypeAlias = IdentitySecret  # noqa: Y015

@@ -61,6 +61,11 @@ class AppsStub:
                 request_serializer=aftertouch_dot_v1_dot_apps__pb2.DeleteApiKeyRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.CreateIdentitySecret = channel.unary_unary(
+                '/aftertouch.v1.Apps/CreateIdentitySecret',
+                request_serializer=aftertouch_dot_v1_dot_apps__pb2.CreateIdentitySecretRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_apps__pb2.IdentitySecret.FromString,
+                _registered_method=True)
 
 
 class AppsServicer:
@@ -75,8 +80,8 @@ class AppsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateApp(self, request, context):
-        """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
-        on. Reasons: FIELDS_INVALID.
+        """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap, web_origins, link_url. It holds
+        from the next message on. Reasons: FIELDS_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +104,15 @@ class AppsServicer:
 
     def DeleteApiKey(self, request, context):
         """Revokes a key: every server refuses it from the next call on. Revoking it again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateIdentitySecret(self, request, context):
+        """Makes a secret with which the site's backend signs who its visitors are, so that their browsers can be subscribed. The
+        answer is the only time it is shown; it is stored encrypted. The one before it stays valid, all earlier ones do not:
+        call it once to change over, twice when a secret is known to somebody else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,6 +145,11 @@ def add_AppsServicer_to_server(servicer, server):
                     servicer.DeleteApiKey,
                     request_deserializer=aftertouch_dot_v1_dot_apps__pb2.DeleteApiKeyRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'CreateIdentitySecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateIdentitySecret,
+                    request_deserializer=aftertouch_dot_v1_dot_apps__pb2.CreateIdentitySecretRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_apps__pb2.IdentitySecret.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +288,33 @@ class Apps:
             '/aftertouch.v1.Apps/DeleteApiKey',
             aftertouch_dot_v1_dot_apps__pb2.DeleteApiKeyRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateIdentitySecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Apps/CreateIdentitySecret',
+            aftertouch_dot_v1_dot_apps__pb2.CreateIdentitySecretRequest.SerializeToString,
+            aftertouch_dot_v1_dot_apps__pb2.IdentitySecret.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,8 +37,8 @@ class AppsStub:
     GetApp: _grpc.UnaryUnaryMultiCallable[_apps_pb2.GetAppRequest, _apps_pb2.App]
     """Returns the app. Reasons: RESOURCE_NOT_FOUND."""
     UpdateApp: _grpc.UnaryUnaryMultiCallable[_apps_pb2.UpdateAppRequest, _apps_pb2.App]
-    """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
-    on. Reasons: FIELDS_INVALID.
+    """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap, web_origins, link_url. It holds
+    from the next message on. Reasons: FIELDS_INVALID.
     """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_apps_pb2.CreateApiKeyRequest, _apps_pb2.ApiKey]
     """Makes an API key. The answer is the only time the secret is shown; the server stores its hash. A repeat of a
@@ -48,6 +48,11 @@ class AppsStub:
     """Lists the keys, oldest first, revoked ones too."""
     DeleteApiKey: _grpc.UnaryUnaryMultiCallable[_apps_pb2.DeleteApiKeyRequest, _empty_pb2.Empty]
     """Revokes a key: every server refuses it from the next call on. Revoking it again changes nothing."""
+    CreateIdentitySecret: _grpc.UnaryUnaryMultiCallable[_apps_pb2.CreateIdentitySecretRequest, _apps_pb2.IdentitySecret]
+    """Makes a secret with which the site's backend signs who its visitors are, so that their browsers can be subscribed. The
+    answer is the only time it is shown; it is stored encrypted. The one before it stays valid, all earlier ones do not:
+    call it once to change over, twice when a secret is known to somebody else.
+    """
 
 @_typing.type_check_only
 class AppsAsyncStub(AppsStub):
@@ -57,8 +62,8 @@ class AppsAsyncStub(AppsStub):
     GetApp: _aio.UnaryUnaryMultiCallable[_apps_pb2.GetAppRequest, _apps_pb2.App]  # type: ignore[assignment]
     """Returns the app. Reasons: RESOURCE_NOT_FOUND."""
     UpdateApp: _aio.UnaryUnaryMultiCallable[_apps_pb2.UpdateAppRequest, _apps_pb2.App]  # type: ignore[assignment]
-    """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
-    on. Reasons: FIELDS_INVALID.
+    """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap, web_origins, link_url. It holds
+    from the next message on. Reasons: FIELDS_INVALID.
     """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_apps_pb2.CreateApiKeyRequest, _apps_pb2.ApiKey]  # type: ignore[assignment]
     """Makes an API key. The answer is the only time the secret is shown; the server stores its hash. A repeat of a
@@ -68,6 +73,11 @@ class AppsAsyncStub(AppsStub):
     """Lists the keys, oldest first, revoked ones too."""
     DeleteApiKey: _aio.UnaryUnaryMultiCallable[_apps_pb2.DeleteApiKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Revokes a key: every server refuses it from the next call on. Revoking it again changes nothing."""
+    CreateIdentitySecret: _aio.UnaryUnaryMultiCallable[_apps_pb2.CreateIdentitySecretRequest, _apps_pb2.IdentitySecret]  # type: ignore[assignment]
+    """Makes a secret with which the site's backend signs who its visitors are, so that their browsers can be subscribed. The
+    answer is the only time it is shown; it is stored encrypted. The one before it stays valid, all earlier ones do not:
+    call it once to change over, twice when a secret is known to somebody else.
+    """
 
 class AppsServicer(metaclass=_abc_1.ABCMeta):
     """Apps are tenants. Operators create them with `aftertouch apps create`; a call reaches only the app of its API key."""
@@ -86,8 +96,8 @@ class AppsServicer(metaclass=_abc_1.ABCMeta):
         request: _apps_pb2.UpdateAppRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_apps_pb2.App, _abc.Awaitable[_apps_pb2.App]]:
-        """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap. It holds from the next message
-        on. Reasons: FIELDS_INVALID.
+        """Changes how the app's campaigns are delivered: display_name, quiet_hours, frequency_cap, web_origins, link_url. It holds
+        from the next message on. Reasons: FIELDS_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -115,5 +125,16 @@ class AppsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Revokes a key: every server refuses it from the next call on. Revoking it again changes nothing."""
+
+    @_abc_1.abstractmethod
+    def CreateIdentitySecret(
+        self,
+        request: _apps_pb2.CreateIdentitySecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_apps_pb2.IdentitySecret, _abc.Awaitable[_apps_pb2.IdentitySecret]]:
+        """Makes a secret with which the site's backend signs who its visitors are, so that their browsers can be subscribed. The
+        answer is the only time it is shown; it is stored encrypted. The one before it stays valid, all earlier ones do not:
+        call it once to change over, twice when a secret is known to somebody else.
+        """
 
 def add_AppsServicer_to_server(servicer: AppsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

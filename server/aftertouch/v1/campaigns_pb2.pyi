@@ -91,6 +91,8 @@ class Campaign(_message.Message):
     MESSAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
     TRANSACTIONAL_FIELD_NUMBER: _builtins.int
     UNSETTLED_FIELD_NUMBER: _builtins.int
+    TRACK_LINKS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/campaigns/{campaign}`."""
     display_name: _builtins.str
@@ -111,6 +113,11 @@ class Campaign(_message.Message):
     """
     transactional: _builtins.bool
     """A message that people wait for (a receipt, a code): neither quiet hours nor the frequency cap of the app hold for it."""
+    track_links: _builtins.bool
+    """Links in the content lead through us, so that a click on them is known; true when it is not set. It says nothing on
+    channels whose links are not tracked. Links whose host is not written out in the content (but comes from an attribute)
+    stay as they are, and so do those beyond the 50th.
+    """
     @_builtins.property
     def content(self) -> _struct_pb2.Struct:
         """What is said, as the channel's content_schema wants it. Strings are Liquid templates over the contact's attributes:
@@ -156,6 +163,10 @@ class Campaign(_message.Message):
     def unsettled(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unsettled]:
         """Where its selection was asked too early; only from CreateRetarget."""
 
+    @_builtins.property
+    def links(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tracked links as they stand in the content, since it was launched. A click on the first has the reason "link/0"."""
+
     def __init__(
         self,
         *,
@@ -178,12 +189,16 @@ class Campaign(_message.Message):
         messages_per_second: _builtins.int = ...,
         transactional: _builtins.bool = ...,
         unsettled: _abc.Iterable[Global___Unsettled] | None = ...,
+        track_links: _builtins.bool | None = ...,
+        links: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "finish_time", b"finish_time", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "finish_time", b"finish_time", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "track_links", b"track_links", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "transactional", b"transactional", "unsettled", b"unsettled", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "links", b"links", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "track_links", b"track_links", "transactional", b"transactional", "unsettled", b"unsettled", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__track_links: _TypeAlias = _typing.Literal["track_links"]  # noqa: Y015
+    _WhichOneofArgType__track_links: _TypeAlias = _typing.Literal["_track_links", b"_track_links"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__track_links) -> _WhichOneofReturnType__track_links | None: ...
 
 Global___Campaign: _TypeAlias = Campaign  # noqa: Y015
 
@@ -403,7 +418,9 @@ class RetargetSelection(_message.Message):
     """Leave out people of whom nothing was heard since their message was sent: ActionCount's pending_count."""
     @_builtins.property
     def reason_codes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Count only failures with one of these provider codes. Only for actions over `failed`."""
+        """Count only failures with one of these provider codes, or clicks on one of these links ("0" is the first of the source's
+        links). Only for actions over `failed`, and for `clicked`.
+        """
 
     @_builtins.property
     def reason_classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -552,7 +569,7 @@ class CampaignCounts(_message.Message):
 
     @_builtins.property
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReasonCount]:
-        """People who failed or were skipped, by reason, most frequent first."""
+        """People who failed or were skipped, by reason, and people who clicked, by link, most frequent first."""
 
     def __init__(
         self,
@@ -572,7 +589,7 @@ Global___CampaignCounts: _TypeAlias = CampaignCounts  # noqa: Y015
 
 @_typing.final
 class ReasonCount(_message.Message):
-    """How many people failed or were skipped for one reason."""
+    """How many people failed or were skipped for one reason, or clicked on one link."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -581,11 +598,11 @@ class ReasonCount(_message.Message):
     REASON_CODE_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     signal: _builtins.str
-    """"failed" or "skipped"."""
+    """"failed", "skipped" or "clicked"."""
     reason_class: _builtins.str
-    """As in "recipient_gone"."""
+    """As in "recipient_gone"; "link" for clicks."""
     reason_code: _builtins.str
-    """The provider's code, or a word of ours."""
+    """The provider's code, or a word of ours; for a click the link's index in the campaign's links."""
     count: _builtins.int
     """How many people."""
     def __init__(
@@ -621,7 +638,7 @@ class Recipient(_message.Message):
 
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why they failed or were skipped, as in "recipient_gone/30005", sorted."""
+        """Why they failed or were skipped, as in "recipient_gone/30005", and what they clicked on, as in "link/0"; sorted."""
 
     def __init__(
         self,

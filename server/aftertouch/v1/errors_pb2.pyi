@@ -95,6 +95,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     DRAFT_EXISTS: _ErrorReason.ValueType  # 41
     """ALREADY_EXISTS {"campaign": "…"}: somebody made a draft of the same retarget already. Use it, or set allow_duplicate."""
+    IDENTITY_INVALID: _ErrorReason.ValueType  # 80
+    """UNAUTHENTICATED {"cause": "it has expired"}: what a page gave as its visitor's identity proves nothing. Over HTTP only, as 401."""
+    ORIGIN_NOT_ALLOWED: _ErrorReason.ValueType  # 81
+    """PERMISSION_DENIED {"origin": "https://elsewhere.example"}: the page is of none of the app's web_origins. Over HTTP only, as 403."""
+    TOO_MANY_REQUESTS: _ErrorReason.ValueType  # 82
+    """RESOURCE_EXHAUSTED {}: a browser or person is subscribed too often. Over HTTP only, as 429 with Retry-After."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that every error carries, with the domain
@@ -175,4 +181,10 @@ require_settled.
 """
 DRAFT_EXISTS: ErrorReason.ValueType  # 41
 """ALREADY_EXISTS {"campaign": "…"}: somebody made a draft of the same retarget already. Use it, or set allow_duplicate."""
+IDENTITY_INVALID: ErrorReason.ValueType  # 80
+"""UNAUTHENTICATED {"cause": "it has expired"}: what a page gave as its visitor's identity proves nothing. Over HTTP only, as 401."""
+ORIGIN_NOT_ALLOWED: ErrorReason.ValueType  # 81
+"""PERMISSION_DENIED {"origin": "https://elsewhere.example"}: the page is of none of the app's web_origins. Over HTTP only, as 403."""
+TOO_MANY_REQUESTS: ErrorReason.ValueType  # 82
+"""RESOURCE_EXHAUSTED {}: a browser or person is subscribed too often. Over HTTP only, as 429 with Retry-After."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,15 +1,16 @@
-"""Webhooks: every channel's provider reports below ``/v1/webhooks/<channel>``.
+"""The ingress: webhooks of every channel's provider below ``/v1/webhooks/<channel>``, browsers, and tracked links.
 
-A request is verified and parsed by the channel, its receipts are made durable, and only then is it answered: 2xx means
+A webhook is verified and parsed by the channel, its receipts are made durable, and only then is it answered: 2xx means
 stored. A provider whose request could not be stored, not even in the spool, gets 503 and sends it again.
 
-It is a plain ASGI application: with two paths there is nothing for Starlette's routing and middleware to do, and each costs CPU.
+It is a plain ASGI application: with four paths there is nothing for Starlette's routing and middleware to do, and each costs CPU.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Mapping
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -17,10 +18,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aftertouch.channels import InvalidSignature, InvalidWebhook, WebhookRequest
+from aftertouch.delivery.clicks import Clicks
 from aftertouch.errors import AftertouchError
 from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.spool import SpoolFull
+from aftertouch.links import LINKS, write_location
 from aftertouch.plugins import Registry
+from aftertouch.web.browsers import BROWSERS, Browsers
 
 log = structlog.get_logger()
 
@@ -34,7 +38,7 @@ WEBHOOKS = "/v1/webhooks"
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS"})
 
 
-def create_ingress(registry: Registry, intake: Intake, public_url: str) -> ASGIApp:
+def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, clicks: Clicks, public_url: str) -> ASGIApp:
     """The HTTP application."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,27 +48,44 @@ def create_ingress(registry: Registry, intake: Intake, public_url: str) -> ASGIA
         elif path.startswith(f"{WEBHOOKS}/"):
             name, _, rest = path.removeprefix(f"{WEBHOOKS}/").partition("/")
             response = await answer(scope, receive, name, rest)
+        elif path.startswith(f"{BROWSERS}/"):
+            headers = _read_headers(scope)
+
+            async def read_body(most_bytes: int) -> bytes | Response:
+                return await _receive_body(headers, receive, most_bytes)
+
+            response = await browsers.answer(scope["method"], path.removeprefix(f"{BROWSERS}/"), headers, read_body)
+        elif path.startswith(f"{LINKS}/"):
+            response = await follow(scope, path.removeprefix(f"{LINKS}/"))
         elif path == "/healthz":
             response = PlainTextResponse("ok\n")
         else:
             response = PlainTextResponse("not found", 404)
         await response(scope, receive, send)
 
+    async def follow(scope: Scope, link: str) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            return PlainTextResponse("method not allowed", 405, {"allow": "GET, HEAD"})
+        try:
+            address = await clicks.follow(link, scope["method"], _read_headers(scope))
+        except AftertouchError as error:
+            return PlainTextResponse(str(error), 503, headers={"retry-after": "1"})
+        if address is None:
+            return PlainTextResponse("this link leads nowhere", 404)
+        # Not kept by anybody: the next click would not come here.
+        return Response(
+            status_code=302,
+            headers={"location": write_location(address), "cache-control": "no-store", "x-robots-tag": "noindex"},
+        )
+
     async def answer(scope: Scope, receive: Receive, name: str, rest: str) -> Response:
         channel = registry.channels.get(name)
         if channel is None or not channel.capabilities.webhooks:
             return PlainTextResponse(f"no channel {name!r} takes webhooks here", 404)
-        # ASGI has the names in lower case.
-        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body = await _read_body(int(headers.get("content-length", 0)), receive)
-        except ClientDisconnect:
-            return Response(status_code=400)
-        except TimeoutError:
-            return PlainTextResponse("the body took too long", 408, {"connection": "close"})
-        if body is None:
-            return PlainTextResponse(f"the body is larger than {LARGEST_BODY} bytes", 413)
+        headers = _read_headers(scope)
+        body = await _receive_body(headers, receive, LARGEST_BODY)
+        if isinstance(body, Response):
+            return body
         query = scope["query_string"].decode("latin-1")
         path = scope["raw_path"].decode("latin-1").partition("?")[0]
         received = WebhookRequest(
@@ -101,13 +122,30 @@ def create_ingress(registry: Registry, intake: Intake, public_url: str) -> ASGIA
     return serve
 
 
-async def _read_body(length: int, receive: Receive) -> bytes | None:
+def _read_headers(scope: Scope) -> dict[str, str]:
+    # ASGI has the names in lower case.
+    return {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+
+
+async def _receive_body(headers: Mapping[str, str], receive: Receive, most_bytes: int) -> bytes | Response:
+    """The body, or what to answer to a client whose body is too large, too slow or cut off."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await _read_body(int(headers.get("content-length", 0)), receive, most_bytes)
+    except ClientDisconnect:
+        return Response(status_code=400)
+    except TimeoutError:
+        return PlainTextResponse("the body took too long", 408, {"connection": "close"})
+    return PlainTextResponse(f"the body is larger than {most_bytes} bytes", 413) if body is None else body
+
+
+async def _read_body(length: int, receive: Receive, most_bytes: int) -> bytes | None:
     """The body; None when it is too large, without reading the rest.
 
     Raises:
         ClientDisconnect: the client left in the middle of it.
     """
-    if length > LARGEST_BODY:
+    if length > most_bytes:
         return None
     body: bytes = b""
     while True:
@@ -115,7 +153,7 @@ async def _read_body(length: int, receive: Receive) -> bytes | None:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         body += message.get("body", b"")
-        if len(body) > LARGEST_BODY:
+        if len(body) > most_bytes:
             return None
         if not message.get("more_body", False):
             return body

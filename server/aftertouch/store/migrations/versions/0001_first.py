@@ -19,6 +19,15 @@ def upgrade() -> None:
         comment="how many events of a kind happened in a minute",
     )
     op.create_table(
+        "app_secrets",
+        sa.Column("app_id", sa.BigInteger(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False, comment="identity, or keys/ and a channel"),
+        sa.Column("secret_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("sealed", sa.LargeBinary(), nullable=False, comment="AES-GCM under a key of the server's"),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("app_id", "name", "secret_id", name=op.f("app_secrets_pkey")),
+    )
+    op.create_table(
         "apps",
         sa.Column("app_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("app", sa.Text(), nullable=False, comment="last part of the resource name"),
@@ -38,6 +47,20 @@ def upgrade() -> None:
             comment="most messages a contact gets within cap_hours; null when there is no cap",
         ),
         sa.Column("cap_hours", sa.Integer(), nullable=True),
+        sa.Column(
+            "web_origins",
+            postgresql.ARRAY(sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+            comment="whose pages may subscribe browsers",
+        ),
+        sa.Column(
+            "link_url",
+            sa.Text(),
+            server_default=sa.text("''"),
+            nullable=False,
+            comment="where tracked links lead; empty: to the server",
+        ),
         sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("app_id", name=op.f("apps_pkey")),
         sa.UniqueConstraint("app", name=op.f("apps_app_key")),
@@ -328,6 +351,14 @@ def upgrade() -> None:
             server_default=sa.text("false"),
             nullable=False,
             comment="no quiet hours, no frequency cap",
+        ),
+        sa.Column("track_links", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column(
+            "links",
+            postgresql.ARRAY(sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+            comment="tracked ones by number, since the launch",
         ),
         sa.Column("launch_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("finish_time", postgresql.TIMESTAMP(timezone=True), nullable=True),

@@ -1,0 +1,1 @@
+../../server/aftertouch/web/static/aftertouch-worker.js

@@ -1,0 +1,43 @@
+"""What a campaign's messages are made with besides its content: the app's keys for the channel, and where its links lead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftertouch.declarations import ChannelType
+from aftertouch.delivery.render import ContentTemplate
+from aftertouch.links import LINKS, Tracked, track_links
+from aftertouch.store.app_secrets import ensure_app_keys
+from aftertouch.store.apps import App
+from aftertouch.store.campaigns import Campaign
+from aftertouch.vault import Vault
+
+
+@dataclass(frozen=True)
+class MessageContext:
+    """What all messages of a server have in common."""
+
+    vault: Vault
+    public_url: str
+    """Where the server's HTTP address is reached, without a slash at the end."""
+
+    async def read_app_keys(self, conn: AsyncConnection, app: App, declared: ChannelType) -> Mapping[str, str]:
+        """The app's keys on a channel."""
+        return await ensure_app_keys(conn, self.vault, app.app_id, declared.channel)
+
+    def compile_content(self, app: App, campaign: Campaign, declared: ChannelType) -> ContentTemplate:
+        """The campaign's content, with its links tracked where the campaign and its channel want that."""
+        link_url = f"{app.link_url or self.public_url}{LINKS}/"
+        return ContentTemplate(_track(campaign, declared).content, declared.channel.content_model, link_url)
+
+
+def find_links(campaign: Campaign, declared: ChannelType) -> list[str]:
+    """The links of a campaign that are tracked, by their numbers."""
+    return list(_track(campaign, declared).links)
+
+
+def _track(campaign: Campaign, declared: ChannelType) -> Tracked:
+    return track_links(campaign.content or {}, declared.channel.capabilities.tracked_links if campaign.track_links else ())

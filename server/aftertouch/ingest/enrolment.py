@@ -1,0 +1,210 @@
+"""Enrolment: browsers that register themselves, for the person whom the site's backend vouches for.
+
+An address belongs to one person of an app: whoever logs in on a shared device takes it over, so that nobody's messages appear
+on another one's screen. A browser that renews its subscription by itself has no identity at hand; that it knows the endpoint
+before, which only the push service and we know, is proof enough to put another in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from aftertouch.channels import Address, Channel
+from aftertouch.errors import ChannelNotReady, FieldsInvalid, IdentityInvalid, NotFound, TooManyRequests, Violation
+from aftertouch.identity import InvalidIdentity, read_identity
+from aftertouch.ingest.lookups import Kept
+from aftertouch.plugins import Registry
+from aftertouch.store.app_secrets import ensure_app_keys, read_identity_secrets
+from aftertouch.store.apps import App, find_app
+from aftertouch.store.contacts import (
+    Contact,
+    Subscription,
+    find_numbers,
+    hash_address,
+    page_address,
+    put_subscriptions,
+    read_contacts,
+    set_states,
+    upsert_contacts,
+)
+from aftertouch.store.engine import transaction
+from aftertouch.store.paces import take_room
+from aftertouch.vault import Vault
+
+MOST_DEVICES = 20
+"""Active browsers of one person on a channel; the one that was heard of least recently makes room."""
+MOST_HOLDERS = 20
+"""People of whom an address may have been before it came to one."""
+EVERY, AHEAD = timedelta(seconds=6), timedelta(seconds=54)
+"""A person, or an unknown browser, may change subscriptions ten times in a minute, over all server processes."""
+KEEP_SECONDS = 1.0
+"""How long an app's settings are remembered; strangers' calls cost no query of the database more often."""
+_APP = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What an app's pages are told, and what their calls are checked by."""
+
+    app: App
+    channel: Channel
+    identity_secrets: tuple[str, ...]
+    told: Mapping[str, str]
+    """The channel's public keys."""
+
+
+class Enrolment:
+    """Takes what browsers say of themselves."""
+
+    def __init__(self, engine: AsyncEngine, registry: Registry, vault: Vault) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._vault = vault
+        self._sites: Kept[tuple[str, str], tuple[float, Site | None]] = Kept(10_000)
+
+    async def find_site(self, channel_name: str, app_name: str, now: float) -> Site:
+        """The app and channel that a page names; ``now`` is of any clock that only goes on.
+
+        Raises:
+            NotFound, ChannelNotReady, DatabaseUnavailable.
+        """
+        found = self._registry.types.get(channel_name)
+        if found is None or not found.channel.capabilities.browsers or _APP.fullmatch(app_name) is None:
+            raise NotFound(f"apps/{app_name[:63]} on the channel {channel_name[:32]}")
+        channel = self._registry.channels.get(channel_name)
+        if channel is None:
+            raise ChannelNotReady(channel_name, self._registry.obstacles.get(channel_name, ()))
+        kept = self._sites.get((channel_name, app_name))
+        if kept is None or kept[0] <= now:
+            kept = now + KEEP_SECONDS, await self._read_site(channel, app_name)
+            self._sites.put((channel_name, app_name), kept)
+        if kept[1] is None:
+            raise NotFound(f"apps/{app_name}")
+        return kept[1]
+
+    async def _read_site(self, channel: Channel, app_name: str) -> Site | None:
+        async with transaction(self._engine) as conn:
+            app = await find_app(conn, app_name)
+            if app is None:
+                return None
+            secrets = await read_identity_secrets(conn, self._vault, app.app_id)
+            keys = await ensure_app_keys(conn, self._vault, app.app_id, type(channel))
+        return Site(app, channel, tuple(secrets), channel.describe_app_keys(keys))
+
+    async def subscribe(self, site: Site, address: Address, identity: str, previous: Address | None) -> None:
+        """Give an address to the person of an identity, or to those who had the ``previous`` one.
+
+        Raises:
+            IdentityInvalid: the site's backend did not sign it.
+            NotFound: there is no identity, and nobody had the previous address.
+            TooManyRequests, DatabaseUnavailable.
+        """
+        external_id = _read_external_id(site, identity) if identity else None
+        async with transaction(self._engine) as conn:
+            await _take_room(conn, site, external_id or (previous or address).key)
+            if external_id is not None:
+                await upsert_contacts(conn, site.app.app_id, [Contact(external_id, {})])
+                numbers = list((await find_numbers(conn, site.app.app_id, [external_id])).values())
+            else:
+                numbers = await _find_renewable(conn, site, previous)
+            if not numbers:
+                raise NotFound("a subscription with the previous endpoint")
+            await _hand_over(conn, site, address, numbers, "moved")
+            if previous is not None and previous.key != address.key:
+                await _hand_over(conn, site, previous, [], "replaced")
+            await self._make_room(conn, site, numbers, address)
+            given = Subscription(site.channel.name, address.model_dump(mode="json"), address.key, "active")
+            await put_subscriptions(conn, site.app.app_id, [(number, given) for number in numbers])
+
+    async def unsubscribe(self, site: Site, address: Address) -> None:
+        """End an address's subscription, whoever's it is. One that nobody has is ended already.
+
+        Raises:
+            TooManyRequests, DatabaseUnavailable.
+        """
+        async with transaction(self._engine) as conn:
+            await _take_room(conn, site, address.key)
+            holders = await _find_holders(conn, site, address)
+            key = hash_address(address.key)
+            changes = [(number, site.channel.name, key, "opted_out", "unsubscribed in the browser") for number in holders]
+            await set_states(conn, site.app.app_id, changes)
+
+    async def _make_room(self, conn: AsyncConnection, site: Site, numbers: list[int], address: Address) -> None:
+        """End the oldest browsers of people who have as many as they may have."""
+        for contact in await read_contacts(conn, site.app.app_id, numbers):
+            own = [
+                (contact.number, site.channel.name, hash_address(key), "invalid", "too many browsers")
+                for subscription in contact.subscriptions
+                if subscription.channel == site.channel.name
+                and subscription.state == "active"
+                and (key := self._read_key(site, subscription.address)) != address.key
+            ]
+            await set_states(conn, site.app.app_id, own[: max(len(own) - MOST_DEVICES + 1, 0)])
+
+    @staticmethod
+    def _read_key(site: Site, address: Mapping[str, Any]) -> str:
+        return site.channel.address_model.model_validate(address).key
+
+
+def _read_external_id(site: Site, identity: str) -> str:
+    try:
+        external_id = read_identity(site.identity_secrets, identity)
+    except InvalidIdentity as error:
+        raise IdentityInvalid(str(error)) from error
+    if not is_external_id(external_id):
+        text = "must be 1 to 200 characters, with no slash, no control characters and no blanks at the ends"
+        raise FieldsInvalid([Violation("identity.external_id", text)])
+    return external_id
+
+
+def is_external_id(text: str) -> bool:
+    """True for what the API takes as an external_id; ``contacts.proto`` has the same rule as an expression."""
+
+    def is_blank(character: str) -> bool:
+        return character.isspace() or unicodedata.category(character).startswith("Z")
+
+    if not 0 < len(text) <= 200 or is_blank(text[0]) or is_blank(text[-1]):
+        return False
+    return not any(character == "/" or unicodedata.category(character) == "Cc" for character in text)
+
+
+async def _take_room(conn: AsyncConnection, site: Site, who: str) -> None:
+    key = f"browsers/{site.app.app_id}/{hashlib.blake2b(who.encode(), digest_size=16).hexdigest()}"
+    ((is_taken, wait),) = (await take_room(conn, {key: EVERY}, AHEAD)).values()
+    if not is_taken:
+        raise TooManyRequests(wait - AHEAD)
+
+
+async def _find_holders(conn: AsyncConnection, site: Site, address: Address) -> list[int]:
+    return await page_address(conn, site.app.app_id, site.channel.name, hash_address(address.key), -1, MOST_HOLDERS)
+
+
+async def _find_renewable(conn: AsyncConnection, site: Site, previous: Address | None) -> list[int]:
+    """Whose subscription an address is that may be renewed: nobody's who unsubscribed, or who lost it to another person."""
+    if previous is None:
+        return []
+    numbers = await _find_holders(conn, site, previous)
+    return [
+        contact.number
+        for contact in await read_contacts(conn, site.app.app_id, numbers)
+        for subscription in contact.subscriptions
+        if subscription.channel == site.channel.name
+        and Enrolment._read_key(site, subscription.address) == previous.key
+        and subscription.state != "opted_out"
+        and subscription.reason != "moved"
+    ]
+
+
+async def _hand_over(conn: AsyncConnection, site: Site, address: Address, keepers: list[int], reason: str) -> None:
+    """End an address's subscription of everybody but its keepers."""
+    key = hash_address(address.key)
+    others = [number for number in await _find_holders(conn, site, address) if number not in keepers]
+    await set_states(conn, site.app.app_id, [(number, site.channel.name, key, "invalid", reason) for number in others])
