@@ -146,6 +146,50 @@ async def test_list_is_newest_first_to_the_end(shared_world: World) -> None:
         assert seen == [f"n{i}" for i in range(6, -1, -1)]
 
 
+async def test_list_has_what_the_filter_wants_and_pages_only_that(shared_world: World) -> None:
+    async with shared_world.connect("filterer", await shared_world.create_key("filterer", "manage")) as client:
+
+        async def find(page_token: str = "", page_size: int = 0, **wanted: Any) -> campaigns_pb2.ListCampaignsResponse:
+            request = campaigns_pb2.ListCampaignsRequest(
+                parent=client.parent,
+                page_size=page_size,
+                page_token=page_token,
+                filter=campaigns_pb2.CampaignFilter(**wanted),
+            )
+            return await client.campaigns.ListCampaigns(request)
+
+        for name, channel in (("Summer 100%", "sms"), ("summer_2", "push"), ("Winter", "push")):
+            campaign = campaigns_pb2.Campaign(display_name=name, channel=channel)
+            await client.campaigns.CreateCampaign(campaigns_pb2.CreateCampaignRequest(parent=client.parent, campaign=campaign))
+
+        async def name_found(**wanted: Any) -> list[str]:
+            return [campaign.display_name for campaign in (await find(**wanted)).campaigns]
+
+        assert await name_found(text="SUMMER") == ["summer_2", "Summer 100%"]
+        assert await name_found(text="r_") == ["summer_2"]
+        assert await name_found(text="0%") == ["Summer 100%"]
+        assert await name_found(text="summer", channel="push") == ["summer_2"]
+        assert await name_found(state=campaigns_pb2.Campaign.SENT) == []
+        assert await name_found(root=f"{client.parent}/campaigns/none") == []
+        first = await find(channel="push", page_size=1)
+        second = await find(first.next_page_token, channel="push")
+        assert [first.campaigns[0].display_name, second.campaigns[0].display_name] == ["Winter", "summer_2"]
+        refusal = await refuse(find(first.next_page_token, channel="sms"))
+        assert (refusal.reason, list(refusal.fields)) == ("FIELDS_INVALID", ["page_token"])
+        assert (await refuse(find(root="apps/acme/campaigns/x"))).reason == "RESOURCE_NOT_FOUND"
+        assert list((await refuse(find(root="x"))).fields) == ["filter.root"]
+
+
+async def test_list_has_the_waves_of_a_chain(shared_world: World) -> None:
+    root = await create(shared_world, content=to_struct(CONTENT["sms"]), audience=EVERYBODY)
+    await shared_world.launch(root.name)
+    wave = campaigns_pb2.Audience(retarget=campaigns_pb2.RetargetSelection(source=root.name, action="sent"))
+    made = await create(shared_world, content=to_struct(CONTENT["sms"]), audience=wave)
+    request = campaigns_pb2.ListCampaignsRequest(parent="apps/acme", filter=campaigns_pb2.CampaignFilter(root=root.name))
+    listed = await shared_world.client.campaigns.ListCampaigns(request)
+    assert [campaign.name for campaign in listed.campaigns] == [made.name]
+
+
 # Changes
 
 

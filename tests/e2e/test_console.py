@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,10 @@ async def list_pages(tab: Tab, campaign: str) -> list[str]:
         f"/campaigns/{campaign}/retarget",
         "/contacts",
         "/contacts/person?id=user-000001",
+        f"/contacts/explain?id=user-000001&campaign={campaign}",
         "/contacts/import",
+        "/lists",
+        "/rules",
         "/channels",
         "/keys",
         "/users",
@@ -289,6 +293,38 @@ async def test_times_are_the_viewers(browser: Browser, world: World, campaign: s
         launched = (await world.get_campaign(f"apps/acme/campaigns/{campaign}")).launch_time.ToDatetime()
         shown = await tab.page.locator(".meta time").inner_text()
         assert shown.endswith(f"{(launched.hour + 9) % 24:02}:{launched.minute:02}")
+
+
+async def test_launch_is_scheduled_in_the_viewers_zone_and_taken_back(browser: Browser, world: World, campaign: str) -> None:
+    async with open_tab(browser, world, timezone_id="Asia/Tokyo") as tab:
+        page = tab.page
+        await tab.open(f"/campaigns/{campaign}/retarget?channel=sms")
+        await page.click("#make-draft")
+        await page.wait_for_url("**/edit")
+        await page.fill("#field-content-body", "Tomorrow")
+        await page.check("#when-later")
+        tomorrow = (datetime.now(UTC) + timedelta(days=1)).replace(second=0, microsecond=0)
+        await page.fill("#schedule_time", (tomorrow + timedelta(hours=9)).strftime("%Y-%m-%dT%H:%M"))
+        await page.click("#launch")
+        await expect(page.locator("#live .badge")).to_have_text("Scheduled")
+        name = f"apps/acme/campaigns/{page.url.rpartition('/')[2]}"
+        assert (await world.get_campaign(name)).schedule_time.ToDatetime(UTC) == tomorrow
+        await page.click("text=Back to draft")
+        await page.wait_for_url("**/edit")
+        assert (await world.get_campaign(name)).state == campaigns_pb2.Campaign.DRAFT
+
+
+async def test_message_is_sent_to_one_person_as_a_test(tab: Tab, world: World, campaign: str) -> None:
+    page = tab.page
+    await tab.open(f"/campaigns/{campaign}/retarget?channel=sms")
+    await page.click("#make-draft")
+    await page.wait_for_url("**/edit")
+    await page.fill("#field-content-body", "Only a test")
+    await page.click("#send-test")
+    await expect(page.locator("#test")).to_contain_text("The provider took the test message.")
+    await page.fill("#as", "nobody")
+    await page.click("#send-test")
+    await expect(page.locator("#test .alert")).to_be_visible()
 
 
 async def test_list_is_searched_while_typing(tab: Tab) -> None:

@@ -10,10 +10,10 @@ from psycopg.errors import CheckViolation
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.rolls.sql import count_by_kind
 from aftertouch.store.engine import driver, transaction
 from aftertouch.store.logs import Attempt, EventBatch, find_messages, join_batches, store_attempts, store_events
 from aftertouch.store.partitions import DAYS_AHEAD, LOGS, create_partitions, drop_partitions, list_days, read_last_dropped
+from tests.receipts import count_by_kind
 
 MINUTE = 60_000_000
 NOON = int(datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()) * 1_000_000

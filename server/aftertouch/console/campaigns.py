@@ -166,9 +166,9 @@ async def read(visit: Visit) -> Standing:
 async def show_list(visit: Visit) -> Response:
     """Campaigns, newest first. Their counts come with each row's own request, so that no large one delays the page."""
     text, state, channel = visit.query("q"), visit.query("state"), visit.query("channel")
-    wanted = campaigns_pb2.CampaignFilter(
-        state=State.Value(state) if state in words.STATES else State.STATE_UNSPECIFIED, channel=channel, text=text
-    )
+    wanted = campaigns_pb2.CampaignFilter(channel=channel, text=text)
+    if state in words.STATES:
+        wanted.state = State.Value(state)
     request = campaigns_pb2.ListCampaignsRequest(
         parent=visit.parent, page_size=PAGE_SIZE, page_token=visit.query("after"), filter=wanted
     )
@@ -278,12 +278,16 @@ async def show_live(visit: Visit) -> Response:
 
 
 async def _read_page(visit: Visit, standing: Standing) -> dict[str, Any]:
-    actions, refusal = None, ""
-    if standing.is_launched:
+    async def count_actions() -> tuple[retargeting_pb2.ListActionsResponse | None, str]:
+        request = retargeting_pb2.ListActionsRequest(parent=standing.message.name)
         try:
-            actions = await visit.client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=standing.message.name))
+            return await visit.client.retargeting.ListActions(request), ""
         except AftertouchError as error:
-            refusal = words.explain(error)
+            return None, words.explain(error)
+
+    actions, refusal, chart = None, "", None
+    if standing.is_launched:
+        (actions, refusal), chart = await asyncio.gather(count_actions(), read_chart(visit, standing.message))
     return {
         "campaign": standing,
         "steps": list_steps(visit, standing),
@@ -291,7 +295,7 @@ async def _read_page(visit: Visit, standing: Standing) -> dict[str, Any]:
         "actions": actions,
         "refusal": refusal,
         "last_time": retargetable_until(visit, standing),
-        "chart": await read_chart(visit, standing.message) if standing.is_launched else None,
+        "chart": chart,
     }
 
 

@@ -49,7 +49,7 @@ async def read_chart(visit: Visit, campaign: campaigns_pb2.Campaign) -> Chart | 
     # A column is some whole buckets, so that none of them is cut.
     buckets = (last - start) // bucket + 1
     step = bucket * -(-buckets // COLUMNS)
-    columns = max(-(-buckets * bucket // step), 2)
+    columns = -(-buckets * bucket // step)
     found = visit.console.registry.types.get(campaign.channel)
     labels = {signal.name: signal.label for signal in found.channel.signals} if found else {}
     counts = {series.signal: [0] * columns for series in shown}
@@ -66,8 +66,9 @@ async def read_chart(visit: Visit, campaign: campaigns_pb2.Campaign) -> Chart | 
 
 
 def _join_points(column: list[int], highest: int) -> str:
-    """The points of a line, from the left to the right edge; the highest value is a little below the upper one."""
-    room = HEIGHT - 6
+    """The points of a line that holds each column's height over its width; the highest is a little below the upper edge."""
+    room, width = HEIGHT - 6, WIDTH / len(column)
+    heights = [HEIGHT - 3 - room * count / highest for count in column]
     return " ".join(
-        f"{WIDTH * place / (len(column) - 1):.1f},{HEIGHT - 3 - room * count / highest:.1f}" for place, count in enumerate(column)
+        f"{width * place:.1f},{height:.1f} {width * (place + 1):.1f},{height:.1f}" for place, height in enumerate(heights)
     )

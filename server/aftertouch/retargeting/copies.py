@@ -49,12 +49,14 @@ class Copies:
         self._forget()
         return roll
 
-    async def read_receipts(self, conn: AsyncConnection, campaign: Campaign, kinds: Collection[int]) -> dict[int, Bits]:
-        """The bits of these kinds by position, in whole chunks, as the transaction sees them."""
+    async def read_receipts(
+        self, conn: AsyncConnection, campaign: Campaign, kinds: Collection[int] | None = None
+    ) -> dict[int, Bits]:
+        """The bits of these kinds, or of all that there are, by position, in whole chunks, as the transaction sees them."""
         chunks = count_chunks(campaign.recipients)
         kept = self._receipts.get(campaign.campaign_id, {})
         empty = _Receipts(np.zeros(chunks, np.uint32), np.zeros(chunks * CHUNK_BYTES, np.uint8))
-        versions = await read_versions(conn, campaign.campaign_id, list(kinds), chunks)
+        versions = await read_versions(conn, campaign.campaign_id, kinds, chunks)
         stale = {kind: np.flatnonzero(seen != kept.get(kind, empty).versions) for kind, seen in versions.items()}
         # A row that is not there is not read: this transaction may have begun before another one's that left the copy.
         wanted = {kind: places[versions[kind][places] != 0] for kind, places in stale.items()}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.declarations import ChannelType
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, slot_of
-from aftertouch.rolls.sql import count_by_kind, count_expressions, read_receipts, read_roll_chunk
-from aftertouch.signals import CORE_IMPLICATIONS, Expression, close_implications, parse
+from aftertouch.retargeting.copies import Copies
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, CHUNK_BYTES, count_bits, count_chunks, slot_of
+from aftertouch.rolls.sql import read_receipts, read_roll_chunk
+from aftertouch.signals import CORE_IMPLICATIONS, close_implications, parse
 from aftertouch.store.campaigns import Campaign
 from aftertouch.store.contacts import find_external_ids
-from aftertouch.store.kinds import Kind, group_evidence, load_kinds
+from aftertouch.store.kinds import Kind, load_kinds
 
 CORE_EVIDENCE = close_implications(CORE_IMPLICATIONS)
 """What is known of a channel whose plugin is gone."""
@@ -43,22 +45,25 @@ class Recipient:
     reasons: list[str]
 
 
-async def count_campaign(conn: AsyncConnection, campaign: Campaign, channel: ChannelType | None) -> Counts:
+async def count_campaign(conn: AsyncConnection, copies: Copies, campaign: Campaign, channel: ChannelType | None) -> Counts:
     """Count everything that is known of a launched campaign."""
     evidence = channel.evidence if channel else CORE_EVIDENCE
     numbered = await load_kinds(conn)
-    expressions: dict[str, Expression] = {signal: Expression("name", name=signal) for signal in evidence}
-    expressions[""] = parse("attempted & ~sent & ~failed & ~skipped", evidence)
-    counts = await count_expressions(conn, campaign.campaign_id, group_evidence(numbered, evidence), expressions)
-    unclear = counts.pop("")
-    by_kind = await count_by_kind(conn, campaign.campaign_id)
+    bits = await copies.read_receipts(conn, campaign)
+    zeros = np.zeros(count_chunks(campaign.recipients) * CHUNK_BYTES, np.uint8)
+    known = {
+        signal: reduce(np.bitwise_or, [found for kind, found in bits.items() if numbered[kind].signal in proofs], zeros)
+        for signal, proofs in evidence.items()
+    }
+    counts = {signal: count_bits(found) for signal, found in sorted(known.items())}
+    unclear = parse("attempted & ~sent & ~failed & ~skipped", evidence).evaluate(known.__getitem__)
     reasons = [
-        (numbered[kind], count)
-        for kind, count in by_kind.items()
+        (numbered[kind], count_bits(found))
+        for kind, found in bits.items()
         if numbered[kind].signal in REASONED and numbered[kind].reason_class
     ]
     reasons.sort(key=lambda item: (-item[1], item[0]))
-    return Counts({signal: count for signal, count in sorted(counts.items()) if count}, unclear, reasons)
+    return Counts({signal: count for signal, count in counts.items() if count}, count_bits(unclear), reasons)
 
 
 async def list_recipients(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,15 +29,7 @@ from aftertouch.rolls.chunks import (
     pack_positions,
     slot_range,
 )
-from aftertouch.signals import Expression
 from aftertouch.store.engine import BitStrings, driver
-
-Kinds = Mapping[str, list[int]]
-"""For each signal, the kinds that are evidence of it (what implies it, whatever the reason)."""
-
-K = TypeVar("K")
-
-_ZERO = bytes(CHUNK_BYTES)
 
 
 async def _rows(conn: AsyncConnection, statement: str, parameters: Any = None) -> list[TupleRow]:
@@ -132,62 +124,29 @@ async def read_receipts(conn: AsyncConnection, slot: int) -> dict[int, Bits]:
     return {kind: np.frombuffer(bits, np.uint8) for kind, bits in rows}
 
 
-def _per_slot(kinds: Kinds, columns: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """SQL of one row per slot with one non-null bit string per signal, and its parameters."""
-    parameters: dict[str, Any] = {"zero": BitStrings([_ZERO])}
-    selected = []
-    for signal, column in columns.items():
-        parameters[column] = kinds.get(signal, [])
-        # A signal that nobody has yet is a string of zeros as long as the slot's other strings.
-        selected.append(
-            f"coalesce(bit_or(bits) FILTER (WHERE kind = ANY(%({column})b::int[])),"
-            f" substring((%(zero)b::varbit[])[1] FROM 1 FOR max(length(bits)))) AS {column}"
-        )
-    return (
-        f"SELECT slot{''.join(', ' + part for part in selected)} FROM receipts"
-        " WHERE slot >= %(start)s AND slot < %(end)s GROUP BY slot",
-        parameters,
-    )
-
-
-async def count_expressions(
-    conn: AsyncConnection, campaign_id: int, kinds: Kinds, expressions: Mapping[K, Expression]
-) -> dict[K, int]:
-    """Count the people of whom each expression is true, in one scan of the campaign's receipts.
-
-    Args:
-        expressions: by any key, over signals of ``kinds``.
-    """
-    signals = sorted({name for expression in expressions.values() for name in expression.names})
-    columns = {signal: f"s{i}" for i, signal in enumerate(signals)}
-    inner, parameters = _per_slot(kinds, columns)
-    parameters["start"], parameters["end"] = slot_range(campaign_id)
-    column_of = columns.__getitem__
-    sums = ", ".join(
-        f"coalesce(sum(bit_count({expression.compile_sql(column_of)})), 0)::bigint" for expression in expressions.values()
-    )
-    ((*counts,),) = await _rows(conn, f"SELECT {sums} FROM ({inner}) AS per_slot", parameters)
-    return dict(zip(expressions, counts, strict=True))
-
-
 _VERSION = np.dtype([("chunk", ">i4"), ("version", ">u4")])
 _SEND_VERSION = f"string_agg(int4send((slot & {(1 << SLOT_SHIFT) - 1})::int) || xidsend(r.xmin), ''::bytea)"
 
 
 async def read_versions(
-    conn: AsyncConnection, campaign_id: int, kinds: Sequence[int], chunks: int
+    conn: AsyncConnection, campaign_id: int, kinds: Collection[int] | None, chunks: int
 ) -> dict[int, NDArray[np.uint32]]:
-    """For each kind, the version of its receipts in each chunk: the transaction that wrote them, 0 where there are none."""
+    """For each kind, the version of its receipts in each chunk: the transaction that wrote them, 0 where there are none.
+
+    Args:
+        kinds: which to read; None reads those that there are.
+    """
     start, end = slot_range(campaign_id)
     rows = await _rows(
         conn,
-        f"SELECT kind, {_SEND_VERSION} FROM receipts AS r WHERE slot >= %s AND slot < %s AND kind = ANY(%s) GROUP BY kind",
-        (start, end, list(kinds)),
+        f"SELECT kind, {_SEND_VERSION} FROM receipts AS r WHERE slot >= %b AND slot < %b"
+        " AND (%b::int[] IS NULL OR kind = ANY(%b)) GROUP BY kind",
+        (start, end, *[None if kinds is None else list(kinds)] * 2),
     )
-    versions = {kind: np.zeros(chunks, np.uint32) for kind in kinds}
+    versions = {kind: np.zeros(chunks, np.uint32) for kind in kinds or ()}
     for kind, sent in rows:
         found = np.frombuffer(sent, _VERSION)
-        versions[kind][found["chunk"]] = found["version"]
+        versions.setdefault(kind, np.zeros(chunks, np.uint32))[found["chunk"]] = found["version"]
     return versions
 
 
@@ -225,18 +184,6 @@ async def read_bits(
             bits = bits[:end] + missing + bits[end:]
         read[kind] = ReadBits(found["chunk"].astype(np.int64), found["version"].astype(np.uint32), _split_bits(bits))
     return read
-
-
-async def count_by_kind(conn: AsyncConnection, campaign_id: int) -> dict[int, int]:
-    """How many people have each kind in a campaign."""
-    start, end = slot_range(campaign_id)
-    return dict(
-        await _rows(
-            conn,
-            "SELECT kind, sum(bit_count(bits))::bigint FROM receipts WHERE slot >= %s AND slot < %s GROUP BY kind",
-            (start, end),
-        )
-    )
 
 
 async def read_sets(

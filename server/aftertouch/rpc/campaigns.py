@@ -239,7 +239,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     async def _to_counted(self, call: Call, campaign: store.Campaign) -> campaigns_pb2.Campaign:
         message = await to_campaign(call, campaign)
         if campaign.launch_time:
-            counted = await count_campaign(await call.begin(), campaign, self._registry.types.get(campaign.channel))
+            counted = await count_campaign(await call.begin(), self._copies, campaign, self._registry.types.get(campaign.channel))
             message.counts.recipients = campaign.recipients
             message.counts.unclear = counted.unclear
             message.counts.signals.update(counted.signals)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from sqlalchemy import select
@@ -38,11 +38,3 @@ async def intern_kinds(conn: AsyncConnection, wanted: Iterable[Kind]) -> dict[Ki
         await conn.execute(insert(kinds).values(rows).on_conflict_do_nothing())
     found = {kind: number for number, kind in (await load_kinds(conn)).items()}
     return {kind: found[kind] for kind in wanted}
-
-
-def group_evidence(numbered: Mapping[int, Kind], evidence: Mapping[str, frozenset[str]]) -> dict[str, list[int]]:
-    """For each signal of a channel, the numbers of all kinds that are evidence of it."""
-    return {
-        signal: sorted(number for number, kind in numbered.items() if kind.signal in implying)
-        for signal, implying in evidence.items()
-    }
