@@ -9,8 +9,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from aftertouch_whatsapp import WhatsAppAddress
 from sqlalchemy import text
 
+from aftertouch.channels import Reply, Webhook
 from aftertouch.contact_files import read_contacts
 from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.sandbox import SandboxSettings
@@ -207,6 +209,28 @@ async def test_quick_reply_belongs_to_the_message_that_it_names(open_world: Open
         replied = Counter(entry.token for entry in world.sandbox.truth.entries if "replied" in entry.signals)
         counted = [(await world.get_campaign(name)).counts.signals["replied"] for name in names]
         assert sum(counted) == len(replied) > 10
+
+
+async def test_reply_to_somebody_elses_message_is_none_to_ours(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        campaign = await world.create_campaign("whatsapp")
+        await world.launch(campaign.name)
+        address = WhatsAppAddress(phone=world.sandbox.population.get_person(1).phone)
+        replies = [Reply(address=address, message_id="wamid.of-a-colleague"), Reply(address=address)]
+        for reply, count in zip(replies, (0, 1), strict=True):
+            await world.core.ledger.ingest_webhooks("whatsapp", [Webhook(replies=(reply,))])
+            assert (await world.get_campaign(campaign.name)).counts.signals["replied"] == count
+
+
+async def test_reply_is_not_to_a_message_that_failed(open_world: OpenWorld) -> None:
+    async with open_world(replace(read_settings(), shares=replace(CERTAIN, sms_unreachable=1.0))) as world:
+        await world.import_people()
+        campaign = await world.create_campaign("sms")
+        await world.launch(campaign.name)
+        await write(world, channel="sms", address=world.sandbox.population.get_person(1).phone, text="Hello?")
+        counts = (await world.get_campaign(campaign.name)).counts
+        assert (counts.signals["failed"], counts.signals["replied"]) == (5, 0)
 
 
 async def test_whatsapps_own_stop_and_resume_are_mirrored(open_world: OpenWorld) -> None:

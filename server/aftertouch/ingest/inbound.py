@@ -33,7 +33,7 @@ async def find_answered(conn: AsyncConnection, channel: str, reply: Reply) -> tu
     """The campaign and the position of the last message to where a reply came from; None when there is none.
 
     Who was sent to is read from the receipts, which know it before the provider does: the log of attempts may be written after
-    a quick answer.
+    a quick answer. A reply that names a message which is not in the log can only be to one that is not there yet.
     """
     address_hash, now = hash_address(reply.address.key), datetime.now(UTC)
     campaigns: dict[int, Campaign] = {}
@@ -47,13 +47,13 @@ async def find_answered(conn: AsyncConnection, channel: str, reply: Reply) -> tu
     sent: dict[Place, datetime] = {}
     for place in places:
         signals = {numbered[kind].signal for kind in true[place]}
-        if "attempted" not in signals or ("failed" in signals and signals <= _UNREACHED):
+        if "attempted" not in signals:
             continue
         campaign = campaigns[place.campaign_id]
         if place not in tried:
             # Just now; or before a crash, and then it was launched at the earliest.
             sent[place] = now if campaign.finish_time is None else campaign.launch_time or now
-        elif address_hash in tried[place]:
+        elif reply.message_id is None and address_hash in tried[place] and not ("failed" in signals and signals <= _UNREACHED):
             sent[place] = tried[place][address_hash]
     if not sent:
         return None
