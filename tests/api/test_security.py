@@ -191,6 +191,7 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "CreateApiKey": client.apps.CreateApiKey(apps_pb2.CreateApiKeyRequest(parent=app, api_key=key)),
         "ListApiKeys": client.apps.ListApiKeys(apps_pb2.ListApiKeysRequest(parent=app)),
         "DeleteApiKey": client.apps.DeleteApiKey(apps_pb2.DeleteApiKeyRequest(name=names["key"])),
+        "CreateIdentitySecret": client.apps.CreateIdentitySecret(apps_pb2.CreateIdentitySecretRequest(parent=app)),
         "ImportContacts": client.contacts.ImportContacts(iter([rows])),
         "UpsertContacts": client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=app, contacts=[contact])),
         "GetContact": client.contacts.GetContact(contacts_pb2.GetContactRequest(name=names["contact"])),

@@ -66,7 +66,10 @@ Answer = Callable[[ProviderRequest], Response | Fault]
 
 
 class FakeProvider:
-    """An HTTP server for the time of an ``async with``; every method and path ends in ``answer``."""
+    """An HTTP server for the time of an ``async with``; every method and path ends in ``answer``.
+
+    A subclass that overrides ``start`` and ``stop`` speaks another protocol: it hands each message that it reads to ``exchange``.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -76,7 +79,8 @@ class FakeProvider:
         self.url = ""
         self._errors: list[Exception] = []
         self._arrived = asyncio.Condition()
-        self._closing = asyncio.Event()
+        self.closing = asyncio.Event()
+        """Set when it ends: how long a stall lasts."""
 
     @property
     def requests(self) -> list[ProviderRequest]:
@@ -88,28 +92,31 @@ class FakeProvider:
         async with self._arrived:
             await self._arrived.wait_for(lambda: len(self.exchanges) >= count)
 
-    async def __aenter__(self) -> Self:
+    async def start(self) -> None:
+        """Listen on a free loopback port, and set ``url``."""
         self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         host, port = self._runner.addresses[0][:2]
         self.url = f"http://{host}:{port}"
+
+    async def stop(self) -> None:
+        """Listen no more, and end every connection."""
+        await self._runner.cleanup()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._closing.set()
-        await self._runner.cleanup()
+        self.closing.set()
+        await self.stop()
         if self._errors:
             raise self._errors[0]
 
-    async def _handle(self, received: web.BaseRequest) -> web.StreamResponse:
-        request = ProviderRequest(
-            method=received.method,
-            url=received.raw_path,
-            headers={name.lower(): value for name, value in received.headers.items()},
-            body=await received.read(),
-        )
+    async def exchange(self, request: ProviderRequest) -> Response | Fault:
+        """Note a request, and say how to answer it."""
         try:
             answer = self.answer(request)
         except Exception as error:
@@ -119,15 +126,24 @@ class FakeProvider:
         async with self._arrived:
             self.exchanges.append((request, answer))
             self._arrived.notify_all()
-        match answer:
+        return answer
+
+    async def _handle(self, received: web.BaseRequest) -> web.StreamResponse:
+        request = ProviderRequest(
+            method=received.method,
+            url=received.raw_path,
+            headers={name.lower(): value for name, value in received.headers.items()},
+            body=await received.read(),
+        )
+        match await self.exchange(request):
             case Fault.STALL:
-                await self._closing.wait()
+                await self.closing.wait()
             case Fault.RESET if received.transport is not None:
                 # SO_LINGER with 0 seconds makes close send RST instead of FIN, as a dying proxy does.
                 received.transport.get_extra_info("socket").setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                 )
                 received.transport.abort()
-            case Response():
+            case Response() as answer:
                 return web.Response(status=answer.status, body=answer.body.encode(), headers=answer.headers)
         return web.Response(status=503)

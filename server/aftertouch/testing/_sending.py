@@ -160,7 +160,7 @@ class SendingChecks(Subject):
 
     @in_own_loop
     async def test_send_to_nobody_is_transient(self) -> None:
-        async with FakeProvider(self.accept) as provider:
+        async with self.provider_type(self.accept) as provider:
             pass
         async with self.build(provider.url) as channel, asyncio.timeout(self.patience):
             (outcome,) = await channel.send(self.make_messages(channel, provider.url))
@@ -185,7 +185,7 @@ class SendingChecks(Subject):
 
     @in_own_loop
     async def test_send_can_be_cancelled(self) -> None:
-        async with FakeProvider(_always(Fault.STALL)) as provider, self.build(provider.url) as channel:
+        async with self.provider_type(_always(Fault.STALL)) as provider, self.build(provider.url) as channel:
             sending = asyncio.ensure_future(channel.send(self.make_messages(channel, provider.url)))
             async with asyncio.timeout(self.patience):
                 await provider.wait_for_requests(1)
@@ -207,7 +207,11 @@ class SendingChecks(Subject):
 
     @in_own_loop
     async def test_send_again_hands_over_the_same_token(self) -> None:
-        async with FakeProvider(self.accept) as provider, self.build(provider.url) as channel, asyncio.timeout(self.patience):
+        async with (
+            self.provider_type(self.accept) as provider,
+            self.build(provider.url) as channel,
+            asyncio.timeout(self.patience),
+        ):
             messages = self.make_messages(channel, provider.url)
             await channel.send(messages)
             await channel.send(messages)
@@ -304,7 +308,7 @@ class SendingChecks(Subject):
         def answer_messages(request: ProviderRequest) -> Response | Fault:
             return answer(request) if any(self.carries_token(request, token) for token in TOKENS) else self.accept(request)
 
-        async with FakeProvider(answer_messages) as provider, self.build(provider.url) as channel:
+        async with self.provider_type(answer_messages) as provider, self.build(provider.url) as channel:
             yield channel, provider
 
     async def _send(self, answer: Answer, count: int = 1) -> Sent:

@@ -16,7 +16,7 @@ from pydantic import SecretBytes, SecretStr
 
 from aftertouch.channels import Address, Channel, Content, Message, Settings, WebhookRequest
 from aftertouch.plugins import build_registry, discover_channels, name_setting
-from aftertouch.testing._provider import ProviderRequest, Response
+from aftertouch.testing._provider import FakeProvider, ProviderRequest, Response
 
 WEBHOOK_BASE_URL = "https://hooks.example/webhooks"
 UNHEARD_OF = "unheard_of"
@@ -43,6 +43,8 @@ class Subject:
     """The lower-case header that proves a webhook; empty where something else does, and then override ``forge``."""
     samples: ClassVar[str] = ""
     """The folder of recorded webhooks, beside the test's file."""
+    provider_type: ClassVar[type[FakeProvider]] = FakeProvider
+    """What stands in for the provider; a subclass of yours where it speaks no HTTP."""
     patience: ClassVar[float] = 10
     """Seconds that a call to a provider that does not answer may take."""
 
