@@ -1,11 +1,14 @@
 """The SMS channel keeps the contract of all channels."""
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from urllib.parse import urlencode
 
 from aftertouch_sms import SmsChannel
 from twilio.request_validator import RequestValidator  # type: ignore[import-untyped]
 
-from aftertouch.channels import Channel, WebhookRequest
+from aftertouch.channels import Address, Channel, Content, Message, WebhookRequest
 from aftertouch.testing import ChannelContract, ProviderRequest, Response
 
 AUTH_TOKEN = "token-that-nobody-sees"
@@ -33,6 +36,19 @@ class TestSms(ChannelContract):
 
     def refuse(self, request: ProviderRequest, code: str) -> Response:
         return Response.from_json({"code": int(code), "message": "No", "status": 400}, status=400)
+
+    def report_taken(self, request: ProviderRequest, taken: Sequence[Message[Address, Content]]) -> Response:
+        listed = [
+            {
+                "sid": "SM" + "2" * 32,
+                "body": message.content.model_dump()["body"],
+                "direction": "outbound-api",
+                "messaging_service_sid": self.settings["messaging_service_sid"],
+                "date_created": format_datetime(datetime.now(UTC)),
+            }
+            for message in taken
+        ]
+        return Response.from_json({"messages": listed, "next_page_uri": None})
 
     def sign(self, channel: Channel, token: str, status: str) -> WebhookRequest:
         url = f"{channel.webhook_url}?t={token}"
