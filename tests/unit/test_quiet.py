@@ -26,6 +26,8 @@ BARE = App(
     quiet_time_zone="UTC",
     cap_messages=None,
     cap_hours=None,
+    web_origins=(),
+    link_url="",
     create_time=datetime.now(UTC),
 )
 
