@@ -1,6 +1,6 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint bench-ingest bench-retarget format protos docs constraints clean
+.PHONY: help demo test test-faults lint bench-ingest bench-retarget bench-console browser screenshots format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,6 +33,15 @@ bench-ingest: .venv/dev ## Measure durable events per second over one stream, be
 
 bench-retarget: .venv/dev ## Measure questions of a campaign to 10 million people, beside a table with a row for each delivery.
 	$(BIN)/python -m tests.bench.retarget
+
+bench-console: .venv/dev ## Measure the console's pages of a campaign to 10 million people.
+	$(BIN)/python -m tests.bench.console
+
+browser: ## Install Debian's Chromium where there is none: the console's tests and screenshots need it.
+	command -v chromium || (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium)
+
+screenshots: .venv/dev browser ## Take the pictures of the console in docs/images again; look at each.
+	$(BIN)/python -m tests.house.screenshots
 
 format: .venv/dev ## Format Python and protos.
 	$(BIN)/ruff check --fix .
