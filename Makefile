@@ -1,6 +1,6 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint bench-ingest bench-retarget bench-send format protos docs constraints clean
+.PHONY: help demo test test-faults lint bench-ingest bench-retarget bench-send bench-console browser screenshots format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,6 +36,15 @@ bench-retarget: .venv/dev ## Measure questions of a campaign to 10 million peopl
 
 bench-send: .venv/dev ## Measure messages per second of one worker, beside ECDH alone and a loop over pywebpush; and a launch to 10 million.
 	$(BIN)/python -m tests.bench.send
+
+bench-console: .venv/dev ## Measure the console's pages of a campaign to 10 million people.
+	$(BIN)/python -m tests.bench.console
+
+browser: ## Install Debian's Chromium where there is none: the console's tests and screenshots need it.
+	command -v chromium || (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium)
+
+screenshots: .venv/dev browser ## Take the pictures of the console in docs/images again; look at each.
+	$(BIN)/python -m tests.house.screenshots
 
 format: .venv/dev ## Format Python and protos.
 	$(BIN)/ruff check --fix .

@@ -86,6 +86,8 @@ PAGES = (
     Page("/campaigns/{campaign}/state", campaigns.change_state, "manage", "POST"),
     Page("/campaigns/{campaign}/retarget", retargets.show, "manage"),
     Page("/campaigns/{campaign}/retarget", retargets.create, "manage", "POST"),
+    Page("/campaigns/{campaign}/retarget/funnel", retargets.show_funnel, "manage"),
+    Page("/campaigns/{campaign}/review", composer.show_review, "manage"),
     Page("/campaigns/{campaign}/edit", composer.show, "manage"),
     Page("/campaigns/{campaign}/form", composer.change_form, "manage", "POST"),
     Page("/campaigns/{campaign}/save", composer.save, "manage", "POST"),

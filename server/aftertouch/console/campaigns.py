@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from aftertouch.console import words
 from aftertouch.console.charts import read_chart
 from aftertouch.console.visits import Visit, is_recent, read_id, to_time
-from aftertouch.errors import AftertouchError, FieldsInvalid, Violation
+from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
 from aftertouch.signals import CORE_IMPLICATIONS
 from aftertouch.store.campaigns import find_campaigns
 from aftertouch.store.engine import transaction
@@ -161,6 +161,23 @@ async def read(visit: Visit) -> Standing:
     name = visit.name("campaigns", visit.param("campaign"))
     campaign = await visit.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
     return (await describe(visit, [campaign]))[0]
+
+
+async def read_plain(visit: Visit) -> Standing:
+    """The campaign that the address names, without its counts."""
+    async with transaction(visit.console.engine) as conn:
+        found = await find_campaigns(conn, visit.app.app_id, [visit.param("campaign")])
+    name = visit.name("campaigns", visit.param("campaign"))
+    if not found:
+        raise NotFound(name)
+    ((_, stored),) = found.items()
+    message = campaigns_pb2.Campaign(
+        name=name, display_name=stored.display_name, channel=stored.channel, state=State.Value(stored.state)
+    )
+    for field in ("launch_time", "finish_time"):
+        if time := getattr(stored, field):
+            getattr(message, field).FromDatetime(time)
+    return (await describe(visit, [message]))[0]
 
 
 async def show_list(visit: Visit) -> Response:

@@ -19,14 +19,14 @@ from starlette.responses import Response
 from aftertouch.console import previews, words
 from aftertouch.console.campaigns import Standing, State, describe, read
 from aftertouch.console.contents import Field, make_form, read_form
-from aftertouch.console.retargets import Place
+from aftertouch.console.retargets import Funnel, read_funnel
 from aftertouch.console.visits import Visit, name_faults, read_id
 from aftertouch.declarations import ChannelType
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
 from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.store import unfinished
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import campaigns_pb2, lists_pb2, retargeting_pb2
+from aftertouch.v1 import campaigns_pb2, lists_pb2
 
 _EXTERNAL_IDS = re.compile(r"[^\n,;]+")
 
@@ -35,9 +35,10 @@ _EXTERNAL_IDS = re.compile(r"[^\n,;]+")
 class Review:
     """Whom a draft would reach now, or why nobody."""
 
-    place: Place | None
-    """The funnel, of a wave."""
+    funnel: Funnel | None
+    """Of a wave."""
     recipients: int
+    """-1 when they are not counted yet."""
     problem: str
 
 
@@ -124,7 +125,6 @@ async def _render(
         contact=contact,
         attributes=previews.list_attributes(contact),
         preview=previews.draw(found, content, contact) if contact and is_stored else None,
-        review=await _review(visit, standing),
         saved="Saved" if is_stored else "",
         problem=problem,
     )
@@ -181,7 +181,11 @@ async def save(visit: Visit) -> Response:
         status = f"Kept. Missing or wrong: {', '.join(labels or ['Name'])}"
         return visit.render("saved_part.html", etag=standing.message.etag, preview=None, contact=contact, status=status)
     preview = previews.draw(found, content, contact) if contact else None
-    return visit.render("saved_part.html", etag=stored.etag, preview=preview, contact=contact, status="Saved")
+    response = visit.render("saved_part.html", etag=stored.etag, preview=preview, contact=contact, status="Saved")
+    if not stored.audience.HasField("retarget"):
+        # Only a complete message can be asked whom it would go to.
+        response.headers["hx-trigger"] = "reviewed"
+    return response
 
 
 async def _store(
@@ -213,16 +217,19 @@ async def _store(
     return stored
 
 
+async def show_review(visit: Visit) -> Response:
+    """Whom it would reach if it were launched now: a part of the page that comes after the rest."""
+    standing = await read(visit)
+    return visit.render("review.html", campaign=standing, review=await _review(visit, standing))
+
+
 async def _review(visit: Visit, standing: Standing) -> Review:
-    """Whom it would reach if it were launched now."""
+    audience = standing.message.audience
     try:
-        if standing.message.audience.HasField("retarget"):
-            request = retargeting_pb2.PreviewRetargetRequest(
-                selection=standing.message.audience.retarget, channel=standing.message.channel
-            )
-            shown = await visit.client.retargeting.PreviewRetarget(request)
-            place = Place(standing.message.channel, standing.channel, True, shown)
-            return Review(place, shown.audience_count, "" if shown.audience_count else words.explain_empty())
+        if audience.HasField("retarget"):
+            funnel = await read_funnel(visit, standing, audience.retarget, standing.message.channel)
+            count = funnel.preview.audience_count
+            return Review(funnel, count, "" if count else words.explain_empty())
         return Review(None, await _count(visit, standing), "")
     except AftertouchError as error:
         return Review(None, 0, words.explain(error))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -12,7 +11,7 @@ from markupsafe import Markup
 from starlette.responses import Response
 
 from aftertouch.console import words
-from aftertouch.console.campaigns import Standing, State, read, retargetable_until
+from aftertouch.console.campaigns import Standing, State, read_plain, retargetable_until
 from aftertouch.console.visits import Visit, read_id, to_time
 from aftertouch.errors import AftertouchError
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
@@ -23,37 +22,42 @@ _Reason = retargeting_pb2.PreviewRetargetResponse.Reason
 
 @dataclass(frozen=True)
 class Place:
-    """A channel, and whom of the chosen people it reaches."""
+    """A channel, and how many of the chosen people it reaches."""
 
     channel: str
     label: str
     is_ready: bool
+    reachable: int
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """What becomes of the chosen people on the chosen channel."""
+
     preview: retargeting_pb2.PreviewRetargetResponse
+    warnings: Sequence[Markup]
 
     @property
-    def drops(self) -> list[str]:
+    def drops(self) -> list[tuple[str, int]]:
         """Who is not reached, and why."""
-        return [
-            f"{words.number(drop.count)} {words.DROPS.get(_Reason.Name(drop.reason), _Reason.Name(drop.reason).lower())}"
-            for drop in self.preview.drops
-            if drop.count
-        ]
+        names = [(_Reason.Name(drop.reason), drop.count) for drop in self.preview.drops if drop.count]
+        return [(words.DROPS.get(name, name.lower()), count) for name, count in names]
 
 
-def make_selection(visit: Visit, source: str, action: str, *, include_apart: bool) -> campaigns_pb2.RetargetSelection:
-    """The people of an action of a campaign."""
+def _select(visit: Visit, source: Standing) -> campaigns_pb2.RetargetSelection:
+    """The people whom the address or the form names."""
     reason_class = visit.query("reason_class")
     return campaigns_pb2.RetargetSelection(
-        source=source,
-        action=action,
-        include_apart=include_apart,
+        source=source.message.name,
+        action=visit.query("action"),
+        include_apart=visit.query("apart") == "1",
         reason_classes=[reason_class] if reason_class else [],
     )
 
 
 async def show(visit: Visit) -> Response:
     """The dialog, or as a page of its own; every choice shows its counts at once."""
-    source = await read(visit)
+    source = await read_plain(visit)
     return await _render(visit, source, visit.query("action"), visit.query("channel"), visit.query("apart") == "1")
 
 
@@ -67,17 +71,14 @@ async def _render(
     """
     template = "retarget_part.html" if visit.is_partial else "retarget.html"
     try:
-        request = retargeting_pb2.ListActionsRequest(parent=source.message.name)
-        listed = await visit.client.retargeting.ListActions(request)
-        known = [counted.action.action for counted in listed.actions]
-        action = action if action in known else known[0]
-        selection = make_selection(visit, source.message.name, action, include_apart=include_apart)
-        places = await _read_places(visit, selection)
+        matrix = await visit.client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=source.message.name))
     except AftertouchError as error:
         return visit.render(template, words.STATUSES[error.code], campaign=source, refusal=words.explain(error))
+    row = next((row for row in matrix.rows if row.action_count.action.action == action), matrix.rows[0])
+    registry = visit.console.registry
+    reached = {cell.channel: cell.reachable_count for cell in row.cells}
+    places = [Place(name, found.channel.label, name in registry.channels, reached[name]) for name, found in visit.list_channels()]
     by_name = {place.channel: place for place in places}
-    # The same channel first: nothing about these people's addresses is a guess there.
-    chosen = by_name.get(channel) or by_name.get(source.message.channel) or places[0]
     return visit.render(
         template,
         409 if existing else 400 if problem else 200,
@@ -85,27 +86,31 @@ async def _render(
         refusal="",
         problem=problem,
         existing=existing,
-        listed=listed,
-        action=next(counted for counted in listed.actions if counted.action.action == action),
+        recipients=matrix.recipients,
+        actions=[row.action_count for row in matrix.rows],
+        action=row.action_count,
         include_apart=include_apart,
         places=places,
-        place=chosen,
+        # The same channel first: nothing about these people's addresses is a guess there.
+        place=by_name.get(channel) or by_name.get(source.message.channel) or places[0],
         reason_class=visit.query("reason_class"),
-        warnings=_list_warnings(visit, source, chosen.preview.unsettled),
         request_id=str(uuid.uuid4()),
     )
 
 
-async def _read_places(visit: Visit, selection: campaigns_pb2.RetargetSelection) -> list[Place]:
-    registry = visit.console.registry
-    ask = visit.client.retargeting.PreviewRetarget
-    names = [name for name, _ in visit.list_channels()]
-    requests = [retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=name) for name in names]
-    previews = await asyncio.gather(*map(ask, requests))
-    return [
-        Place(name, registry.types[name].channel.label, name in registry.channels, preview)
-        for name, preview in zip(names, previews, strict=True)
-    ]
+async def show_funnel(visit: Visit) -> Response:
+    """What becomes of the chosen people on the chosen channel: the dialog's lower part, which comes after the rest."""
+    source = await read_plain(visit)
+    return visit.render(
+        "retarget_funnel.html", funnel=await read_funnel(visit, source, _select(visit, source), visit.query("channel"))
+    )
+
+
+async def read_funnel(visit: Visit, source: Standing, selection: campaigns_pb2.RetargetSelection, channel: str) -> Funnel:
+    """Who of a selection is reached on a channel, and what matters before that."""
+    request = retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)
+    preview = await visit.client.retargeting.PreviewRetarget(request)
+    return Funnel(preview, _list_warnings(visit, source, preview.unsettled))
 
 
 def _list_warnings(visit: Visit, source: Standing, unsettled: Iterable[campaigns_pb2.Unsettled]) -> list[Markup]:
@@ -129,7 +134,7 @@ def _list_warnings(visit: Visit, source: Standing, unsettled: Iterable[campaigns
 async def create(visit: Visit) -> Response:
     """Make the draft and go on with its content."""
     form = await visit.read_form()
-    source = await read(visit)
+    source = await read_plain(visit)
     action, channel, include_apart = str(form.get("action", "")), str(form.get("channel", "")), form.get("apart") == "1"
     reason_class = str(form.get("reason_class", ""))
     request = retargeting_pb2.CreateRetargetRequest(
