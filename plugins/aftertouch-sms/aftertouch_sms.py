@@ -12,6 +12,7 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hmac import compare_digest
@@ -31,6 +32,7 @@ from aftertouch.channels import (
     Capabilities,
     Channel,
     Content,
+    Estimate,
     Finding,
     InvalidSignature,
     InvalidWebhook,
@@ -61,6 +63,13 @@ LISTED_AT_ONCE = 100
 MOST_PAGES = 5
 CLOCK_TOLERANCE = timedelta(seconds=10)
 """How far Twilio's clock may be behind ours. It writes whole seconds."""
+
+_GSM_7 = frozenset(
+    "@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !\"#¤%&'()*+,-./0123456789:;<=>?"
+    "¡ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÑÜ§¿abcdefghijklmnopqrstuvwxyzäöñüà"
+)
+_GSM_7_EXTENSION = frozenset("\f^{}\\[~]|€")
+"""Characters that take an escape and so the room of two."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 
@@ -142,6 +151,10 @@ class SmsSettings(Settings):
     """How long a message may wait in Twilio's queue; Twilio's own default is ten hours."""
     messages_per_second: float = Field(default=0, ge=0, le=10_000)
     """Of the whole account; 0 leaves the pace to Twilio, which queues what is more than a sender may send."""
+    price_per_segment: Decimal | None = Field(default=None, ge=0)
+    """What Twilio and the carriers take for a segment, for estimates; it differs from country to country."""
+    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$")
+    """Of that price."""
     timeout_seconds: float = Field(default=15, gt=0)
     """For a whole request; the connection may take half of it."""
 
@@ -167,6 +180,28 @@ class SmsContent(Content):
 
     body: str
     """At most 1,600 characters once rendered; carriers bill by segments of 153, or 67 when it is not plain GSM-7."""
+
+
+def count_segments(body: str) -> int:
+    """How many segments a text is billed as (3GPP TS 23.038 and 23.040).
+
+    One character outside of GSM-7 makes the whole text UCS-2. In several segments each gives up room for its place, and no
+    character is cut in two. With Twilio's smart encoding a text may come out shorter, never longer.
+    """
+    if set(body) <= _GSM_7 | _GSM_7_EXTENSION:
+        widths = [2 if character in _GSM_7_EXTENSION else 1 for character in body]
+        alone, each = 160, 153
+    else:
+        widths = [2 if ord(character) > 0xFFFF else 1 for character in body]
+        alone, each = 70, 67
+    if sum(widths) <= alone:
+        return 1
+    segments, room = 1, each
+    for width in widths:
+        if width > room:
+            segments, room = segments + 1, each
+        room -= width
+    return segments
 
 
 def judge_answer(answer: Answer) -> Outcome:
@@ -281,6 +316,12 @@ class SmsChannel(Channel):
 
     def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
         return self._limits
+
+    def estimate(self, content: Content) -> Estimate | None:
+        segments = count_segments(cast("SmsContent", content).body)
+        price = self.settings.price_per_segment
+        cost = None if price is None else price * segments
+        return Estimate(units=segments, unit="segments", cost=cost, currency=self.settings.currency)
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import cached_property
@@ -206,6 +207,19 @@ Finding = Accepted | NotTaken | Unclear
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one message is billed as."""
+
+    units: int
+    unit: str
+    """For people, in the plural: ``segments``."""
+    cost: Decimal | None = None
+    """None where the price is not known."""
+    currency: str = ""
+    """ISO 4217, with ``cost``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WebhookRequest:
     """A provider's HTTP request, untouched."""
 
@@ -365,6 +379,10 @@ class Channel(ABC):
     def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
         """The limits that a message counts against, the most general first; none by default. Pure; called for every message."""
         return ()
+
+    def estimate(self, content: Content) -> Estimate | None:
+        """What a rendered content would be billed as, for callers who want to know before they launch. Pure; None by default."""
+        return None
 
     async def look_up(self, messages: Sequence[Message[Address, Content]], since: datetime) -> Sequence[Finding]:
         """Find out at the provider what became of messages whose outcome is unclear: one finding per message, in their order.

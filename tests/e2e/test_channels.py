@@ -252,3 +252,29 @@ async def test_stop_that_arrives_while_the_database_is_away_is_kept(open_world: 
             await write(world, channel="sms", address=person.phone, text="STOP")
         while (await read_subscription(world, person.external_id, "sms")).state != OPTED_OUT:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+
+
+async def test_estimate_tells_segments_and_cost_before_the_launch(open_world: OpenWorld) -> None:
+    async with open_world(read_settings(20), environment={"AFTERTOUCH_SMS_PRICE_PER_SEGMENT": "0.5"}) as world:
+        await world.import_people()
+        draft = await world.create_campaign("sms", track_links=False)
+        draft.content.update({"body": "{% if external_id contains '1' %}" + "x" * 161 + "{% else %}short{% endif %}"})
+        await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=draft))
+        checked = await world.client.campaigns.LaunchCampaign(
+            campaigns_pb2.LaunchCampaignRequest(name=draft.name, validate_only=True)
+        )
+        people = [person.external_id for person in world.sandbox.population]
+        segments = sum(2 if "1" in person else 1 for person in people)
+        assert checked.estimate == campaigns_pb2.Estimate(
+            messages=20, units=segments, unit="segments", cost=f"{segments / 2:.2f}", currency="USD", sampled=20
+        )
+        [long] = [person for person in people if "1" in person][:1]
+        tested = await world.client.campaigns.SendTest(
+            campaigns_pb2.SendTestRequest(name=draft.name, contact=f"{world.client.parent}/contacts/{long}")
+        )
+        assert (tested.estimate.messages, tested.estimate.units, tested.estimate.cost) == (1, 2, "1.00")
+        whatsapp = await world.create_campaign("whatsapp")
+        checked = await world.client.campaigns.LaunchCampaign(
+            campaigns_pb2.LaunchCampaignRequest(name=whatsapp.name, validate_only=True)
+        )
+        assert not checked.HasField("estimate")

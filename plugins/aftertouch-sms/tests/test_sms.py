@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import format_datetime
 from urllib.parse import urlencode
 
@@ -23,6 +24,7 @@ from twilio.request_validator import RequestValidator
 from aftertouch import hookspecs
 from aftertouch.channels import (
     Accepted,
+    Estimate,
     InvalidSignature,
     Limit,
     Message,
@@ -305,6 +307,53 @@ def test_limit_is_the_accounts_and_twilios_own_unless_it_is_set() -> None:
     [limit] = make_channel(messages_per_second="80").limits(make_message())
     assert limit == Limit(key="account", interval=timedelta(milliseconds=12.5))
     assert SmsChannel.classify("20429") is ReasonClass.RATE
+
+
+# What it costs
+
+
+@pytest.mark.parametrize(
+    ("body", "segments"),
+    [
+        ("", 1),
+        ("x" * 160, 1),
+        ("x" * 161, 2),
+        ("x" * 306, 2),
+        ("x" * 307, 3),
+        ("€" * 80, 1),
+        ("€" * 81, 2),
+        # 153 has no room for the second half of the last character.
+        ("€" * 153, 3),
+        ("x" + "€" * 152, 2),
+        ("\f^{}\\[~]|" * 8, 1),
+        ("ж" * 70, 1),
+        ("ж" * 71, 2),
+        ("x" * 70 + "\u2019", 2),
+        ("🎉" * 35, 1),
+        ("🎉" * 36, 2),
+        ("🎉" * 66, 2),
+        ("🎉" * 67, 3),
+        ("ça va", 1),
+        ("ç" * 71, 2),
+        ("àèéùìòÇ" * 20, 1),
+    ],
+)
+def test_segments_are_counted_as_they_are_billed(body: str, segments: int) -> None:
+    assert aftertouch_sms.count_segments(body) == segments
+
+
+def test_gsm_7_has_the_characters_of_its_table() -> None:
+    """3GPP TS 23.038: 127 characters and the escape, and ten by way of it."""
+    assert len(aftertouch_sms._GSM_7) == 127
+    assert len(aftertouch_sms._GSM_7_EXTENSION) == 10
+    assert not aftertouch_sms._GSM_7 & aftertouch_sms._GSM_7_EXTENSION
+
+
+def test_estimate_has_a_cost_where_the_price_is_known() -> None:
+    content = SmsContent(body="x" * 161)
+    assert make_channel().estimate(content) == Estimate(units=2, unit="segments", currency="USD")
+    known = make_channel(price_per_segment="0.0079", currency="EUR").estimate(content)
+    assert known == Estimate(units=2, unit="segments", cost=Decimal("0.0158"), currency="EUR")
 
 
 # Looking up what was taken

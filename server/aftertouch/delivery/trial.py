@@ -17,6 +17,7 @@ from aftertouch.channels import Accepted, Outcome, ReasonClass
 from aftertouch.delivery.calls import send_messages
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.drafts import write_messages
+from aftertouch.delivery.estimates import Bill, estimate_contents
 from aftertouch.delivery.outcomes import describe
 from aftertouch.errors import ChannelNotReady, ContentMissing, FieldsInvalid, NotFound, Violation
 from aftertouch.ingest.ledger import Ledger
@@ -47,6 +48,7 @@ class Trial:
     """Rendered."""
     outcomes: Sequence[tuple[Outcome, ReasonClass | None]]
     """Of the message to each address, with the class of a refusal."""
+    bill: Bill | None
 
 
 async def send_test(
@@ -97,4 +99,6 @@ async def send_test(
         ],
     )
     classes = [ReasonClass(kind.reason_class) if kind.reason_class else None for kind in described]
-    return Trial(messages[0].content.model_dump(mode="json", exclude_none=True), list(zip(outcomes, classes, strict=True)))
+    content = messages[0].content.model_dump(mode="json", exclude_none=True)
+    bill = estimate_contents(channel, [message.content for message in messages])
+    return Trial(content, list(zip(outcomes, classes, strict=True)), bill)

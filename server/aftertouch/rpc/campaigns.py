@@ -15,6 +15,7 @@ from aftertouch.channels import Accepted, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import cancel, check_state, pause, resume, settle
+from aftertouch.delivery.estimates import Bill, estimate_campaign
 from aftertouch.delivery.launch import check_times, launch, prepare_launch, schedule, unschedule
 from aftertouch.delivery.render import find_template_errors
 from aftertouch.delivery.trial import send_test
@@ -141,9 +142,14 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         check_times(schedule_time, send_by_time)
         if request.validate_only:
             message = await to_campaign(call, campaign)
-            message.counts.recipients = len(await prepare_launch(conn, self._registry, call.app, campaign))
+            numbers = await prepare_launch(conn, self._registry, call.app, campaign)
+            message.counts.recipients = len(numbers)
             if not message.counts.recipients and schedule_time is None:
                 raise AudienceEmpty(request.name)
+            declared, channel = self._registry.types[campaign.channel], self._registry.channels[campaign.channel]
+            bill = await estimate_campaign(conn, self._context, call.app, campaign, declared, channel, numbers)
+            if bill is not None:
+                message.estimate.CopyFrom(_to_estimate(bill))
             return message
         if schedule_time is not None:
             launched = await schedule(conn, self._registry, call.app, campaign, schedule_time, send_by_time)
@@ -212,6 +218,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         return campaigns_pb2.SendTestResponse(
             content=to_struct(trial.content),
             outcomes=[_to_outcome(outcome, reason_class) for outcome, reason_class in trial.outcomes],
+            estimate=_to_estimate(trial.bill) if trial.bill else None,
         )
 
     async def ListRecipients(  # type: ignore[override]
@@ -412,6 +419,17 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
     if campaign.root_id is not None and (root := await store.read_campaign(await call.begin(), campaign.root_id)):
         message.root = f"{call.app.name}/campaigns/{root.campaign}"
     return message
+
+
+def _to_estimate(bill: Bill) -> campaigns_pb2.Estimate:
+    return campaigns_pb2.Estimate(
+        messages=bill.messages,
+        units=bill.units,
+        unit=bill.unit,
+        cost="" if bill.cost is None else f"{bill.cost:.2f}",
+        currency=bill.currency if bill.cost is not None else "",
+        sampled=bill.sampled,
+    )
 
 
 def _to_outcome(outcome: Outcome, reason_class: ReasonClass | None) -> campaigns_pb2.SendTestResponse.Outcome:

@@ -90,6 +90,7 @@ class Campaign(_message.Message):
     SEND_BY_TIME_FIELD_NUMBER: _builtins.int
     MESSAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
     TRANSACTIONAL_FIELD_NUMBER: _builtins.int
+    ESTIMATE_FIELD_NUMBER: _builtins.int
     UNSETTLED_FIELD_NUMBER: _builtins.int
     TRACK_LINKS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
@@ -160,6 +161,10 @@ class Campaign(_message.Message):
         """
 
     @_builtins.property
+    def estimate(self) -> Global___Estimate:
+        """What it would be billed as; only from LaunchCampaign with validate_only, on channels that know."""
+
+    @_builtins.property
     def unsettled(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unsettled]:
         """Where its selection was asked too early; only from CreateRetarget."""
 
@@ -188,13 +193,14 @@ class Campaign(_message.Message):
         send_by_time: _timestamp_pb2.Timestamp | None = ...,
         messages_per_second: _builtins.int = ...,
         transactional: _builtins.bool = ...,
+        estimate: Global___Estimate | None = ...,
         unsettled: _abc.Iterable[Global___Unsettled] | None = ...,
         track_links: _builtins.bool | None = ...,
         links: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "finish_time", b"finish_time", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "track_links", b"track_links", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "estimate", b"estimate", "finish_time", b"finish_time", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "track_links", b"track_links", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "links", b"links", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "track_links", b"track_links", "transactional", b"transactional", "unsettled", b"unsettled", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "estimate", b"estimate", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "links", b"links", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "track_links", b"track_links", "transactional", b"transactional", "unsettled", b"unsettled", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__track_links: _TypeAlias = _typing.Literal["track_links"]  # noqa: Y015
     _WhichOneofArgType__track_links: _TypeAlias = _typing.Literal["_track_links", b"_track_links"]  # noqa: Y015
@@ -868,6 +874,48 @@ class DeleteCampaignRequest(_message.Message):
 Global___DeleteCampaignRequest: _TypeAlias = DeleteCampaignRequest  # noqa: Y015
 
 @_typing.final
+class Estimate(_message.Message):
+    """What messages are billed as, by the channel's own reckoning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    messages: _builtins.int
+    """Messages that would be handed over. People whom the content does not fit are left out."""
+    units: _builtins.int
+    """What they are billed by, together."""
+    unit: _builtins.str
+    """What that is, as in "segments"."""
+    cost: _builtins.str
+    """What they cost together, as in "79.00"; empty where the price of a unit is not set."""
+    currency: _builtins.str
+    """The currency of the cost, as in "USD"."""
+    sampled: _builtins.int
+    """Of how many people the messages were written, at most 500; the others are taken to be alike."""
+    def __init__(
+        self,
+        *,
+        messages: _builtins.int = ...,
+        units: _builtins.int = ...,
+        unit: _builtins.str = ...,
+        cost: _builtins.str = ...,
+        currency: _builtins.str = ...,
+        sampled: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "currency", b"currency", "messages", b"messages", "sampled", b"sampled", "unit", b"unit", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Estimate: _TypeAlias = Estimate  # noqa: Y015
+
+@_typing.final
 class LaunchCampaignRequest(_message.Message):
     """Request of LaunchCampaign."""
 
@@ -1114,6 +1162,7 @@ class SendTestResponse(_message.Message):
 
     CONTENT_FIELD_NUMBER: _builtins.int
     OUTCOMES_FIELD_NUMBER: _builtins.int
+    ESTIMATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def content(self) -> _struct_pb2.Struct:
         """The content as it was rendered for the contact."""
@@ -1122,15 +1171,20 @@ class SendTestResponse(_message.Message):
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SendTestResponse.Outcome]:
         """What became of the message to each of the contact's active addresses on the channel."""
 
+    @_builtins.property
+    def estimate(self) -> Global___Estimate:
+        """What they are billed as, on channels that know."""
+
     def __init__(
         self,
         *,
         content: _struct_pb2.Struct | None = ...,
         outcomes: _abc.Iterable[Global___SendTestResponse.Outcome] | None = ...,
+        estimate: Global___Estimate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "estimate", b"estimate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "outcomes", b"outcomes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "estimate", b"estimate", "outcomes", b"outcomes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
