@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import json
 import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from aftertouch.channels import Channel
 from aftertouch.config import Config, ConfigError, load_config, name_setting
 from aftertouch.plugins import Discovery, build_registry, discover_channels
 from aftertouch.plugins import name_setting as name_channel_setting
@@ -475,6 +477,105 @@ def list_channels(context: typer.Context) -> None:
         err.print(f"broken: {problem.entry_point} of {problem.distribution}: {problem.cause}", markup=False)
     if registry.problems:
         raise CommandFailed("some plugins are broken; the others work")
+
+
+@channels.command("new")
+def new_channel(
+    name: Annotated[str, typer.Argument(help="The channel's name: a lower-case word, as in pager.")],
+    directory: Annotated[Path, typer.Option(help="Where the folder aftertouch-<name> is made.")] = Path("."),
+) -> None:
+    """Write the files of a new channel, which keep the contract at once: begin with them, and change them."""
+    from aftertouch.scaffold import ScaffoldRefused, write_channel
+
+    if name in _discover().types:
+        raise CommandFailed(f"there is a channel {name} already")
+    try:
+        files = write_channel(name, directory)
+    except ScaffoldRefused as error:
+        raise CommandFailed(str(error)) from error
+    for path in files:
+        out.print(str(path), markup=False)
+    folder = files[0].parent
+    out.print(f"install it with `pip install -e {folder}`, and hold it to the contract with `pytest {folder}`", markup=False)
+
+
+@channels.command("test")
+def send_one(
+    name: Annotated[str, typer.Argument(help="The channel.")],
+    to: Annotated[str, typer.Option(help="The address: its one field's value, or all fields as JSON.")],
+    content: Annotated[str, typer.Option(help="What to say, as JSON: what a campaign's content would be, without templates.")],
+    app_name: Annotated[str | None, typer.Option("--app", help="Whose keys to use, on a channel with keys for each app.")] = None,
+) -> None:
+    """Send one message for real, outside of any campaign. What is reported of it is counted nowhere."""
+    _run(_send_one(name, to, content, app_name))
+
+
+async def _send_one(name: str, to: str, content: str, app_name: str | None) -> None:
+    import numpy as np
+    from pydantic import ValidationError
+
+    from aftertouch.channels import Accepted, Message, Refused
+    from aftertouch.ingest.tokens import TEST_POSITION, TokenCodec
+    from aftertouch.server import read_secret_key
+    from aftertouch.web.ingress import WEBHOOKS
+
+    config, discovery = _load()
+    if name not in discovery.types:
+        known = ", ".join(sorted(discovery.types))
+        raise CommandFailed(f"no channel {name} is installed; there are {known}")
+    declared = discovery.types[name].channel
+    base = config.public_url or f"http://{config.http_address}"
+    registry = build_registry(discovery, os.environ, webhook_base_url=base + WEBHOOKS)
+    if name not in registry.channels:
+        raise CommandFailed("the channel is not ready:\n" + "\n".join(f"  {text}" for text in registry.obstacles[name]), 2)
+    try:
+        address = registry.channels[name].parse_address(_read_address(declared, to))
+        said = declared.content_model.model_validate_json(content)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        texts = (f"  {'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in faults)
+        raise CommandFailed(f"this is not what {error.title} takes:\n" + "\n".join(texts)) from None
+    app_keys = await _read_app_keys(config, declared, app_name)
+    (token,) = TokenCodec(read_secret_key(config)).make(0, np.array([TEST_POSITION]))
+    async with registry.channels[name] as channel:
+        (outcome,) = await channel.send([Message(token=token, address=address, content=said, app_keys=app_keys)])
+    match outcome:
+        case Accepted():
+            out.print(f"accepted{f' as {outcome.message_id}' if outcome.message_id else ''}", markup=False)
+        case Refused():
+            raise CommandFailed(f"refused: {outcome.code} ({declared.classify(outcome.code)})")
+        case _:
+            raise CommandFailed(f"nobody knows whether it was sent: {outcome.detail}")
+
+
+def _read_address(declared: type[Channel], text: str) -> dict[str, Any]:
+    """An address as its fields: JSON, or the value of the one that is required."""
+    if text.startswith("{"):
+        try:
+            values: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise CommandFailed(f"--to is no JSON: {error}") from error
+        return values
+    required = [field for field, info in declared.address_model.model_fields.items() if info.is_required()]
+    if len(required) != 1:
+        raise CommandFailed(f"an address here has {', '.join(required)}; give them as JSON")
+    return {required[0]: text}
+
+
+async def _read_app_keys(config: Config, declared: type[Channel], app_name: str | None) -> Mapping[str, str]:
+    from aftertouch.errors import NotFound
+    from aftertouch.server import read_secret_key
+    from aftertouch.store.app_secrets import ensure_app_keys
+    from aftertouch.store.apps import find_app
+    from aftertouch.vault import Vault
+
+    if app_name is None or not declared.capabilities.browsers:
+        return {}
+    async with _open_connection() as conn:
+        found = await find_app(conn, app_name)
+        if found is None:
+            raise NotFound(f"apps/{app_name}")
+        return await ensure_app_keys(conn, Vault(read_secret_key(config)), found.app_id, declared)
 
 
 @contacts.command("import")

@@ -1,4 +1,4 @@
-"""The parts of README.md and docs/ that are made from the code: write them again, or with ``--check`` say which are not current.
+"""What is made from the code, parts of pages and templates: write it again, or with ``--check`` say what is not current.
 
 A part stands between ``<!-- made: name -->`` and ``<!-- end -->``; a snippet is the fence after ``<!-- from path name -->``, cut
 from between that file's markers. So what is read was run by a test, and what is listed is what there is.
@@ -28,6 +28,16 @@ ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "settings.md")
 EXAMPLE = "aftertouch-console"
 """Not listed: it exists to be copied, and the tutorial has its settings."""
+_EXAMPLE_FILES = ROOT / "plugins" / EXAMPLE
+TEMPLATES = {
+    ROOT / "server" / "aftertouch" / "scaffold" / f"{name}.txt": _EXAMPLE_FILES / path
+    for name, path in (
+        ("pyproject.toml", "pyproject.toml"),
+        ("channel.py", "aftertouch_console.py"),
+        ("contract.py", "tests/test_console.py"),
+    )
+}
+"""What `aftertouch channels new` writes, by what it is made from."""
 
 _PART = re.compile(r"(?P<head><!-- made: (?P<name>[\w-]+) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 _SNIPPET = re.compile(
@@ -108,12 +118,23 @@ def make_page(text: str) -> str:
     return _SNIPPET.sub(lambda match: f"{match['head']}{cut_snippet(ROOT / match['path'], match['name'])}{match['tail']}", text)
 
 
+def make_template(path: Path) -> str:
+    """A file of the example without the marks that snippets are cut by, and without what only the example has."""
+    text = re.sub(r"^[ ]*# --8<--.*\n", "", path.read_text(), flags=re.MULTILINE)
+    text = text.replace('    samples = "samples"\n', "").replace("The channel to copy: messages", "Console: messages")
+    text = re.sub(r'description = ".*"', 'description = "Console as an Aftertouch channel."', text)
+    # Two blank lines between what stands at the margin, one inside of it.
+    text = re.sub(r"\n{3,}(?=[^ \n])", "\n\n\n", text)
+    return re.sub(r"\n{3,}(?= )", "\n\n", text).rstrip() + "\n"
+
+
 def find_stale() -> Iterator[tuple[Path, str]]:
-    """The pages that are not current, with what they should be."""
-    for page in PAGES:
-        made = make_page(page.read_text())
-        if made != page.read_text():
-            yield page, made
+    """The pages and templates that are not current, with what they should be."""
+    made = {page: make_page(page.read_text()) for page in PAGES}
+    made |= {target: make_template(source) for target, source in TEMPLATES.items()}
+    for path, text in made.items():
+        if not path.exists() or text != path.read_text():
+            yield path, text
 
 
 if __name__ == "__main__":
