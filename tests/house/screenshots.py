@@ -90,7 +90,8 @@ async def main() -> None:
             engine = create_engine(postgres.url)
             await keep_house(engine)
             await engine.dispose()
-            async with run_world(postgres.url, SandboxSettings(size=6000, time_scale=0.05)) as world, async_playwright() as playwright:
+            sandbox = SandboxSettings(size=6000, time_scale=0.05)
+            async with run_world(postgres.url, sandbox) as world, async_playwright() as playwright:
                 sale = await fill(world)
                 await create_user(world, USER, "admin")
                 browser = await playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)
