@@ -17,6 +17,7 @@ from datetime import timedelta
 from itertools import chain
 from types import TracebackType
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from urllib.parse import urlencode
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
@@ -33,6 +34,7 @@ from aftertouch.channels import (
     Limit,
     Message,
     Outcome,
+    Problem,
     ReasonClass,
     Receipt,
     Refused,
@@ -52,9 +54,14 @@ from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
 MAX_BODY = 1024
 """Characters of a template's body with its parameters filled in (Meta: error 132005)."""
 
+LARGEST_LIST = 1_000_000
+"""Bytes of a list of templates: a hundred of some kilobytes each."""
+
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 _FORBIDDEN_TEXT = re.compile(r"[\n\r\t]| {5}")
 """What Meta takes in no parameter: line breaks, tabs, more than four spaces in a row (error 132018)."""
+
+_PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 _STATUSES = frozenset(("sent", "delivered", "read", "failed"))
 """The statuses of the webhook reference, each of them a signal. ``read`` may come without ``delivered``, which it implies."""
@@ -98,6 +105,9 @@ class WhatsAppSettings(Settings):
 
     phone_number_id: str = Field(pattern=r"^[0-9]+$")
     """Meta's id of the number that messages come from, which is not the number."""
+    business_account_id: str = Field(default="", pattern=r"^[0-9]*$")
+    """Meta's id of the WhatsApp Business Account. With it a campaign's template is looked up before the launch, for which the
+    access token needs whatsapp_business_management as well."""
     access_token: SecretStr = Field(min_length=1)
     """Of a system user that may use whatsapp_business_messaging."""
     app_secret: SecretStr = Field(min_length=1)
@@ -180,6 +190,30 @@ class _Status(BaseModel):
     errors: list[dict[str, Any]] = []
 
 
+class _Button(BaseModel):
+    type: str
+    url: str = ""
+
+
+class _Component(BaseModel):
+    """A part of a template, as the account has it."""
+
+    type: str
+    format: str = "TEXT"
+    text: str = ""
+    buttons: list[_Button] = []
+
+
+class _Template(BaseModel):
+    """A template of the account, in one language."""
+
+    name: str
+    language: str
+    status: str
+    parameter_format: str = "POSITIONAL"
+    components: list[_Component] = []
+
+
 class _Context(BaseModel):
     id: str | None = None
 
@@ -248,12 +282,15 @@ class WhatsAppChannel(Channel):
     def __init__(self, settings: WhatsAppSettings, *, webhook_url: str) -> None:
         super().__init__(settings, webhook_url=webhook_url)
         self._origin, base = split_url(settings.api_url)
-        self._target = f"{base.rstrip('/')}/{settings.api_version}/{settings.phone_number_id}/messages"
+        graph = f"{base.rstrip('/')}/{settings.api_version}"
+        self._target = f"{graph}/{settings.phone_number_id}/messages"
+        self._templates = f"{graph}/{settings.business_account_id}/message_templates" if settings.business_account_id else ""
         self._headers = {
             "Authorization": f"Bearer {settings.access_token.get_secret_value()}",
             "Content-Type": "application/json",
             "Accept": "application/json",
         }
+        self._read_headers = {name: value for name, value in self._headers.items() if name != "Content-Type"}
         interval = timedelta(seconds=1 / settings.messages_per_second)
         self._pace = Limit(key=f"number/{settings.phone_number_id}", interval=interval)
         self._pair_interval = timedelta(seconds=settings.seconds_between_messages)
@@ -264,6 +301,20 @@ class WhatsAppChannel(Channel):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._http.close()
+
+    async def check_content(self, content: Content) -> Sequence[Problem]:
+        mine = cast("WhatsAppContent", content)
+        # Meta's own filter may find more than this name.
+        query = {"name": mine.template, "fields": "name,language,status,parameter_format,components", "limit": "100"}
+        if not self._templates or "{" in mine.template:
+            return ()
+        answer = await self._http.get(
+            self._origin, f"{self._templates}?{urlencode(query)}", self._read_headers, most_bytes=LARGEST_LIST
+        )
+        if answer.status != 200:
+            raise LookupError(f"http_{answer.status} {_read_code((_parse_object(answer.body) or {}).get('error')) or ''}".strip())
+        templates = [_Template.model_validate(item) for item in _list_of(_parse_object(answer.body), "data")]
+        return find_problems(mine, [template for template in templates if template.name == mine.template])
 
     def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
         return (self._pace, Limit(key=self._name_pair(message.address), interval=self._pair_interval))
@@ -391,6 +442,63 @@ def write_template(content: WhatsAppContent, token: str) -> dict[str, object]:
         # The index is a string there.
         components.append({"type": "button", "sub_type": button.type, "index": str(button.index), "parameters": [parameter]})
     return {"name": content.template, "language": {"code": content.language}, "components": components}
+
+
+def find_problems(content: WhatsAppContent, templates: Sequence[_Template]) -> list[Problem]:
+    """Say what is wrong with a content, given the account's templates of its name."""
+    if not templates:
+        return [Problem(field="template", text=f"the account has no template {content.template!r}")]
+    found = next((template for template in templates if template.language == content.language), None)
+    if found is None:
+        languages = ", ".join(sorted(template.language for template in templates))
+        return [Problem(field="language", text=f"the template {content.template!r} exists in {languages} only")]
+    if found.status != "APPROVED":
+        return [Problem(field="template", text=f"the template {content.template!r} is {found.status}, not APPROVED")]
+    parts = {part.type: part for part in found.components}
+    return [
+        *_find_body_problems(content, parts.get("BODY", _Component(type="BODY")), found.parameter_format == "NAMED"),
+        *_find_header_problems(content, parts.get("HEADER", _Component(type="HEADER"))),
+        *_find_button_problems(content, parts.get("BUTTONS", _Component(type="BUTTONS")).buttons),
+    ]
+
+
+def _find_body_problems(content: WhatsAppContent, body: _Component, is_named: bool) -> Iterator[Problem]:
+    wanted = list(dict.fromkeys(_PLACEHOLDER.findall(body.text)))
+    if is_named and isinstance(content.body, dict):
+        for name in wanted:
+            if name not in content.body:
+                yield Problem(field="body", text=f"lacks the template's parameter {name!r}")
+        for name in content.body:
+            if name not in wanted:
+                yield Problem(field=f"body.{name}", text="the template has no such parameter")
+    elif isinstance(content.body, dict) or (is_named and content.body):
+        named, given = ("by name", "in order") if is_named else ("in order", "by name")
+        yield Problem(field="body", text=f"has its parameters {given}; the template wants them {named}: {', '.join(wanted)}")
+    elif len(content.body) != len(wanted):
+        yield Problem(field="body", text=f"has {len(content.body)} parameters, and the template wants {len(wanted)}")
+
+
+def _find_header_problems(content: WhatsAppContent, header: _Component) -> Iterator[Problem]:
+    given = content.header.type.upper() if isinstance(content.header, Media) else "TEXT" if content.header is not None else ""
+    shown = header.format if header.format in ("IMAGE", "VIDEO", "DOCUMENT") else ""
+    wanted = shown or ("TEXT" if _PLACEHOLDER.search(header.text) else "")
+    if given != wanted:
+        text = f"the template's header wants {wanted.lower()}" if wanted else "the template's header takes no parameter"
+        yield Problem(field="header", text=f"{text}, and has {given.lower() or 'nothing'}")
+
+
+def _find_button_problems(content: WhatsAppContent, buttons: Sequence[_Button]) -> Iterator[Problem]:
+    given = {button.index: button for button in content.buttons}
+    for index, button in enumerate(buttons):
+        if button.type == "URL" and _PLACEHOLDER.search(button.url) and index not in given:
+            yield Problem(field="buttons", text=f"the template's button {index} wants the end of its URL")
+        if button.type == "COPY_CODE" and index not in given:
+            yield Problem(field="buttons", text=f"the template's button {index} wants the code to copy")
+    for place, button_given in enumerate(content.buttons):
+        kind = buttons[button_given.index].type if button_given.index < len(buttons) else "none"
+        if kind != button_given.type.upper():
+            text = f"button {button_given.index} of the template is {kind.lower()}, not {button_given.type}"
+            yield Problem(field=f"buttons[{place}]", text=text)
 
 
 def judge_answer(answer: Answer) -> Outcome:

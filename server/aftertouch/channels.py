@@ -207,6 +207,16 @@ Finding = Accepted | NotTaken | Unclear
 
 
 @dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Why the provider would not take a content, whoever gets it."""
+
+    field: str
+    """Of the content, as in ``template`` or ``body[0]``."""
+    text: str
+    """For the caller, who can mend it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What one message is billed as."""
 
@@ -378,6 +388,14 @@ class Channel(ABC):
 
     def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
         """The limits that a message counts against, the most general first; none by default. Pure; called for every message."""
+        return ()
+
+    async def check_content(self, content: Content) -> Sequence[Problem]:
+        """Ask the provider, before a campaign is launched, whether it would take the content: is the template approved?
+
+        Its strings are still Liquid templates. What cannot be found out is no problem. Raise an exception when the provider
+        cannot be asked: then the launch goes on, with a warning in the log.
+        """
         return ()
 
     def estimate(self, content: Content) -> Estimate | None:

@@ -15,12 +15,14 @@ from sqlalchemy import text
 from aftertouch.channels import Reply, Webhook
 from aftertouch.contact_files import read_contacts
 from aftertouch.delivery.reconciliation import Reconciler
+from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.sandbox.control import Inbound
 from aftertouch.store.contacts import hash_address, set_states
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, contacts_pb2
-from tests.fix_world import OpenWorld, World
+from tests.fix_world import CONTENT, OpenWorld, World
+from tests.refusals import refuse
 from tests.sandbox.conftest import CERTAIN
 
 State = campaigns_pb2.Campaign.State
@@ -278,3 +280,30 @@ async def test_estimate_tells_segments_and_cost_before_the_launch(open_world: Op
             campaigns_pb2.LaunchCampaignRequest(name=whatsapp.name, validate_only=True)
         )
         assert not checked.HasField("estimate")
+
+
+async def test_launch_asks_for_an_approved_template_first(open_world: OpenWorld) -> None:
+    templates = {"summer_sale": ("1",), "winter_sale": ("first_name",)}
+    settings = replace(read_settings(), templates=templates, template_statuses={"winter_sale": "PAUSED"})
+    async with open_world(settings) as world:
+        await world.import_people()
+        campaign = await world.create_campaign("whatsapp")
+
+        async def launch(**content: Any) -> campaigns_pb2.Campaign:
+            campaign.content.CopyFrom(to_struct({**CONTENT["whatsapp"], **content}))
+            campaign.etag = ""
+            await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=campaign))
+            request = campaigns_pb2.LaunchCampaignRequest(name=campaign.name, validate_only=True)
+            return await world.client.campaigns.LaunchCampaign(request)
+
+        assert (await launch()).counts.recipients == 5
+        for content, field in (
+            ({"body": []}, "content.body"),
+            ({"template": "winter_sale", "body": {"first_name": "x"}}, "content.template"),
+            ({"template": "spring_sale"}, "content.template"),
+        ):
+            refusal = await refuse(launch(**content))
+            assert (refusal.reason, [*refusal.fields]) == ("FIELDS_INVALID", [field])
+        # A provider that cannot be asked holds nothing up.
+        world.core.registry.channels["whatsapp"]._templates = "/v23.0/1/message_templates"  # type: ignore[attr-defined]
+        assert (await launch()).counts.recipients == 5

@@ -91,7 +91,8 @@ class GraphApi:
 async def run_graph_api(answer: Handler) -> AsyncIterator[GraphApi]:
     async def take(request: web.Request) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.headers.items()}
-        api.requests.append((request.method, request.path, headers, await request.json()))
+        body = await request.json() if request.can_read_body else dict(request.query)
+        api.requests.append((request.method, request.path, headers, body))
         return await api.answer(request)
 
     app = web.Application()
@@ -348,6 +349,110 @@ async def test_send_keeps_metas_limits_before_asking(content: dict[str, object],
         assert await channel.send([make_message(**content)]) == [Refused(code=code)]
         assert api.requests == []
     assert WhatsAppChannel.classify(code) is ReasonClass.CONTENT
+
+
+# Before the launch
+
+BODY = {"type": "BODY", "text": "Hello {{1}}, {{2}} and {{1}}"}
+
+
+def make_listed(*components: object, **values: object) -> dict[str, object]:
+    """A template as Meta lists it."""
+    listed = {"name": "summer_sale", "language": "en_US", "status": "APPROVED", "id": "1", "parameter_format": "POSITIONAL"}
+    return {**listed, "components": list(components), **values}
+
+
+async def check(listed: list[object], **content: object) -> list[tuple[str, str]]:
+    answer = answer_with(200, {"data": listed, "paging": {}})
+    async with run_graph_api(answer) as api, make_channel(api_url=api.url, business_account_id="1022") as channel:
+        problems = await channel.check_content(make_message(**content).content)
+        [(method, path, headers, query)] = api.requests
+    assert (method, path, query["name"]) == ("GET", "/v23.0/1022/message_templates", "summer_sale")
+    assert headers["authorization"] == "Bearer EAAJB"
+    return [(problem.field, problem.text) for problem in problems]
+
+
+@pytest.mark.parametrize(
+    ("listed", "content"),
+    [
+        (make_listed(BODY), {"body": ["{{ first_name }}", "x"]}),
+        (make_listed({"type": "BODY", "text": "Hello"}), {}),
+        (
+            make_listed({"type": "BODY", "text": "Hello {{first_name}}"}, parameter_format="NAMED"),
+            {"body": {"first_name": "{{ first_name }}"}},
+        ),
+        (make_listed({"type": "HEADER", "format": "TEXT", "text": "For {{1}}"}), {"header": "you"}),
+        (
+            make_listed({"type": "HEADER", "format": "IMAGE"}),
+            {"header": {"type": "image", "link": "https://shop.example/sale.png"}},
+        ),
+        (
+            make_listed(
+                {"type": "BUTTONS", "buttons": [{"type": "QUICK_REPLY"}, {"type": "URL", "url": "https://a.example/{{1}}"}]}
+            ),
+            {"buttons": [{"type": "url", "index": 1, "value": "x"}]},
+        ),
+        (make_listed({"type": "BUTTONS", "buttons": [{"type": "URL", "url": "https://a.example/"}]}, {"type": "FOOTER"}), {}),
+    ],
+)
+async def test_content_that_fits_its_approved_template_has_no_problem(listed: object, content: dict[str, object]) -> None:
+    assert await check([make_listed(name="summer_sale_2", status="REJECTED"), listed], **content) == []
+
+
+@pytest.mark.parametrize(
+    ("listed", "content", "problem"),
+    [
+        ([], {}, ("template", "no template 'summer_sale'")),
+        ([make_listed(name="summer_sale_2")], {}, ("template", "no template")),
+        ([make_listed(language="de")], {}, ("language", "in de only")),
+        ([make_listed(status="PAUSED")], {}, ("template", "is PAUSED")),
+        ([make_listed(BODY)], {"body": ["x"]}, ("body", "has 1 parameters, and the template wants 2")),
+        ([make_listed(BODY)], {"body": {"a": "x"}}, ("body", "wants them in order")),
+        ([make_listed(BODY, parameter_format="NAMED")], {"body": ["x"]}, ("body", "wants them by name: 1, 2")),
+        (
+            [make_listed({"type": "BODY", "text": "{{first_name}}"}, parameter_format="NAMED")],
+            {"body": {}},
+            ("body", "lacks the template's parameter 'first_name'"),
+        ),
+        (
+            [make_listed({"type": "BODY", "text": "Hello"}, parameter_format="NAMED")],
+            {"body": {"name": "x"}},
+            ("body.name", "no such parameter"),
+        ),
+        ([make_listed({"type": "HEADER", "format": "IMAGE"})], {}, ("header", "wants image, and has nothing")),
+        ([make_listed()], {"header": "x"}, ("header", "takes no parameter, and has text")),
+        (
+            [make_listed({"type": "BUTTONS", "buttons": [{"type": "URL", "url": "https://a.example/{{1}}"}]})],
+            {},
+            ("buttons", "button 0 wants the end of its URL"),
+        ),
+        ([make_listed({"type": "BUTTONS", "buttons": [{"type": "COPY_CODE"}]})], {}, ("buttons", "wants the code")),
+        (
+            [make_listed()],
+            {"buttons": [{"type": "quick_reply", "index": 0, "value": "x"}]},
+            ("buttons[0]", "is none, not quick_reply"),
+        ),
+    ],
+)
+async def test_content_that_meta_would_refuse_is_told_why(
+    listed: list[object], content: dict[str, object], problem: tuple[str, str]
+) -> None:
+    [(field, told)] = await check(listed, **content)
+    assert field == problem[0]
+    assert problem[1] in told
+
+
+async def test_content_is_not_looked_up_without_the_account() -> None:
+    async with run_graph_api(accept) as api, make_channel(api_url=api.url) as channel:
+        assert await channel.check_content(make_message().content) == ()
+        assert api.requests == []
+
+
+@pytest.mark.parametrize("answer", [refuse_with(400, 200), answer_with(500), answer_with(200, {"data": [{"name": 1}]})])
+async def test_list_that_cannot_be_read_is_an_error_and_no_problem(answer: Handler) -> None:
+    async with run_graph_api(answer) as api, make_channel(api_url=api.url, business_account_id="1022") as channel:
+        with pytest.raises((LookupError, ValidationError)):
+            await channel.check_content(make_message().content)
 
 
 def test_limits_are_the_numbers_and_the_persons() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -33,8 +34,32 @@ from aftertouch.store.units import create_units, wake_workers
 
 log = structlog.get_logger()
 
+LONGEST_CHECK = timedelta(seconds=10)
+"""Somebody waits for the answer to a launch."""
 FURTHEST = timedelta(days=366)
 """How far ahead a launch may be scheduled."""
+
+
+async def check_content(registry: Registry, campaign: Campaign) -> None:
+    """Have the channel ask its provider whether it takes a draft's content. Outside of any transaction: it may take seconds.
+
+    Raises:
+        FieldsInvalid: it does not. When the provider does not answer, sending will show.
+    """
+    channel, declared = registry.channels.get(campaign.channel), registry.types.get(campaign.channel)
+    if campaign.state != "DRAFT" or campaign.content is None or channel is None or declared is None:
+        # Launching says so.
+        return
+    try:
+        async with asyncio.timeout(LONGEST_CHECK.total_seconds()):
+            problems = await channel.check_content(declared.channel.content_model.model_validate(campaign.content))
+        violations = [Violation(f"content.{problem.field}", problem.text) for problem in problems]
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        log.warning("a content could not be checked", action="check_content", channel=channel.name, cause=cause[:200])
+        return
+    if violations:
+        raise FieldsInvalid(violations)
 
 
 async def prepare_launch(conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign) -> Numbers:

@@ -16,7 +16,7 @@ from aftertouch.declarations import ChannelType
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import cancel, check_state, pause, resume, settle
 from aftertouch.delivery.estimates import Bill, estimate_campaign
-from aftertouch.delivery.launch import check_times, launch, prepare_launch, schedule, unschedule
+from aftertouch.delivery.launch import check_content, check_times, launch, prepare_launch, schedule, unschedule
 from aftertouch.delivery.render import find_template_errors
 from aftertouch.delivery.trial import send_test
 from aftertouch.errors import AlreadyExists, AudienceEmpty, EtagMismatch, FieldsInvalid, NotFound, Violation
@@ -41,7 +41,7 @@ from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, si
 from aftertouch.rpc.selections import read_selection, to_selection
 from aftertouch.rpc.values import read_timestamp, to_struct, to_timestamp
 from aftertouch.store import campaigns as store
-from aftertouch.store.engine import snapshot
+from aftertouch.store.engine import snapshot, transaction
 from aftertouch.store.lists import find_list
 from aftertouch.store.units import has_units
 from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
@@ -134,6 +134,10 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     async def LaunchCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.LaunchCampaignRequest, call: Call
     ) -> campaigns_pb2.Campaign:
+        async with transaction(call.engine) as conn:
+            draft = await store.find_campaign(conn, call.app.app_id, read_name(call, request.name, "campaigns", "name"))
+        if draft is not None:
+            await check_content(self._registry, draft)
         campaign = await find(call, request.name, lock=True)
         _check_etag(request.name, campaign, request.etag)
         conn = await call.begin()

@@ -236,7 +236,10 @@ class Meta:
         self._entries: dict[str, Entry] = {}
         """The last message to each address."""
         self._stopped: set[str] = set()
-        self.routes = [Route("/{version}/{number}/messages", self._create, methods=["POST"])]
+        self.routes = [
+            Route("/{version}/{number}/messages", self._create, methods=["POST"]),
+            Route("/{version}/{account}/message_templates", self._list_templates, methods=["GET"]),
+        ]
 
     def clear(self) -> None:
         """Forget all messages, and who stopped."""
@@ -270,18 +273,51 @@ class Meta:
             return _answer_error(refused.code, refused.details)
         return self._answer_fault(fault) if fault else JSONResponse(answer)
 
+    async def _list_templates(self, request: HttpRequest) -> Response:
+        """The account's templates, whose names contain what is asked for, in one page."""
+        try:
+            self._check_version_and_token(request)
+            if request.path_params["account"] != self._settings.business_account_id:
+                raise _Refused(100, "Object with this id does not exist or cannot be loaded")
+        except _Refused as refused:
+            return _answer_error(refused.code, refused.details)
+        sought = request.query_params.get("name", "")
+        return JSONResponse(
+            {
+                "data": [
+                    self._describe_template(name, parameters)
+                    for name, parameters in self._settings.templates.items()
+                    if sought in name
+                ],
+                "paging": {"cursors": {"before": "MAZDZD", "after": "MjQZD"}},
+            }
+        )
+
+    def _describe_template(self, name: str, parameters: tuple[str, ...]) -> dict[str, Any]:
+        is_positional = parameters == tuple(map(str, range(1, len(parameters) + 1)))
+        return {
+            "name": name,
+            "language": "en_US",
+            "status": self._settings.template_statuses.get(name, "APPROVED"),
+            "parameter_format": "POSITIONAL" if is_positional else "NAMED",
+            "components": [{"type": "BODY", "text": " ".join(["Hello", *(f"{{{{{each}}}}}" for each in parameters)])}],
+        }
+
     def _answer_fault(self, fault: Fault) -> Response:
         code = _FAULT_CODES.get(fault.mode or "")
         return self._faults.keep_silent(fault) if code is None else _answer_error(code, _TITLES[code], fault.retry_headers)
 
     def _check_request(self, request: HttpRequest) -> None:
+        self._check_version_and_token(request)
+        if request.path_params["number"] != self._settings.phone_number_id:
+            raise _Refused(33, "Object with this id does not exist or cannot be loaded")
+
+    def _check_version_and_token(self, request: HttpRequest) -> None:
         if not re.fullmatch(r"v[1-9]\d?\.0", request.path_params["version"]):
             raise _Refused(100, "Unknown API version")
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, f"Bearer {self._settings.access_token}".encode()):
             raise _Refused(190, "Invalid OAuth access token")
-        if request.path_params["number"] != self._settings.phone_number_id:
-            raise _Refused(33, "Object with this id does not exist or cannot be loaded")
 
     def _take(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if message.get("messaging_product") != "whatsapp":

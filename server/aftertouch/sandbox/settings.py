@@ -93,6 +93,9 @@ class SandboxSettings:
     """The approved templates and the names of their body parameters ("1", "2", … if positional). Empty: every template is
     approved and takes what it is given."""
 
+    template_statuses: Mapping[str, str] = field(default_factory=dict)
+    """Of those that are not ``APPROVED`` after all, as it is listed."""
+
     vapid_private_key: str | None = field(default="c2FuZGJveC12YXBpZC1rZXktb25seS1sb29wYmFjayE", repr=False)
     """The key pair that the browsers subscribed with: 32 bytes in base64url. None: any key may send."""
 
@@ -138,6 +141,8 @@ class SandboxSettings:
             "AFTERTOUCH_PUSH_VAPID_SUBJECT": "mailto:sandbox@example.com",
             "AFTERTOUCH_PUSH_ALLOW_INSECURE_LOOPBACK": "true",
         }
+        if self.templates:
+            environment["AFTERTOUCH_WHATSAPP_BUSINESS_ACCOUNT_ID"] = self.business_account_id
         if self.vapid_private_key is not None:
             environment["AFTERTOUCH_PUSH_VAPID_PRIVATE_KEY"] = self.vapid_private_key
         return environment

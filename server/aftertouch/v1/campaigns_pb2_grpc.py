@@ -149,7 +149,8 @@ class CampaignsServicer:
 
     def LaunchCampaign(self, request, context):
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
+        whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
         CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -54,7 +54,8 @@ class CampaignsStub:
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
+    whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
     CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     UnscheduleCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]
@@ -110,7 +111,8 @@ class CampaignsAsyncStub(CampaignsStub):
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
+    whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
     CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     UnscheduleCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
@@ -199,7 +201,8 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
+        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
+        whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
         CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
 
