@@ -27,7 +27,7 @@ from cryptography.exceptions import InvalidSignature as WrongSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
-from pydantic import AfterValidator, Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 
 from aftertouch.channels import (
     Accepted,
@@ -45,6 +45,7 @@ from aftertouch.channels import (
     Refused,
     Settings,
     Signal,
+    Standing,
     Unclear,
     Webhook,
     WebhookAnswer,
@@ -72,7 +73,7 @@ _CODES: Mapping[ReasonClass, Sequence[str]] = {
         *("550", "551", "553", "5.1.1", "5.1.2", "5.1.3", "5.1.6", "5.1.10", "5.2.1"),
         *("bounce", "dropped_bounced_address", "dropped_invalid"),
     ),
-    ReasonClass.OPTED_OUT: ("complained", "unsubscribed", "dropped_unsubscribed_address", "dropped_spam_reporting_address"),
+    ReasonClass.OPTED_OUT: ("unsubscribed", "dropped_unsubscribed_address", "dropped_spam_reporting_address"),
     ReasonClass.CONTENT: ("552", "554", "5.2.3", "5.3.4", "5.6.0", "5.7.1", "subject_invalid", "payload_too_large"),
     ReasonClass.CONFIG: ("500", "501", "502", "503", "530", "534", "535", "538", "5.7.0", "5.7.8", "5.7.9", "5.7.26", "5.1.8"),
     ReasonClass.RATE: ("4.7.0", "4.7.1", "4.7.28", "4.2.1", "4.4.5"),
@@ -90,6 +91,12 @@ _SIGNALS = {
     "group_unsubscribe": "unsubscribed",
 }
 """SendGrid's events: https://www.twilio.com/docs/sendgrid/for-developers/tracking-events/event"""
+_STANDINGS: Mapping[str, Literal["opted_out", "active"]] = {
+    "spamreport": "opted_out",
+    "unsubscribe": "opted_out",
+    "group_unsubscribe": "opted_out",
+    "group_resubscribe": "active",
+}
 _NO_NEWS = frozenset({"processed", "deferred", "group_resubscribe"})
 
 
@@ -338,19 +345,22 @@ class EmailChannel(Channel):
         if not isinstance(events, list):
             raise InvalidWebhook("the body is no list of events")
         receipts: list[Receipt] = []
+        standings: list[Standing] = []
         unrecognized: list[str] = []
         for event in events:
+            standings += _read_standing(event)
             if found := list(_read_event(event)):
                 receipts += found
             elif not isinstance(event, dict) or str(event.get("event")) not in _NO_NEWS:
                 unrecognized.append(json.dumps(event)[:1_000])
-        return Webhook(receipts=tuple(receipts), unrecognized=tuple(unrecognized))
+        return Webhook(receipts=tuple(receipts), standings=tuple(standings), unrecognized=tuple(unrecognized))
 
     def _parse_unsubscription(self, request: WebhookRequest) -> Webhook:
         """Unsubscribe on POST only: programs follow links in mail, and must not unsubscribe anybody (RFC 8058, section 3.1)."""
         if request.method != "POST":
             return Webhook(answer=WebhookAnswer(status=200, body=_page(_BUTTON, request.url), content_type=_HTML))
         token = request.query.get("t", "")
+        # The class of the code ends the person's subscriptions: an address has no place in a URL.
         receipts = (Receipt(signal="unsubscribed", token=token), Receipt(signal="failed", token=token, code="unsubscribed"))
         return Webhook(receipts=receipts, answer=WebhookAnswer(status=200, body=_page(_DONE, ""), content_type=_HTML))
 
@@ -362,11 +372,7 @@ def _read_event(event: Any) -> Iterator[Receipt]:
     token, kind = event[TOKEN], event.get("event")
     time = _read_time(event.get("timestamp"))
     if isinstance(kind, str) and kind in _SIGNALS:
-        signal = _SIGNALS[kind]
-        yield Receipt(signal=signal, token=token, time=time)
-        if signal in ("complained", "unsubscribed"):
-            # The class of the code is what ends the subscription.
-            yield Receipt(signal="failed", token=token, time=time, code=signal)
+        yield Receipt(signal=_SIGNALS[kind], token=token, time=time)
     elif kind == "bounce":
         status = event.get("status")
         has_status = event.get("type") != "blocked" and isinstance(status, str) and _ENHANCED.fullmatch(status)
@@ -377,6 +383,18 @@ def _read_event(event: Any) -> Iterator[Receipt]:
         reason = re.sub(r"[^a-z]+", "_", str(event.get("reason") or "").lower()).strip("_")
         code = f"dropped_{reason}"
         yield Receipt(signal="failed", token=token, time=time, code=code if code in EmailChannel.reasons else "dropped")
+
+
+def _read_standing(event: Any) -> Iterator[Standing]:
+    """What an event says about more mail to its address; nothing where it is about something else."""
+    kind = event.get("event") if isinstance(event, dict) else None
+    if not isinstance(kind, str) or kind not in _STANDINGS:
+        return
+    try:
+        address = EmailAddress(email=event.get("email"))
+    except ValidationError:
+        return
+    yield Standing(address=address, state=_STANDINGS[kind], reason=kind, time=_read_time(event.get("timestamp")))
 
 
 def _read_time(value: object) -> datetime | None:

@@ -107,3 +107,7 @@ async def test_email_is_sent_heard_of_followed_up_and_ended(open_world: OpenWorl
             await world.launch(text.name)
             # One unsubscribed, and one mailbox does not exist.
             assert await preview(text.name, "sent", "email") == 3
+            spam = {"event": "spamreport", "aftertouch_token": tokens["p0"], "email": "P0@home.example"}
+            assert await post(world, spam) == 204
+            assert await preview(text.name, "sent", "email") == 2
+            assert (await world.get_campaign(sale.name)).counts.signals["complained"] == 1

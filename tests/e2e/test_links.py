@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -11,7 +12,9 @@ import pytest
 
 from aftertouch.rpc.values import to_struct
 from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, retargeting_pb2
-from tests.fix_world import World
+from tests.e2e.spools import wait_until_drained
+from tests.e2e.test_spool import take_away
+from tests.fix_world import OpenWorld, World
 from tests.refusals import refuse
 
 PERSON = "Mozilla/5.0 (Linux; Android 16) AppleWebKit/537.36 Chrome/156.0.0.0 Mobile Safari/537.36"
@@ -197,3 +200,20 @@ async def test_button_of_a_whatsapp_template_gets_the_end_of_the_link(visitor: V
     await visitor.world.launch(untracked.name)
     reasons = {reason.reason_code for reason in (await visitor.world.get_campaign(untracked.name)).counts.reasons}
     assert "button_not_tracked" in reasons
+
+
+async def test_click_leads_on_while_the_database_is_away_and_is_counted_afterwards(
+    open_world: OpenWorld, database_url: str, tmp_path: Path
+) -> None:
+    async with open_world(data_dir=tmp_path) as world, aiohttp.ClientSession() as http:
+        await world.import_people()
+        visitor = Visitor(world, http)
+        name, links = await visitor.send()
+        own = list(links.values())[:4]
+        async with take_away(database_url):
+            answers = [await visitor.visit(links[0]) for links in own]
+            # Whom it was made for is in the database.
+            assert (await visitor.visit(own[0][1]))[0] == 503
+        assert answers == [(302, "https://shop.example/sale?a=1#top")] * 4
+        await wait_until_drained(tmp_path)
+        assert (await world.get_campaign(name)).counts.signals["clicked"] == 4

@@ -177,11 +177,9 @@ def test_body_that_is_no_list_is_refused(body: bytes) -> None:
         ({"event": "bounce"}, "bounce"),
         ({"event": "dropped", "reason": "Unsubscribed Address"}, "dropped_unsubscribed_address"),
         ({"event": "dropped", "reason": "Some new reason"}, "dropped"),
-        ({"event": "spamreport"}, "complained"),
-        ({"event": "group_unsubscribe"}, "unsubscribed"),
     ],
 )
-def test_event_says_why_there_is_no_more_mail(event: dict[str, str], code: str) -> None:
+def test_event_says_why_a_mail_did_not_arrive(event: dict[str, str], code: str) -> None:
     request = sign_events(make_channel(), {**event, "aftertouch_token": TOKENS[0]})
     assert make_channel().parse(request).receipts[-1] == Receipt(signal="failed", token=TOKENS[0], code=code)
 
@@ -204,3 +202,26 @@ def test_address_is_the_same_however_it_is_written() -> None:
 def test_settings_that_cannot_work_are_refused(change: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         make_channel(**change)
+
+
+@pytest.mark.parametrize(
+    ("event", "signals", "state"),
+    [
+        ("spamreport", ["complained"], "opted_out"),
+        ("unsubscribe", ["unsubscribed"], "opted_out"),
+        ("group_unsubscribe", ["unsubscribed"], "opted_out"),
+        ("group_resubscribe", [], "active"),
+    ],
+)
+def test_event_says_whether_there_may_be_more_mail(event: str, signals: list[str], state: str) -> None:
+    given = {"event": event, "aftertouch_token": TOKENS[0], "email": "Ada@Home.example", "timestamp": 1700000000}
+    webhook = make_channel().parse(sign_events(make_channel(), given))
+    assert [receipt.signal for receipt in webhook.receipts] == signals
+    (standing,) = webhook.standings
+    assert (standing.address.key, standing.state, standing.reason) == ("ada@home.example", state, event)
+    assert webhook.unrecognized == ()
+
+
+def test_standing_of_no_mailbox_is_passed_over() -> None:
+    request = sign_events(make_channel(), {"event": "unsubscribe", "aftertouch_token": TOKENS[0], "email": "nobody"})
+    assert make_channel().parse(request).standings == ()

@@ -6,12 +6,15 @@ import json
 import secrets
 from collections.abc import Mapping
 
+import structlog
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Channel
 from aftertouch.store.tables import app_secrets, apps
-from aftertouch.vault import Vault
+from aftertouch.vault import SealBroken, Vault
+
+log = structlog.get_logger()
 
 IDENTITY = "identity"
 VALID_IDENTITY_SECRETS = 2
@@ -52,9 +55,13 @@ async def _store(conn: AsyncConnection, vault: Vault, app_id: int, name: str, se
 async def _read(conn: AsyncConnection, vault: Vault, app_id: int, name: str, limit: int) -> list[str]:
     columns = app_secrets.c
     rows = await conn.execute(
-        select(columns.sealed)
-        .where(columns.app_id == app_id, columns.name == name)
-        .order_by(columns.secret_id.desc())
-        .limit(limit)
+        select(columns.sealed).where(columns.app_id == app_id, columns.name == name).order_by(columns.secret_id.desc())
     )
-    return [vault.open(app_id, name, row.sealed) for row in rows]
+    found = []
+    for row in rows:
+        try:
+            found.append(vault.open(app_id, name, row.sealed))
+        except SealBroken as error:
+            # Under another secret key an app goes on with new keys, and with the old ones again when that comes back.
+            log.error("a secret of an app cannot be opened", action="open_secret", app_id=app_id, name=name, cause=str(error))
+    return found[:limit]

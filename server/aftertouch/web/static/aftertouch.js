@@ -46,9 +46,13 @@ globalThis.Aftertouch = class Aftertouch {
   async unsubscribe() {
     const subscription = await this.#find();
     if (!subscription) return "unsubscribed";
-    await this.#call("unsubscribe", { subscription: subscription.toJSON() });
-    await subscription.unsubscribe();
-    await (await caches.open("aftertouch")).delete("/aftertouch-subscription");
+    try {
+      await this.#call("unsubscribe", { subscription: subscription.toJSON() });
+    } finally {
+      // Whatever the server says, nothing is shown here any more.
+      await subscription.unsubscribe();
+      await (await caches.open("aftertouch")).delete("/aftertouch-subscription");
+    }
     return "unsubscribed";
   }
 
