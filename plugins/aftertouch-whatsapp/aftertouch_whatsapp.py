@@ -22,6 +22,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, Str
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
 
 from aftertouch.channels import (
+    CHECKED_ONCE,
     Accepted,
     Action,
     Address,
@@ -47,7 +48,7 @@ from aftertouch.channels import (
     parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
-from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
+from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, encode_headers, split_url
 
 MAX_BODY = 1024
 """Characters of a template's body with its parameters filled in (Meta: error 132005)."""
@@ -120,7 +121,7 @@ class WhatsAppSettings(Settings):
 class WhatsAppAddress(Address):
     """A phone number."""
 
-    phone: Annotated[str, PhoneNumberValidator(number_format="E164")] = Field(repr=False)
+    phone: Annotated[str, PhoneNumberValidator(number_format="E164"), CHECKED_ONCE] = Field(repr=False)
 
     @property
     def key(self) -> str:
@@ -249,11 +250,13 @@ class WhatsAppChannel(Channel):
         super().__init__(settings, webhook_url=webhook_url)
         self._origin, base = split_url(settings.api_url)
         self._target = f"{base.rstrip('/')}/{settings.api_version}/{settings.phone_number_id}/messages"
-        self._headers = {
-            "Authorization": f"Bearer {settings.access_token.get_secret_value()}",
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-        }
+        self._headers = encode_headers(
+            {
+                "Authorization": f"Bearer {settings.access_token.get_secret_value()}",
+                "Content-Type": "application/json",
+                "Accept": "application/json",
+            }
+        )
         interval = timedelta(seconds=1 / settings.messages_per_second)
         self._pace = Limit(key=f"number/{settings.phone_number_id}", interval=interval)
         self._pair_interval = timedelta(seconds=settings.seconds_between_messages)
