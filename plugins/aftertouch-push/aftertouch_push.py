@@ -8,24 +8,27 @@ and that we POST to: nothing is sent to a host outside the allow-list, to an add
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 import re
 import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from hmac import digest
 from types import TracebackType
 from typing import Annotated, ClassVar, Literal, Self, cast
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from py_vapid import Vapid02
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 from aftertouch.channels import (
+    CHECKED_ONCE,
+    STORED,
     Accepted,
     Action,
     Address,
@@ -48,7 +51,7 @@ from aftertouch.channels import (
     parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
-from aftertouch.http import HttpClient, IpAddress, NoAnswer, NotAllowed, NotSent, Origin, split_url
+from aftertouch.http import HttpClient, IpAddress, NoAnswer, NotAllowed, NotSent, Origin, encode_headers, split_url
 
 CURVE = ec.SECP256R1()
 
@@ -80,7 +83,7 @@ _LOOPBACK_HOSTS = frozenset(("127.0.0.1", "localhost"))
 _CODES: Mapping[ReasonClass, Sequence[str]] = {
     ReasonClass.RECIPIENT_GONE: ("http_404", "http_410"),  # RFC 8030, section 7.3: the subscription expired or was ended
     # Whoever subscribed with a key that is no longer ours is not gone: the page subscribes the browser again.
-    ReasonClass.CONTENT: ("payload_too_large", "endpoint_refused", "key_unknown", "http_400", "http_413"),
+    ReasonClass.CONTENT: ("payload_too_large", "endpoint_refused", "key_unknown", "keys_refused", "http_400", "http_413"),
     # A redirect is not part of the protocol: the endpoint is not what it seems.
     ReasonClass.CONFIG: ("http_401", "http_403", *(f"http_{status}" for status in range(300, 400))),
     ReasonClass.RATE: ("http_406", "http_429"),  # 406 is how the Windows service says 429
@@ -92,12 +95,12 @@ def decode_base64url(text: str) -> bytes:
     """Decode base64url with or without its padding; Python's own decoder skips characters outside the alphabet."""
     if re.fullmatch(r"[A-Za-z0-9_-]+={0,2}", text) is None:
         raise ValueError("must be base64url")
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    return urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def encode_base64url(data: bytes) -> str:
     """Encode without padding, as browsers do."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+    return urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _check_point(text: str) -> str:
@@ -201,8 +204,8 @@ class PushKeys(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    p256dh: Annotated[str, AfterValidator(_check_point)] = Field(repr=False)
-    auth: Annotated[str, AfterValidator(_check_auth)] = Field(repr=False)
+    p256dh: Annotated[str, AfterValidator(_check_point), CHECKED_ONCE] = Field(repr=False)
+    auth: Annotated[str, AfterValidator(_check_auth), CHECKED_ONCE] = Field(repr=False)
 
 
 class PushAddress(Address):
@@ -213,7 +216,7 @@ class PushAddress(Address):
     keys: PushKeys
     expirationTime: float | None = Field(default=None, exclude=True, repr=False)
     """Part of ``toJSON``, taken and dropped: an expired subscription answers 404 or 410."""
-    application_server_key: Annotated[str, AfterValidator(_check_point)] | None = None
+    application_server_key: Annotated[str, AfterValidator(_check_point), CHECKED_ONCE] | None = None
     """The public key that the browser subscribed with, where it is known: ``options.applicationServerKey`` in base64url."""
     confirms: bool = True
     """False for a browser whose service worker does not call back."""
@@ -221,6 +224,8 @@ class PushAddress(Address):
     @field_validator("endpoint")
     @classmethod
     def _check_endpoint(cls, value: str, info: ValidationInfo) -> str:
+        if info.context is STORED:
+            return value  # sending splits it again
         # The parser is the one that sends, so that both see the same host.
         origin, target = split_url(value)
         if isinstance(info.context, PushSettings):
@@ -271,25 +276,34 @@ class _Signer:
         self.public_key = write_public_key(key)
         self._vapid = Vapid02(key)
         self._settings = settings
-        self._authorizations: dict[Origin, tuple[float, str]] = {}
+        self._headers: dict[Origin, tuple[float, bytes]] = {}
 
-    def authorize(self, origin: Origin) -> str:
-        """Sign once per push service and half a day: its origin is all that a signature is bound to (RFC 8292, section 2).
+    def authorize(self, origin: Origin) -> bytes:
+        """The headers of every message to a push service, with a signature.
+
+        One for each and half a day: its origin is all that a signature is bound to (RFC 8292, section 2).
 
         Raises:
             ValueError: the origin is not at a push service that the settings allow, whatever was stored.
         """
         now = time.time()
-        renewal, header = self._authorizations.get(origin, (0.0, ""))
+        renewal, headers = self._headers.get(origin, (0.0, b""))
         if renewal <= now:
             self._settings.check_origin(origin)
-            if len(self._authorizations) >= MAX_VAPID_ORIGINS:
-                self._authorizations.clear()
+            if len(self._headers) >= MAX_VAPID_ORIGINS:
+                self._headers.clear()
             expiry = now + VAPID_LIFETIME.total_seconds()
             claims = {"aud": str(origin), "exp": int(expiry), "sub": self._settings.vapid_subject}
-            header = cast("str", self._vapid.sign(claims)["Authorization"])
-            self._authorizations[origin] = (expiry - VAPID_RENEWAL.total_seconds(), header)
-        return header
+            headers = encode_headers(
+                {
+                    "Authorization": self._vapid.sign(claims)["Authorization"],
+                    "Content-Encoding": "aes128gcm",
+                    "Content-Type": "application/octet-stream",
+                    "TTL": str(self._settings.ttl_seconds),
+                }
+            )
+            self._headers[origin] = (expiry - VAPID_RENEWAL.total_seconds(), headers)
+        return headers
 
 
 class PushChannel(Channel):
@@ -336,6 +350,7 @@ class PushChannel(Channel):
         self._given = None if given is None else _Signer(load_vapid_key(given.get_secret_value()), settings)
         self._signers: dict[str, _Signer] = {}
         """By the private keys of apps."""
+        self._callback = json.dumps(webhook_url, ensure_ascii=False)
 
     async def __aenter__(self) -> Self:
         self._http = HttpClient(timeout=self.settings.timeout_seconds, may_connect=self.settings.may_connect)
@@ -358,22 +373,19 @@ class PushChannel(Channel):
             signer = self._find_signer(message)
             if signer is None:
                 return Refused(code="key_unknown")
-            authorization = signer.authorize(origin)
+            headers = signer.authorize(origin)
         except ValueError:
             return Refused(code="endpoint_refused")
         payload = self._write_payload(message)
         if len(payload) > MAX_PLAINTEXT:
             return Refused(code="payload_too_large")
-        headers = {
-            "Authorization": authorization,
-            "Content-Encoding": "aes128gcm",
-            "Content-Type": "application/octet-stream",
-            "TTL": str(self.settings.ttl_seconds),
-            "Topic": message.token,
-        }
+        headers += b"Topic: %b\r\n" % message.token.encode()
         if message.content.urgency is not None:
-            headers["Urgency"] = message.content.urgency
-        body = encrypt(payload, address.keys, sender=ec.generate_private_key(CURVE), salt=os.urandom(16))
+            headers += b"Urgency: %b\r\n" % message.content.urgency.encode()
+        try:
+            body = encrypt(payload, address.keys, sender=ec.generate_private_key(CURVE), salt=os.urandom(16))
+        except ValueError:
+            return Refused(code="keys_refused")
         try:
             answer = await self._http.post(origin, target, headers, body)
         except NotSent as error:
@@ -389,9 +401,9 @@ class PushChannel(Channel):
 
     def _write_payload(self, message: Message[PushAddress, PushContent]) -> bytes:
         """Write what the service worker reads: the notification, the token ``t`` and ``b``, below which it calls back."""
-        content = message.content.model_dump(exclude_none=True, exclude={"urgency"} if message.content.actions else _NOT_SHOWN)
-        payload = {"t": message.token, **content, "b": self.webhook_url}
-        return _JSON.encode(payload).encode()
+        not_shown = _FOR_PUSH_SERVICES if message.content.actions else _NOT_SHOWN
+        content = message.content.model_dump_json(exclude_none=True, exclude=not_shown)
+        return f'{{"t":"{message.token}",{content[1:-1]},"b":{self._callback}}}'.encode()
 
     def _find_signer(self, message: Message[PushAddress, PushContent]) -> _Signer | None:
         """The key that the browser subscribed with; where that is not known, the one that browsers are told to subscribe with."""
@@ -442,24 +454,25 @@ def encrypt(payload: bytes, keys: PushKeys, *, sender: ec.EllipticCurvePrivateKe
     section 3.1, wants for every message. And done on the event loop: a thread for it only took turns with the loop, and fewer
     messages left in all.
     """
-    receiver_point = decode_base64url(keys.p256dh)
+    receiver_point = urlsafe_b64decode(keys.p256dh + "==")
     sender_point = sender.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     secret = sender.exchange(_ECDH, ec.EllipticCurvePublicKey.from_encoded_point(CURVE, receiver_point))
-    # HKDF (RFC 5869) for outputs of at most one hash: to extract is one HMAC, and to expand is one more with a counter of 1.
-    combined = digest(decode_base64url(keys.auth), secret, "sha256")
-    keying_material = digest(combined, b"WebPush: info\0" + receiver_point + sender_point + b"\1", "sha256")
-    extracted = digest(salt, keying_material, "sha256")
-    key = digest(extracted, b"Content-Encoding: aes128gcm\0\1", "sha256")[:16]
-    nonce = digest(extracted, b"Content-Encoding: nonce\0\1", "sha256")[:12]
+    info = b"WebPush: info\0" + receiver_point + sender_point
+    keying_material = HKDF(_SHA256, 32, urlsafe_b64decode(keys.auth + "=="), info).derive(secret)
+    key = HKDF(_SHA256, 16, salt, b"Content-Encoding: aes128gcm\0").derive(keying_material)
+    nonce = HKDF(_SHA256, 12, salt, b"Content-Encoding: nonce\0").derive(keying_material)
     header = salt + RECORD_SIZE.to_bytes(4, "big") + bytes((len(sender_point),)) + sender_point
     return header + AESGCM(key).encrypt(nonce, payload + b"\2", None)
 
 
 _PRIVATE_KEY = "vapid_private_key"
 """The one key of an app."""
-_NOT_SHOWN = {"urgency", "actions"}
 _ECDH = ec.ECDH()
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_SHA256 = SHA256()
+_FOR_PUSH_SERVICES = {"urgency"}
+"""Content that is not for the service worker."""
+_NOT_SHOWN = {"urgency", "actions"}
+"""The same where there are no buttons."""
 
 
 @hookimpl

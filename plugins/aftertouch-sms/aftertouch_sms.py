@@ -26,6 +26,7 @@ from pydantic_extra_types.phone_numbers import PhoneNumberValidator
 from twilio.request_validator import RequestValidator
 
 from aftertouch.channels import (
+    CHECKED_ONCE,
     Accepted,
     Action,
     Address,
@@ -53,7 +54,7 @@ from aftertouch.channels import (
     parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
-from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
+from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, encode_headers, split_url
 
 MAX_BODY = 1600
 """Characters (Twilio: error 21617)."""
@@ -168,7 +169,7 @@ class SmsSettings(Settings):
 class SmsAddress(Address):
     """A phone number."""
 
-    phone: Annotated[str, PhoneNumberValidator(number_format="E164")] = Field(repr=False)
+    phone: Annotated[str, PhoneNumberValidator(number_format="E164"), CHECKED_ONCE] = Field(repr=False)
 
     @property
     def key(self) -> str:
@@ -292,11 +293,8 @@ class SmsChannel(Channel):
         self._base = base.rstrip("/")
         self._target = f"{self._base}/2010-04-01/Accounts/{settings.account_sid}/Messages.json"
         credentials = b64encode(f"{settings.account_sid}:{settings.auth_token.get_secret_value()}".encode()).decode()
-        self._headers = {
-            "Authorization": f"Basic {credentials}",
-            "Accept": "application/json",
-        }
-        self._form_headers = {**self._headers, "Content-Type": "application/x-www-form-urlencoded"}
+        self._headers = encode_headers({"Authorization": f"Basic {credentials}", "Accept": "application/json"})
+        self._form_headers = self._headers + encode_headers({"Content-Type": "application/x-www-form-urlencoded"})
         self._options = (
             {"MessagingServiceSid": settings.messaging_service_sid}
             if settings.messaging_service_sid

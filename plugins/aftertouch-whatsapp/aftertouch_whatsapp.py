@@ -23,6 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, Str
 from pydantic_extra_types.phone_numbers import PhoneNumberValidator
 
 from aftertouch.channels import (
+    CHECKED_ONCE,
     Accepted,
     Action,
     Address,
@@ -49,7 +50,7 @@ from aftertouch.channels import (
     parse_retry_after,
 )
 from aftertouch.hookspecs import hookimpl
-from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, split_url
+from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, encode_headers, split_url
 
 MAX_BODY = 1024
 """Characters of a template's body with its parameters filled in (Meta: error 132005)."""
@@ -130,7 +131,7 @@ class WhatsAppSettings(Settings):
 class WhatsAppAddress(Address):
     """A phone number."""
 
-    phone: Annotated[str, PhoneNumberValidator(number_format="E164")] = Field(repr=False)
+    phone: Annotated[str, PhoneNumberValidator(number_format="E164"), CHECKED_ONCE] = Field(repr=False)
 
     @property
     def key(self) -> str:
@@ -285,12 +286,12 @@ class WhatsAppChannel(Channel):
         graph = f"{base.rstrip('/')}/{settings.api_version}"
         self._target = f"{graph}/{settings.phone_number_id}/messages"
         self._templates = f"{graph}/{settings.business_account_id}/message_templates" if settings.business_account_id else ""
-        self._headers = {
+        read_headers = {
             "Authorization": f"Bearer {settings.access_token.get_secret_value()}",
-            "Content-Type": "application/json",
             "Accept": "application/json",
         }
-        self._read_headers = {name: value for name, value in self._headers.items() if name != "Content-Type"}
+        self._read_headers = encode_headers(read_headers)
+        self._headers = encode_headers(read_headers | {"Content-Type": "application/json"})
         interval = timedelta(seconds=1 / settings.messages_per_second)
         self._pace = Limit(key=f"number/{settings.phone_number_id}", interval=interval)
         self._pair_interval = timedelta(seconds=settings.seconds_between_messages)

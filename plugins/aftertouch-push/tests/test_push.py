@@ -7,7 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import aftertouch_push
@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from aftertouch import hookspecs
 from aftertouch.channels import (
+    STORED,
     Accepted,
     InvalidSignature,
     InvalidWebhook,
@@ -471,6 +472,17 @@ async def test_send_is_refused_when_the_connection_stalls() -> None:
         outcome = await send_one(PushService(url=f"https://127.0.0.1:{port}", answer=answer_with(201)))
         finished.set()
     assert outcome == Refused(code="connect_error")
+
+
+@pytest.mark.parametrize("p256dh", ["BA", KEYS["auth"], "B" + "A" * 86])
+async def test_stored_keys_that_are_none_are_refused_at_the_send(p256dh: str) -> None:
+    values = {"endpoint": "http://127.0.0.1:1/x", "keys": {**KEYS, "p256dh": p256dh}}
+    with pytest.raises(ValidationError):
+        PushAddress.model_validate(values)
+    message = make_message("http://127.0.0.1:1/x")
+    stored = replace(message, address=PushAddress.model_validate(values, context=STORED))
+    async with make_channel(allow_insecure_loopback=True) as channel:
+        assert await channel.send([stored]) == [Refused(code="keys_refused")]
 
 
 async def test_send_does_not_trust_a_stored_endpoint() -> None:

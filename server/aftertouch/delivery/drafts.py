@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+import numpy as np
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.channels import Address, Channel, Content, Limit, Message, ReasonClass
+from aftertouch.channels import STORED, Address, Channel, Content, Limit, Message, ReasonClass
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.pace import find_limits
 from aftertouch.delivery.quiet import find_opening
@@ -39,9 +42,15 @@ class Sending:
     """Of a wave whose people have to match until they are sent to."""
 
 
-@dataclass(frozen=True)
+READ_AT_ONCE = 500
+"""People, however small the batches are: a statement costs as much as ten of them."""
+READ_SECONDS = 1.0
+"""How old what was read may be when messages are written: somebody may have opted out meanwhile."""
+
+
+@dataclass(slots=True)
 class Draft:
-    """One person of a batch, with the messages for each of their addresses."""
+    """One person of a batch, with the messages for each of their addresses. Not frozen, for the same reason as an addressee."""
 
     within: int
     """Position in the unit."""
@@ -52,7 +61,7 @@ class Draft:
     """With this one."""
     messages: list[Message[Address, Content]]
     hashes: list[bytes]
-    limits: list[list[Limit]]
+    limits: list[tuple[Limit, ...]]
     """That each message counts against."""
 
 
@@ -75,27 +84,35 @@ class Drafter:
         self._tokens = tokens
         self._type = channel_type
         self._channel = channel
+        self._reading = asyncio.Lock()
+        self._read_at = -READ_SECONDS
+        self._asked: frozenset[int] = frozenset()
+        self._addressees: Mapping[int, Addressee] = {}
 
-    async def draft(self, sending: Sending, within: Numbers, tries: Numbers, now: datetime | None) -> Drafts:
+    async def draft(
+        self, sending: Sending, within: Numbers, tries: Numbers, now: datetime | None, upcoming: Numbers | None = None
+    ) -> Drafts:
         """Write the messages for some people of a unit.
 
         Args:
             within: their positions in the unit.
             tries: how often each was tried, with this time.
             now: to respect quiet hours; None where nothing is going to be sent.
+            upcoming: positions whose turn is next.
         """
         campaign = sending.campaign
         first = chunk_of(sending.slot) * CHUNK
         drafts = Drafts()
-        async with transaction(self._engine) as conn:
-            if sending.recheck is not None and now is not None:
+        if sending.recheck is not None and now is not None:
+            async with transaction(self._engine) as conn:
                 matching = await sending.recheck.find_matching(conn, sending.roll[within])
-                # Who read the first message while the second was on its way does not get it.
-                converted = Kind("skipped", "policy", "converted")
-                drafts.skipped += [(first + at, converted) for at in within[~matching].tolist()]
-                within, tries = within[matching], tries[matching]
-            numbers = sending.roll[within]
-            addressees = await read_addressees(conn, campaign.app_id, campaign.channel, numbers)
+            # Who read the first message while the second was on its way does not get it.
+            converted = Kind("skipped", "policy", "converted")
+            drafts.skipped += [(first + at, converted) for at in within[~matching].tolist()]
+            within, tries = within[matching], tries[matching]
+        numbers = sending.roll[within]
+        ahead = within if upcoming is None else np.concatenate([within, upcoming])[: max(READ_AT_ONCE, len(within))]
+        addressees = await self._read(campaign, numbers, sending.roll[ahead])
         positions = within + first
         tokens = self._tokens.make(campaign.campaign_id, positions)
         for at, position, number, token, tried in zip(
@@ -120,6 +137,16 @@ class Drafter:
             drafts.ready.append(Draft(at, position, number, tried, messages, hashes, limits))
         return drafts
 
+    async def _read(self, campaign: Campaign, numbers: Numbers, ahead: Numbers) -> Mapping[int, Addressee]:
+        """The addressees behind contact numbers, with those of the batches that come next."""
+        async with self._reading:
+            now = time.monotonic()
+            if now - self._read_at > READ_SECONDS or not self._asked.issuperset(numbers.tolist()):
+                async with transaction(self._engine) as conn:
+                    self._addressees = await read_addressees(conn, campaign.app_id, campaign.channel, ahead)
+                self._read_at, self._asked = now, frozenset(ahead.tolist())
+            return self._addressees
+
 
 def write_messages(
     channel_type: ChannelType,
@@ -140,7 +167,7 @@ def write_messages(
     messages: list[tuple[bytes, Message[Address, Content]]] = []
     for address_hash, values in addressee.addresses:
         try:
-            address = channel_type.channel.address_model.model_validate(values)
+            address = channel_type.channel.address_model.model_validate(values, context=STORED)
         except ValueError:
             # It was stored by a version of the channel that took it.
             continue

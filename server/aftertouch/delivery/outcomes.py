@@ -32,7 +32,8 @@ class Verdict:
     """Of the refusal, whether it is final or not."""
 
 
-_SENT = Verdict((Kind("sent"),))
+_KIND_SENT = Kind("sent")
+_SENT = Verdict((_KIND_SENT,))
 """What nearly everybody's is."""
 
 
@@ -70,7 +71,7 @@ def describe(channel: type[Channel], outcome: Outcome) -> Kind:
     """One message's outcome, for the attempt log."""
     match outcome:
         case Accepted():
-            return Kind("sent")
+            return _KIND_SENT
         case Refused():
             return Kind("failed", channel.classify(outcome.code), outcome.code[:64])
         case Unclear():

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -28,6 +29,8 @@ LONGEST_BACK_OFF = timedelta(seconds=60)
 LONGEST_RETRY_AFTER = timedelta(hours=1)
 """What a provider may ask for: a header of seven digits would hold a campaign for 115 days."""
 WIDEST = 1_000
+ASK_SECONDS = 1.0
+"""How long a limit without a rate of its own that had room is not asked for again; then another worker's hold is known here."""
 _ZERO = timedelta(0)
 
 
@@ -56,6 +59,8 @@ class Pacer:
         self._held_until: dict[str, float] = {}
         """The rests that this process found to be needed, by the same clock, and only at their beginning: until the database
         knows of them, and until whoever was admitted before has had their turn."""
+        self._free_at: dict[str, float] = {}
+        """When a limit without a rate of its own was last found free, by the same clock."""
 
     async def admit(self, people: Sequence[Sequence[Limit]]) -> Admission:
         """Say who may go now.
@@ -63,10 +68,13 @@ class Pacer:
         Args:
             people: for each person, the limits that their messages count against, as ``find_limits`` finds them.
         """
+        if self._is_free(people):
+            return Admission([True] * len(people), wait=_ZERO, retry_after=_ZERO)
         counts: Counter[str] = Counter()
         intervals: dict[str, timedelta] = {}
         fits = []
         held = self.find_held({limit.key for limits in people for limit in limits})
+        asked_at = time.monotonic()
         for limits in people:
             intervals |= {limit.key: limit.interval for limit in limits}
             wanted = Counter(limit.key for limit in limits)
@@ -82,6 +90,10 @@ class Pacer:
             room = await take_room(conn, {key: n * intervals[key] for key, n in counts.items()}, HORIZON)
         room |= {key: (False, wait) for key, wait in held.items()}
         blocked = {key for key, (is_free, _) in room.items() if not is_free}
+        self._free_at = {key: at for key, at in self._free_at.items() if at > asked_at - ASK_SECONDS}
+        for key, (is_free, delay) in room.items():
+            if is_free and not delay and not intervals[key] and self._held_at.get(key, 0) < asked_at:
+                self._free_at[key] = asked_at
         admitted = [fit and all(limit.key not in blocked for limit in limits) for fit, limits in zip(fits, people, strict=True)]
         is_more = any(admitted) and not all(fits)
         passed = {limit.key for is_in, limits in zip(admitted, people, strict=True) if is_in for limit in limits}
@@ -90,6 +102,16 @@ class Pacer:
             wait=max((room[key][1] for key in passed), default=_ZERO),
             retry_after=_ZERO if is_more else min((room[key][1] for key in blocked), default=_ZERO),
         )
+
+    def _is_free(self, people: Sequence[Sequence[Limit]]) -> bool:
+        """True when all of their limits are without a rate of their own, and had room a moment ago."""
+        oldest = time.monotonic() - ASK_SECONDS
+        # Most count against the same limits, which are the same tuple.
+        for limits in {id(limits): limits for limits in people}.values():
+            for limit in limits:
+                if limit.interval or limit.key in self._widths or self._free_at.get(limit.key, 0) < oldest:
+                    return False
+        return sum(map(len, people)) <= WIDEST
 
     def _find_width(self, key: str, interval: timedelta) -> int:
         """How many may leave at once: a second's worth, or fewer while the limit is being probed."""
@@ -130,6 +152,7 @@ class Pacer:
         now = time.monotonic()
         self._held_until = {key: until for key, until in self._held_until.items() if until > now}
         for key, asked in delays.items():
+            self._free_at.pop(key, None)
             if begun_at >= self._held_at.get(key, 0):
                 self._held_at[key] = now
                 self._streaks[key] += 1
@@ -144,22 +167,27 @@ class Pacer:
             await hold_limits(conn, rests)
 
 
-def find_limits(channel: Channel, campaign: Campaign, message: Message[Address, Content]) -> list[Limit]:
+def find_limits(channel: Channel, campaign: Campaign, message: Message[Address, Content]) -> tuple[Limit, ...]:
     """The limits that a message counts against: the channel's, under its name, and the campaign's own.
 
     Raises:
         TypeError: the channel returned something else than limits.
     """
-    declared = channel.limits(message)
+    declared = tuple(channel.limits(message))
     if not all(isinstance(limit, Limit) for limit in declared):
         raise TypeError(f"{channel.name}.limits returned something else than limits")
-    limits = [Limit(key=name_limit(channel.name, limit.key), interval=limit.interval) for limit in declared]
+    return _name_limits(channel.name, declared, campaign.campaign_id, campaign.messages_per_second)
+
+
+@lru_cache(maxsize=1_000)
+def _name_limits(channel: str, declared: tuple[Limit, ...], campaign_id: int, per_second: float | None) -> tuple[Limit, ...]:
+    """Made once for most messages of a campaign, and then the same tuple."""
+    limits = [Limit(key=name_limit(channel, limit.key), interval=limit.interval) for limit in declared]
     if not limits:
-        limits.append(Limit(key=name_limit(channel.name, "account")))
-    if campaign.messages_per_second:
-        interval = timedelta(seconds=1 / campaign.messages_per_second)
-        limits.append(Limit(key=f"campaign/{campaign.campaign_id}", interval=interval))
-    return limits
+        limits.append(Limit(key=name_limit(channel, "account")))
+    if per_second:
+        limits.append(Limit(key=f"campaign/{campaign_id}", interval=timedelta(seconds=1 / per_second)))
+    return tuple(limits)
 
 
 def name_limit(channel: str, key: str) -> str:

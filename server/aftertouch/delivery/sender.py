@@ -16,18 +16,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain, islice
 
 import numpy as np
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass, Unclear
+from aftertouch.channels import Accepted, Channel, Limit, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.breaker import Breaker
 from aftertouch.delivery.calls import send_messages
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import stop_sending
-from aftertouch.delivery.drafts import Draft, Drafter, Drafts, Sending
+from aftertouch.delivery.drafts import READ_AT_ONCE, Draft, Drafter, Drafts, Sending
 from aftertouch.delivery.leases import LEASE, Lease
 from aftertouch.delivery.lookup import LOOK_UP_AFTER, is_look_up_due, look_up, may_look_up
 from aftertouch.delivery.outcomes import Consequences, Verdict, describe, judge
@@ -53,6 +54,10 @@ log = structlog.get_logger()
 
 BATCHES_AT_ONCE = 4
 """Of one unit: while one is with the provider, others are being rendered, marked and recorded."""
+PEOPLE_AT_ONCE = 1_000
+"""The same where batches are large: who has no connection after half of a request's time is refused, on any provider."""
+FIRST_BATCH = 50
+"""The first messages of a unit do not wait until 500 are written."""
 _ZERO = timedelta(0)
 
 
@@ -182,10 +187,13 @@ class Sender:
 
     async def _send_all(self, sending: Sending) -> None:
         size = self._channel.capabilities.batch_size
+        lanes = min(BATCHES_AT_ONCE, max(PEOPLE_AT_ONCE // size, 1))
 
         async def send_batches() -> None:
+            most = min(size, FIRST_BATCH)
             while self._todo and not self._is_over and not self._stopping.is_set():
-                within = [self._todo.popleft() for _ in range(min(size, len(self._todo)))]
+                within = [self._todo.popleft() for _ in range(min(most, len(self._todo)))]
+                most = size
                 try:
                     await self._send_batch(sending, np.array(within, np.int64))
                 finally:
@@ -193,14 +201,15 @@ class Sender:
                     if sys.exception() is not None:
                         self._stopping.set()
 
-        failures = await asyncio.gather(*(send_batches() for _ in range(BATCHES_AT_ONCE)), return_exceptions=True)
+        failures = await asyncio.gather(*(send_batches() for _ in range(lanes)), return_exceptions=True)
         for failure in failures:
             if isinstance(failure, BaseException):
                 raise failure
 
     async def _send_batch(self, sending: Sending, within: Numbers) -> None:
         now = datetime.now(UTC)
-        drafts = await self._drafter.draft(sending, within, self._tries[within] + 1, now)
+        upcoming = np.fromiter(islice(self._todo, READ_AT_ONCE), np.int64)
+        drafts = await self._drafter.draft(sending, within, self._tries[within] + 1, now, upcoming)
         if drafts.opening is not None:
             self._waits.wait_until_later(drafts.opening - now)
         if drafts.ready:
@@ -213,7 +222,9 @@ class Sender:
 
     async def _admit(self, drafts: list[Draft]) -> list[Draft]:
         """Wait until some of these people may be sent to, by every limit, and return them; the others go back into the line."""
-        admission = await self._pacer.admit([[limit for limits in draft.limits for limit in limits] for draft in drafts])
+        admission = await self._pacer.admit(
+            [draft.limits[0] if len(draft.limits) == 1 else tuple(chain.from_iterable(draft.limits)) for draft in drafts]
+        )
         admitted = [draft for draft, is_in in zip(drafts, admission.admitted, strict=True) if is_in]
         put_back = [draft.within for draft, is_in in zip(drafts, admission.admitted, strict=True) if not is_in]
         if put_back and admission.retry_after <= HORIZON:
@@ -286,7 +297,8 @@ class Sender:
         for draft, own in zip(drafts, outcomes, strict=True):
             verdict = judge(self._type, own, draft.tries, in_trouble=in_trouble)
             obstacle = self._note(verdict, draft.tries) or obstacle
-            facts += [Fact(campaign, draft.position, self._ledger.lookups.bound_kind(kind), now) for kind in verdict.kinds]
+            for kind in verdict.kinds:
+                facts.append(Fact(campaign, draft.position, self._ledger.lookups.bound_kind(kind), now))
             for address_hash, outcome in zip(draft.hashes, own, strict=True):
                 message_id = outcome.message_id[:256] if isinstance(outcome, Accepted) else ""
                 kind = self._ledger.lookups.bound_kind(describe(self._type.channel, outcome))
@@ -315,13 +327,14 @@ class Sender:
         holds: dict[str, timedelta | None] = {}
         lost: Counter[str] = Counter()
         reached: set[str] = set()
+        passed: dict[int, Sequence[Limit]] = {}
         for draft, own in zip(drafts, outcomes, strict=True):
             for limits, outcome in zip(draft.limits, own, strict=True):
                 if isinstance(outcome, Unclear):
                     lost[limits[0].key] += 1
                     continue
                 if isinstance(outcome, Accepted):
-                    reached.update(limit.key for limit in limits)
+                    passed[id(limits)] = limits
                     continue
                 reason_class, asked = self._type.channel.classify(outcome.code), outcome.retry_after
                 if reason_class is ReasonClass.RATE or (reason_class is ReasonClass.TRANSIENT and asked is not None):
@@ -332,6 +345,7 @@ class Sender:
                 else:
                     # Whatever was wrong, the provider is there.
                     reached.update(limit.key for limit in limits)
+        reached.update(limit.key for limits in passed.values() for limit in limits)
         self._pacer.note_success(reached - holds.keys())
         # One message may fail for its own reasons; several at once, or the one that was to probe, do not.
         broken = {key for key, n in lost.items() if key not in reached and (n > 1 or self._pacer.is_probing(key))}

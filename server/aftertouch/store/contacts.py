@@ -369,9 +369,9 @@ async def find_external_ids(conn: AsyncConnection, app_id: int, numbers: Numbers
     return dict(await rows.fetchall())
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Addressee:
-    """What sending to one contact on one channel needs."""
+    """What sending to one contact on one channel needs. Not frozen: that takes a microsecond more for each message."""
 
     number: int
     external_id: str

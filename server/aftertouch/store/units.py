@@ -8,11 +8,26 @@ lease runs out, and only a holder sends: where no unit of a campaign is held, no
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Interval,
+    Update,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -59,22 +74,26 @@ def _is_held() -> ColumnElement[bool]:
 
 async def create_units(conn: AsyncConnection, campaign_id: int, chunks: int) -> None:
     """Make the units of a campaign that is being launched."""
-    await conn.execute(
-        insert(send_units), [{"slot": slot_of(campaign_id, chunk), "campaign_id": campaign_id} for chunk in range(chunks)]
-    )
+    slots = func.generate_series(slot_of(campaign_id, 0), slot_of(campaign_id, chunks - 1)).column_valued("slot")
+    await conn.execute(insert(send_units).from_select(["slot", "campaign_id"], select(slots, literal(campaign_id))))
 
 
 async def claim_unit(conn: AsyncConnection, channel: str, lease_for: timedelta) -> Unit | None:
     """Claim a free unit of a campaign that is being sent on this channel; None when there is none."""
-    return await _claim(conn, and_(_may_be_sent(), campaigns.c.channel == channel), lease_for)
+    return await _claim(conn, _CLAIM_UNIT, {"channel": channel, "lease_for": lease_for})
 
 
 async def claim_leftover(conn: AsyncConnection, lease_for: timedelta) -> Unit | None:
     """Claim a free unit of a campaign, on any channel, that was canceled or is past its time; None when there is none."""
-    return await _claim(conn, _is_over(), lease_for)
+    return await _claim(conn, _CLAIM_LEFTOVER, {"lease_for": lease_for})
 
 
-async def _claim(conn: AsyncConnection, wanted: ColumnElement[bool], lease_for: timedelta) -> Unit | None:
+async def _claim(conn: AsyncConnection, statement: Update, parameters: Mapping[str, object]) -> Unit | None:
+    row = (await conn.execute(statement, parameters)).one_or_none()
+    return Unit(*row) if row else None
+
+
+def _write_claim(wanted: ColumnElement[bool]) -> Update:
     candidate = (
         select(send_units.c.slot)
         .join(campaigns, campaigns.c.campaign_id == send_units.c.campaign_id)
@@ -85,15 +104,17 @@ async def _claim(conn: AsyncConnection, wanted: ColumnElement[bool], lease_for: 
         .with_for_update(skip_locked=True, of=send_units)
         .scalar_subquery()
     )
-    row = (
-        await conn.execute(
-            update(send_units)
-            .where(send_units.c.slot == candidate)
-            .values(lease=send_units.c.lease + 1, lease_until=func.clock_timestamp() + lease_for)
-            .returning(send_units.c.slot, send_units.c.campaign_id, send_units.c.lease, send_units.c.unclear_since)
-        )
-    ).one_or_none()
-    return Unit(*row) if row else None
+    return (
+        update(send_units)
+        .where(send_units.c.slot == candidate)
+        .values(lease=send_units.c.lease + 1, lease_until=func.clock_timestamp() + bindparam("lease_for", type_=Interval()))
+        .returning(send_units.c.slot, send_units.c.campaign_id, send_units.c.lease, send_units.c.unclear_since)
+    )
+
+
+# Composed once: every free place of a worker asks each second.
+_CLAIM_UNIT = _write_claim(and_(_may_be_sent(), campaigns.c.channel == bindparam("channel")))
+_CLAIM_LEFTOVER = _write_claim(_is_over())
 
 
 async def hold_unit(conn: AsyncConnection, unit: Unit, lease_for: timedelta) -> None:

@@ -14,7 +14,7 @@ from typing import Union, get_args, get_origin
 import pytest
 from pydantic import SecretBytes, SecretStr, ValidationError
 
-from aftertouch.channels import Address, Channel, Limit
+from aftertouch.channels import STORED, Address, Channel, Limit
 from aftertouch.declarations import InvalidDeclaration, compile_channel
 from aftertouch.plugins import build_registry, discover_channels, name_setting
 from aftertouch.testing._subject import WEBHOOK_BASE_URL, Subject
@@ -108,9 +108,11 @@ class DeclaringChecks(Subject):
         stored = json.loads(address.model_dump_json())
         try:
             again = self.channel.address_model.model_validate(stored)
+            read = self.channel.address_model.model_validate(stored, context=STORED)
         except ValidationError as error:
             pytest.fail(f"{self.channel.address_model.__qualname__} refuses its own JSON {stored}: {error}", pytrace=False)
         assert again == address, f"{address.model_dump()} became {again.model_dump()} when it was stored as JSON"
+        assert read == address, f"{address.model_dump()} became {read.model_dump()} when it was read for a message"
 
     def test_address_that_is_strange_is_refused_in_words(self) -> None:
         channel = self.build()
