@@ -47,18 +47,19 @@ class CampaignsStub:
     for a root of another app.
     """
     UpdateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]
-    """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
-    FIELDS_INVALID.
+    """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
+    well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
     """
     DeleteCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
     schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, FIELDS_INVALID, ETAG_MISMATCH,
+    REQUEST_ID_REUSED.
     """
     UnscheduleCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]
-    """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
     PauseCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
     most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
@@ -103,18 +104,19 @@ class CampaignsAsyncStub(CampaignsStub):
     for a root of another app.
     """
     UpdateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
-    FIELDS_INVALID.
+    """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
+    well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
     """
     DeleteCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
     schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, FIELDS_INVALID, ETAG_MISMATCH,
+    REQUEST_ID_REUSED.
     """
     UnscheduleCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
     PauseCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
     most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
@@ -180,8 +182,8 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UpdateCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
-        FIELDS_INVALID.
+        """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
+        well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -200,7 +202,8 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
         schedule_time it becomes SCHEDULED, and the audience is evaluated then. Reasons: CAMPAIGN_STATE_WRONG,
-        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, FIELDS_INVALID, ETAG_MISMATCH,
+        REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -209,7 +212,7 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UnscheduleCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
 
     @_abc_1.abstractmethod
     def PauseCampaign(
