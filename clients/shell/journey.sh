@@ -38,3 +38,15 @@ call Campaigns/UpdateCampaign '{"campaign": {"name": "apps/sandbox/campaigns/sum
 
 call Campaigns/LaunchCampaign '{"name": "apps/sandbox/campaigns/summer-sale-sms"}'
 # --8<-- [end:retarget]
+
+# --8<-- [start:follow]
+call Retargeting/CreateFollowUps '{"source": "apps/sandbox/campaigns/summer-sale", "steps": [
+  {"selection": {"action": "not_received"}, "delay": "86400s", "holdout_percent": 10,
+   "channel": "sms", "content": {"body": "{{ first_name | default: \"Hello\" }}, the sale ends tonight"}},
+  {"selection": {"action": "not_delivered"}, "delay": "3600s",
+   "channel": "push", "content": {"title": "Last call", "body": "The sale ends tonight", "url": "https://shop.example/"}}]}'
+# --8<-- [end:follow]
+
+# --8<-- [start:report]
+call Retargeting/GetChainReport '{"name": "apps/sandbox/campaigns/summer-sale"}'
+# --8<-- [end:report]

@@ -179,11 +179,25 @@ class SelectionUnsettled(AftertouchError):
         )
 
 
-class DraftExists(AftertouchError):
-    code, reason = "ALREADY_EXISTS", "DRAFT_EXISTS"
+class ScheduleTooLate(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "SCHEDULE_TOO_LATE"
 
-    def __init__(self, campaign: str) -> None:
-        super().__init__(f"{campaign} is a draft of the same retarget; use it, or set allow_duplicate", campaign=campaign)
+    def __init__(self, campaign: str, retention_days: int, schedule_time: str, last_time: str) -> None:
+        super().__init__(
+            f"{campaign} can be retargeted for {retention_days} days after it was sent: schedule the wave until {last_time},"
+            f" not for {schedule_time}",
+            campaign=campaign,
+            retention_days=str(retention_days),
+            schedule_time=schedule_time,
+            last_time=last_time,
+        )
+
+
+class ChainTooLong(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "CHAIN_TOO_LONG"
+
+    def __init__(self, campaign: str, limit: int) -> None:
+        super().__init__(f"the chain of {campaign} has more than {limit} campaigns", campaign=campaign, limit=str(limit))
 
 
 class MessageTooLarge(AftertouchError):

@@ -542,18 +542,30 @@ async def test_same_retarget_clicked_twice_makes_one_draft(shared_world: World) 
     source = await create_named(shared_world, "clicked-twice", "sms")
     await shared_world.launch(source.name)
     selection = select(source.name, "delivered")
-    clicks = await asyncio.gather(
-        *(retarget(shared_world, selection, "sms", allow_duplicate=False) for _ in range(4)), return_exceptions=True
-    )
-    made = [click for click in clicks if not isinstance(click, BaseException)]
-    assert len(made) == 1
-    refusal = await refuse(retarget(shared_world, selection, "sms", allow_duplicate=False))
-    assert (refusal.code, refusal.reason) == ("ALREADY_EXISTS", "DRAFT_EXISTS")
-    assert refusal.metadata == {"campaign": made[0].name}
+    clicks = await asyncio.gather(*(retarget(shared_world, selection, "sms", allow_duplicate=False) for _ in range(4)))
+    assert len({click.name for click in clicks}) == 1
+    assert sorted(click.existing for click in clicks) == [False, True, True, True]
     for other, channel in ((selection, "push"), (select(source.name, "delivered", include_apart=True), "sms")):
-        assert (await retarget(shared_world, other, channel, allow_duplicate=False)).name != made[0].name
-    frozen = retarget(shared_world, selection, "sms", allow_duplicate=False, evaluation=campaigns_pb2.Audience.AT_CREATION)
-    assert (await refuse(frozen)).reason == "DRAFT_EXISTS"
+        made = await retarget(shared_world, other, channel, allow_duplicate=False)
+        assert made.name != clicks[0].name
+        assert not made.existing
+    creation = campaigns_pb2.Audience.AT_CREATION
+    frozen = await retarget(shared_world, selection, "sms", allow_duplicate=False, evaluation=creation)
+    assert (frozen.name, frozen.existing, frozen.audience.evaluation) == (clicks[0].name, True, clicks[0].audience.evaluation)
+    assert (await retarget(shared_world, selection, "sms", allow_duplicate=True)).name != clicks[0].name
+    launched = await give_content(shared_world, clicks[0])
+    await shared_world.launch(launched.name)
+    # The duplicate is a draft of the same retarget still.
+    assert (await retarget(shared_world, selection, "sms", allow_duplicate=False)).name != launched.name
+
+
+async def test_one_request_id_makes_one_wave_however_often_it_is_sent_at_once(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-sms"
+    request_id = "9a1bd1b4-7a0e-4b5e-8f4e-3f8b8f0f3f11"
+    calls = (retarget(shared_world, select(source, "sent"), "push", request_id=request_id) for _ in range(4))
+    answers = await asyncio.gather(*calls)
+    assert len({answer.name for answer in answers}) == 1
+    assert not any(answer.existing for answer in answers)
 
 
 async def list_people(world: World, selection: campaigns_pb2.RetargetSelection, channel: str) -> set[str]:

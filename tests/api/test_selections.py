@@ -1,7 +1,8 @@
 """Selections against an oracle: plain Python sets, computed from the raw event log and the subscriptions as they were given.
 
 Nothing of the oracle knows the server's expressions, implications or bits: it has the words of the actions, as people say them.
-Hypothesis makes the populations, channels, waves, opt-outs, events and their order, and the questions.
+Hypothesis makes the populations, channels, waves, holdouts, opt-outs, events and their order, and the questions. What a chain
+reports is held to the same oracle.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from aftertouch.client import Client
 from aftertouch.ingest.ledger import Fact
 from aftertouch.retargeting import selections
 from aftertouch.retargeting.recheck import Recheck
+from aftertouch.rolls.chunks import holdout_of
 from aftertouch.rolls.sql import write_roll
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store import campaigns as campaigns_store
@@ -44,20 +46,19 @@ Selection = campaigns_pb2.RetargetSelection
 Known = frozenset[str]
 """What is known of one person in one campaign: signals, with what follows from them."""
 
+_OURS = {"sent": "attempted", "failed": "attempted", "scanned": "sent"}
 FOLLOWS = {
-    "read": "delivered",
-    "delivered": "sent",
-    "clicked": "confirmed",
-    "dismissed": "confirmed",
-    "confirmed": "sent",
-    "sent": "attempted",
-    "failed": "attempted",
+    "push": {**_OURS, "clicked": "confirmed", "dismissed": "confirmed", "confirmed": "sent"},
+    "sms": {**_OURS, "clicked": "delivered", "replied": "sent", "delivered": "sent"},
+    "whatsapp": {**_OURS, "clicked": "read", "replied": "read", "read": "delivered", "delivered": "sent"},
 }
-HEARD = {"failed", "delivered", "read", "confirmed", "clicked", "dismissed", "unconfirmable"}
+ARRIVED = {"delivered", "confirmed"}
+"""Signals that say that a message reached somebody."""
+HEARD = {"failed", "delivered", "read", "confirmed", "clicked", "dismissed", "unconfirmable", "replied", "scanned"}
 REPORTED = {
-    "push": ("attempted", "sent", "confirmed", "clicked", "dismissed", "unconfirmable", "failed", "skipped"),
-    "sms": ("attempted", "sent", "delivered", "failed", "skipped"),
-    "whatsapp": ("attempted", "sent", "delivered", "read", "failed", "skipped"),
+    "push": ("attempted", "sent", "confirmed", "clicked", "dismissed", "scanned", "unconfirmable", "failed", "skipped"),
+    "sms": ("attempted", "sent", "delivered", "clicked", "replied", "scanned", "failed", "skipped"),
+    "whatsapp": ("attempted", "sent", "delivered", "read", "clicked", "replied", "scanned", "failed", "skipped"),
 }
 REASONS = (("transient", "500"), ("recipient_gone", "410"), ("recipient_gone", "404"))
 
@@ -70,6 +71,12 @@ class Words:
     is_apart: Callable[[Known], bool] = lambda known: False
 
 
+ANSWERED = {
+    "replied": Words(lambda known: "replied" in known),
+    "not_replied": Words(lambda known: "delivered" in known and "replied" not in known),
+    "clicked": Words(lambda known: "clicked" in known),
+    "not_clicked": Words(lambda known: "delivered" in known and "clicked" not in known),
+}
 ACTIONS: dict[str, dict[str, Words]] = {
     "push": {
         "clicked": Words(lambda known: "clicked" in known),
@@ -88,14 +95,30 @@ ACTIONS: dict[str, dict[str, Words]] = {
             lambda known: "sent" in known and "delivered" not in known and "failed" not in known,
         ),
         "sent": Words(lambda known: "attempted" in known),
+        **ANSWERED,
     },
     "whatsapp": {
         "not_read": Words(lambda known: "delivered" in known and "read" not in known),
         "not_received": Words(lambda known: bool(known & {"failed", "sent"}) and "delivered" not in known),
         "read": Words(lambda known: "read" in known),
         "failed": Words(lambda known: "failed" in known and "delivered" not in known),
+        **ANSWERED,
     },
 }
+
+
+GAMMA, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def mix(value: int) -> int:
+    """The finalizer of SplitMix64, in plain integers."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
+    return value ^ value >> 31
+
+
+def is_held_out(root_id: int, number: int, percent: int) -> bool:
+    return mix(number * GAMMA + mix(root_id * GAMMA & MASK) & MASK) < percent * 2**64 // 100
 
 
 def is_pending(known: Known) -> bool:
@@ -114,6 +137,10 @@ class Drawn:
     members: tuple[int, ...]
     wave: str
     """Empty for a campaign of its own, else the state of a wave."""
+    percent: int
+    """Of the people of its chain, how many of 100 are held out of it and of whatever comes after it."""
+    held_out: tuple[int, ...]
+    """Who was not messaged in fact, which is another matter: the percentage may have been changed in the past."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +160,8 @@ class Story:
     campaigns: list[Drawn]
     events: list[tuple[int, int, str, tuple[str, str]]]
     """Campaign, person, signal, reason; in the order of their arrival."""
-    selections: list[Selection]
+    selections: list[tuple[Selection, int]]
+    """With how many of 100 a wave of it would hold out."""
 
 
 def name_campaign(index: int) -> str:
@@ -144,14 +172,19 @@ def name_campaign(index: int) -> str:
 def draw_story(draw: st.DrawFn) -> Story:
     people = draw(st.integers(1, 9))
     person = st.integers(0, people - 1)
-    drawn = [
-        Drawn(
-            draw(st.sampled_from(CHANNELS)),
-            tuple(sorted(draw(st.sets(person, min_size=1)))),
-            draw(st.sampled_from(["", "", "SENT", "SENDING", "PAUSED"])) if index else "",
+    drawn = []
+    for index in range(draw(st.integers(1, 4))):
+        members = draw(st.sets(person, min_size=1))
+        held_out = draw(st.sets(person)) - members
+        drawn.append(
+            Drawn(
+                draw(st.sampled_from(CHANNELS)),
+                tuple(sorted(members)),
+                draw(st.sampled_from(["", "", "SENT", "SENDING", "PAUSED"])) if index else "",
+                draw(st.sampled_from([0, 0, 0, 30, 60])),
+                tuple(sorted(held_out)),
+            )
         )
-        for index in range(draw(st.integers(1, 4)))
-    ]
     happened = []
     for index, campaign in enumerate(drawn):
         event = st.tuples(
@@ -197,7 +230,7 @@ def draw_story(draw: st.DrawFn) -> Story:
         draw(st.booleans()),
         drawn,
         draw(st.permutations(happened)),
-        draw(st.lists(asked, min_size=1, max_size=3)),
+        draw(st.lists(st.tuples(asked, st.sampled_from([0, 0, 40, 90])), min_size=1, max_size=3)),
     )
 
 
@@ -215,10 +248,11 @@ def measure_depth(selection: Selection) -> int:
     return 1 + max((measure_depth(part) for part in list_parts(selection)), default=0)
 
 
-def list_sources(selection: Selection) -> set[str]:
+def list_sources(selection: Selection) -> list[str]:
+    """The campaigns that it asks, as they are named from left to right."""
     if parts := list_parts(selection):
-        return set().union(*(list_sources(part) for part in parts))
-    return {selection.source.rpartition("/")[2]}
+        return [name for part in parts for name in list_sources(part)]
+    return [selection.source.rpartition("/")[2]]
 
 
 @dataclass
@@ -226,12 +260,14 @@ class Oracle:
     """Sets of people, from what was given and what is in the raw event log."""
 
     story: Story
+    campaign_ids: list[int]
     heard: dict[tuple[int, int], set[str]] = field(default_factory=lambda: defaultdict(set))
     """Signals by campaign and person, as the log has them."""
 
     def know(self, campaign: int, person: int) -> Known:
         known = set(self.heard[campaign, person])
-        while more := {FOLLOWS[signal] for signal in known if signal in FOLLOWS} - known:
+        follows = FOLLOWS[self.story.campaigns[campaign].channel]
+        while more := {follows[signal] for signal in known if signal in follows} - known:
             known |= more
         return frozenset(known)
 
@@ -257,11 +293,29 @@ class Oracle:
     def find_reachable(self, channel: str) -> set[int]:
         return {person for person in range(self.story.people) if "active" in self.story.subscriptions.get((person, channel), [])}
 
-    def drop(self, selection: Selection, channel: str) -> dict[str, set[int]]:
+    def list_chain(self, root: int) -> list[int]:
+        """A chain's campaigns: all waves of a story are of its first campaign."""
+        return [root, *(index for index, campaign in enumerate(self.story.campaigns) if campaign.wave and root == 0)]
+
+    def find_root(self, index: int) -> int:
+        return 0 if self.story.campaigns[index].wave else index
+
+    def hold_out(self, roots: list[int], percent: int) -> set[int]:
+        """Who is held out of a wave that asks these chains, the first of which is its own."""
+        held_out = set()
+        for place, root in enumerate(roots):
+            shares = [self.story.campaigns[index].percent for index in self.list_chain(root)]
+            share = max(shares + [percent] * (place == 0))
+            root_id = self.campaign_ids[root]
+            held_out |= {p for p in range(self.story.people) if is_held_out(root_id, p + self.story.offset, share)}
+        return held_out
+
+    def drop(self, selection: Selection, channel: str, percent: int) -> dict[str, set[int]]:
         """Who drops out, by the first reason that applies; the audience last."""
         asked = list_sources(selection)
-        # All campaigns of a story are one chain, unless only roots of their own are asked.
-        chains = {name_campaign(0) if self.story.campaigns[int(name[1:])].wave else name for name in asked}
+        roots = [self.find_root(int(name[1:])) for name in asked]
+        chains = {name_campaign(root) for root in roots}
+        held_out = self.hold_out(roots, percent)
         blocked: set[int] = set()
         for index, campaign in enumerate(self.story.campaigns):
             is_open = campaign.wave in ("SENDING", "PAUSED") and name_campaign(0) in chains
@@ -278,13 +332,26 @@ class Oracle:
                 reason = "HELD"
             elif self.story.is_capped and person in self.story.full:
                 reason = "OVER_FREQUENCY_CAP"
+            elif person in blocked:
+                reason = "IN_OPEN_WAVE"
             else:
-                reason = "IN_OPEN_WAVE" if person in blocked else "AUDIENCE"
+                reason = "HELD_OUT" if person in held_out else "AUDIENCE"
             dropped[reason].add(person)
         return {reason: dropped[reason] for reason in (*REASON_NAMES, "AUDIENCE")}
 
+    def measure(self, index: int) -> dict[str, set[int]]:
+        """A campaign's people by what is true of them; "" for who was reached, and "roll" for all."""
+        measures = defaultdict(set, {"roll": set(self.story.campaigns[index].members)})
+        for person in self.story.campaigns[index].members:
+            known = self.know(index, person)
+            for signal in known:
+                measures[signal].add(person)
+            if known & ARRIVED:
+                measures[""].add(person)
+        return measures
 
-REASON_NAMES = ("NO_SUBSCRIPTION", "OPTED_OUT", "INVALID", "HELD", "OVER_FREQUENCY_CAP", "IN_OPEN_WAVE")
+
+REASON_NAMES = ("NO_SUBSCRIPTION", "OPTED_OUT", "INVALID", "HELD", "OVER_FREQUENCY_CAP", "IN_OPEN_WAVE", "HELD_OUT")
 _apps = itertools.count()
 
 
@@ -310,7 +377,7 @@ class Played:
 
     async def read_log(self) -> Oracle:
         """What is in the raw event log by now."""
-        oracle = Oracle(self.story)
+        oracle = Oracle(self.story, [campaign.campaign_id for campaign in self.campaigns])
         by_id = {campaign.campaign_id: index for index, campaign in enumerate(self.campaigns)}
         async with transaction(self.world.core.engine) as conn:
             rows = await conn.execute(
@@ -330,8 +397,8 @@ class Played:
         """A selection with this app's names."""
         return Selection.FromString(selection.SerializeToString().replace(b"apps/aAPPLE/", f"apps/{self.app}/".encode()))
 
-    async def list_people(self, selection: Selection, channel: str, **group: Any) -> set[int]:
-        request = retargeting_pb2.ListRetargetContactsRequest(selection=selection, channel=channel, **group)
+    async def list_people(self, selection: Selection, channel: str, **fields: Any) -> set[int]:
+        request = retargeting_pb2.ListRetargetContactsRequest(selection=selection, channel=channel, **fields)
         people = []
         async for page in self.client.retargeting.ListRetargetContacts(request):
             people += [int(name.rpartition("/p")[2]) for name in page.contacts]
@@ -382,6 +449,7 @@ async def play(world: World, story: Story) -> AsyncIterator[Played]:
                 values |= {"root_id": made[0].campaign_id}
             draft = await campaigns_store.create_campaign(conn, found.app_id, name_campaign(index), values)
             await write_roll(conn, draft.campaign_id, np.array(campaign.members, np.int64) + story.offset)
+            await write_roll(conn, holdout_of(draft.campaign_id), np.array(campaign.held_out, np.int64) + story.offset)
             now = datetime.now(UTC)
             is_sent = campaign.wave in ("", "SENT")
             made.append(
@@ -390,6 +458,8 @@ async def play(world: World, story: Story) -> AsyncIterator[Played]:
                     draft.campaign_id,
                     state="SENT" if is_sent else campaign.wave,
                     recipients=len(campaign.members),
+                    holdout_percent=campaign.percent,
+                    holdout_count=len(campaign.held_out),
                     launch_time=now,
                     finish_time=now if is_sent else None,
                 )
@@ -419,9 +489,10 @@ async def test_selections_are_what_sets_of_the_event_log_say(quiet_world: World,
 async def compare(played: Played, oracle: Oracle) -> None:
     for index in range(len(played.story.campaigns)):
         await compare_actions(played, oracle, index)
-    for selection, channel in zip(played.story.selections, itertools.cycle(CHANNELS), strict=False):
+        await compare_report(played, oracle, index)
+    for (selection, percent), channel in zip(played.story.selections, itertools.cycle(CHANNELS), strict=False):
         await compare_recheck(played, oracle, selection)
-        await compare_funnel(played, oracle, selection, channel)
+        await compare_funnel(played, oracle, selection, channel, percent)
 
 
 async def compare_actions(played: Played, oracle: Oracle, index: int) -> None:
@@ -446,25 +517,64 @@ async def compare_actions(played: Played, oracle: Oracle, index: int) -> None:
         }
 
 
-async def compare_funnel(played: Played, oracle: Oracle, selection: Selection, channel: str) -> None:
+async def compare_report(played: Played, oracle: Oracle, index: int) -> None:
+    report = await played.client.retargeting.GetChainReport(retargeting_pb2.GetChainReportRequest(name=played.name(index)))
+    root = oracle.find_root(index)
+    chain = oracle.list_chain(root)
+    assert report.root == played.name(root)
+    assert [link.campaign for link in report.campaigns] == [played.name(member) for member in chain]
+    so_far: dict[str, set[int]] = defaultdict(set)
+    for link, member in zip(report.campaigns, chain, strict=True):
+        measures = oracle.measure(member)
+        assert count_people(link.people) == {name: len(who) for name, who in measures.items() if who}
+        added = {name: len(who - so_far[name]) for name, who in measures.items()}
+        assert count_people(link.added) == {name: count for name, count in added.items() if count}
+        for name, who in measures.items():
+            so_far[name] |= who
+    assert count_people(report.people) == {name: len(who) for name, who in so_far.items() if who}
+    compared = [member for member in chain if played.story.campaigns[member].held_out]
+    assert [comparison.campaign for comparison in report.comparisons] == [played.name(member) for member in compared]
+    for comparison, member in zip(report.comparisons, compared, strict=True):
+        campaign = played.story.campaigns[member]
+        assert (comparison.recipients, comparison.holdout_count) == (len(campaign.members), len(campaign.held_out))
+        counts = {
+            name: (len(who & set(campaign.members)), len(who & set(campaign.held_out)))
+            for name, who in so_far.items()
+            if name != "roll" and who & {*campaign.members, *campaign.held_out}
+        }
+        assert {found.signal: (found.recipient_count, found.holdout_count) for found in comparison.differences} == counts
+        for found in comparison.differences:
+            share = found.recipient_count / comparison.recipients - found.holdout_count / comparison.holdout_count
+            assert found.difference == pytest.approx(share)
+            assert -1 <= found.lower_bound <= found.difference <= found.upper_bound <= 1
+
+
+def count_people(counts: retargeting_pb2.ChainCounts) -> dict[str, int]:
+    """The counts above zero; "" for who was reached, and "roll" for all."""
+    found = {**counts.signals, "": counts.reached, "roll": counts.recipients}
+    return {name: count for name, count in found.items() if count}
+
+
+async def compare_funnel(played: Played, oracle: Oracle, selection: Selection, channel: str, percent: int) -> None:
     Group = retargeting_pb2.ListRetargetContactsRequest.Group
     Reason = retargeting_pb2.PreviewRetargetResponse.Reason
     asked = played.address(selection)
     shown = await played.client.retargeting.PreviewRetarget(
-        retargeting_pb2.PreviewRetargetRequest(selection=asked, channel=channel)
+        retargeting_pb2.PreviewRetargetRequest(selection=asked, channel=channel, holdout_percent=percent)
     )
-    expected = oracle.drop(selection, channel)
+    expected = oracle.drop(selection, channel, percent)
     assert shown.matched_count == len(oracle.match(selection))
     assert {Reason.Name(drop.reason): drop.count for drop in shown.drops} == {
         reason: len(expected[reason]) for reason in REASON_NAMES
     }
     assert shown.audience_count == len(expected["AUDIENCE"]) == shown.matched_count - sum(drop.count for drop in shown.drops)
-    assert await played.list_people(asked, channel) == expected["AUDIENCE"]
+    held: Any = {"holdout_percent": percent}
+    assert await played.list_people(asked, channel, **held) == expected["AUDIENCE"]
     assert await played.list_people(asked, channel, group=Group.MATCHED) == oracle.match(selection)
     for reason in REASON_NAMES:
-        people = await played.list_people(asked, channel, group=Group.DROPPED, reason=Reason.Value(reason))
+        people = await played.list_people(asked, channel, group=Group.DROPPED, reason=Reason.Value(reason), **held)
         assert people == expected[reason]
-    lasting = expected["AUDIENCE"] | expected["HELD"] | expected["OVER_FREQUENCY_CAP"]
+    lasting = expected["AUDIENCE"] | expected["HELD"] | expected["OVER_FREQUENCY_CAP"] | expected["HELD_OUT"]
     if lasting:
         await compare_frozen(played, asked, channel, lasting)
 

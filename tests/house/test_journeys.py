@@ -60,3 +60,5 @@ async def test_shell_journey_retargets_by_sms(playground: dict[str, str]) -> Non
     printed = await run(ROOT / "clients" / "shell" / "journey.sh", environment=playground)
     assert '"displayName": "Retarget: Summer Sale (not read)"' in printed
     assert '"state": "SENDING"' in printed.rpartition('"name": "apps/sandbox/campaigns/summer-sale-sms"')[2]
+    assert printed.count('"state": "SCHEDULED"') >= 2
+    assert '"root": "apps/sandbox/campaigns/summer-sale"' in printed.rpartition('"campaigns"')[0]

@@ -151,10 +151,9 @@ async def create(visit: Visit) -> Response:
     try:
         made = await visit.client.retargeting.CreateRetarget(request)
     except AftertouchError as error:
-        if error.reason == "DRAFT_EXISTS":
-            existing = read_id(error.metadata["campaign"])
-            return await _render(visit, source, action, channel, include_apart, existing=existing)
         if error.reason == "FIELDS_INVALID":
             return await _render(visit, source, action, channel, include_apart, problem=str(error))
         raise
+    if made.existing:
+        return await _render(visit, source, action, channel, include_apart, existing=read_id(made.name))
     return visit.redirect(f"/campaigns/{read_id(made.name)}/edit")

@@ -41,6 +41,7 @@ DROPS: Mapping[str, str] = {
     "HELD": "are held back by the provider for now",
     "OVER_FREQUENCY_CAP": "were messaged as often as your frequency cap allows",
     "IN_OPEN_WAVE": "are in another follow-up that is still being sent",
+    "HELD_OUT": "are held out, so that the others can be compared with them",
 }
 
 STANDINGS: Mapping[str, str] = {"active": "active", "opted_out": "opted out", "invalid": "does not work"}

@@ -1,9 +1,13 @@
-"""Launching, now or at a time: the audience becomes a roll, and the roll's chunks become work units, in one transaction."""
+"""Launching, now or at a time: the audience becomes a roll, and the roll's chunks become work units, in one transaction.
+
+Whoever is held out gets a roll of their own, which nothing sends to.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.delivery.context import find_links
 from aftertouch.delivery.control import check_state
+from aftertouch.delivery.follow_ups import time_follow_up
 from aftertouch.errors import (
     AftertouchError,
     AudienceEmpty,
@@ -23,11 +28,12 @@ from aftertouch.errors import (
     Violation,
 )
 from aftertouch.plugins import Registry
-from aftertouch.retargeting.audiences import decode_audience, decode_frozen, evaluate_audience
+from aftertouch.retargeting.audiences import decode_audience, decode_frozen, evaluate_audience, filter_selection
 from aftertouch.retargeting.copies import Copies
-from aftertouch.retargeting.selections import Combination, Question, find_sources
-from aftertouch.rolls.chunks import Numbers, count_chunks, list_numbers
-from aftertouch.rolls.sql import read_roll, write_roll
+from aftertouch.retargeting.holdouts import find_held_out, find_shares
+from aftertouch.retargeting.selections import Combination, Question, find_roots, find_sources, root_of
+from aftertouch.rolls.chunks import Numbers, count_chunks, holdout_of, list_numbers
+from aftertouch.rolls.sql import delete_roll, read_roll, write_roll
 from aftertouch.store.apps import App, read_app
 from aftertouch.store.campaigns import Campaign, lock_due_campaign, update_campaign
 from aftertouch.store.units import create_units, wake_workers
@@ -62,8 +68,21 @@ async def check_content(registry: Registry, campaign: Campaign) -> None:
         raise FieldsInvalid(violations)
 
 
-async def prepare_launch(conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign) -> Numbers:
+@dataclass(frozen=True)
+class People:
+    """Whom a launch is for, as contact numbers."""
+
+    roll: Numbers
+    held_out: Numbers
+
+
+async def prepare_launch(
+    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, at: datetime | None = None
+) -> People:
     """Check that a campaign can be launched, and return whom it would go to.
+
+    Args:
+        at: when it is to be launched; now, by default.
 
     Raises:
         CampaignStateWrong, ContentMissing, FieldsInvalid, ChannelNotReady, or what a selection's source raises.
@@ -75,20 +94,25 @@ async def prepare_launch(conn: AsyncConnection, registry: Registry, app: App, ca
         raise FieldsInvalid([Violation("audience", "the campaign has none; set it with UpdateCampaign")])
     if campaign.channel not in registry.channels:
         raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
-    return await _find_people(conn, registry, app, campaign, campaign.audience)
+    chosen, roots = await _find_people(conn, registry, app, campaign, campaign.audience, at)
+    held_out = find_held_out(await find_shares(conn, roots, root_of(campaign), campaign.holdout_percent), chosen)
+    return People(chosen[~held_out], chosen[held_out])
 
 
 async def _find_people(
-    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, stored: Mapping[str, Any]
-) -> Numbers:
-    """The people of an audience, or those for whom it was frozen when the draft was made."""
-    audience = decode_audience(stored)
-    if decode_frozen(stored) is None:
-        evaluated = await evaluate_audience(conn, Copies(), app, registry.types, audience, campaign.channel, campaign)
-        return list_numbers(evaluated)
+    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, stored: Mapping[str, Any], at: datetime | None
+) -> tuple[Numbers, Collection[int]]:
+    """The people of an audience, or those for whom it was frozen when the draft was made; and the roots of the chains it asks."""
+    audience, is_frozen = decode_audience(stored), decode_frozen(stored) is not None
     if isinstance(audience, Question | Combination):
-        await find_sources(conn, app, registry.types, audience, "audience.retarget")
-    return await read_roll(conn, campaign.campaign_id)
+        sources = await find_sources(conn, app, registry.types, audience, "audience.retarget", at)
+        if is_frozen:
+            return await read_roll(conn, campaign.campaign_id), find_roots(sources)
+        funnel = await filter_selection(conn, Copies(), app, sources, audience, campaign.channel, campaign)
+        return list_numbers(funnel.chosen), find_roots(sources)
+    if is_frozen:
+        return await read_roll(conn, campaign.campaign_id), ()
+    return list_numbers(await evaluate_audience(conn, app, audience, campaign.channel)), ()
 
 
 def check_times(schedule_time: datetime | None, send_by_time: datetime | None) -> None:
@@ -118,20 +142,28 @@ async def schedule(
     """
     check_state(app, campaign, "DRAFT")
     check_times(schedule_time, send_by_time)
-    await prepare_launch(conn, registry, app, campaign)
+    await prepare_launch(conn, registry, app, campaign, schedule_time)
     return await update_campaign(
         conn, campaign.campaign_id, state="SCHEDULED", state_reason="", schedule_time=schedule_time, send_by_time=send_by_time
     )
 
 
 async def unschedule(conn: AsyncConnection, app: App, campaign: Campaign) -> Campaign:
-    """Make a scheduled campaign a draft again. The caller holds the campaign's lock.
+    """Make a scheduled campaign a draft again, which waits for nothing. The caller holds the campaign's lock.
 
     Raises:
         CampaignStateWrong: it is not scheduled.
     """
     check_state(app, campaign, "SCHEDULED")
-    return await update_campaign(conn, campaign.campaign_id, state="DRAFT", schedule_time=None, send_by_time=None)
+    return await update_campaign(
+        conn,
+        campaign.campaign_id,
+        state="DRAFT",
+        schedule_time=None,
+        send_by_time=None,
+        source_id=None,
+        delay_seconds=None,
+    )
 
 
 async def launch(
@@ -142,19 +174,24 @@ async def launch(
     Raises:
         AudienceEmpty, or what ``prepare_launch`` raises.
     """
-    numbers = await prepare_launch(conn, registry, app, campaign)
-    if not len(numbers):
+    people = await prepare_launch(conn, registry, app, campaign)
+    if not len(people.roll):
         raise AudienceEmpty(f"{app.name}/campaigns/{campaign.campaign}")
-    if campaign.audience is None or decode_frozen(campaign.audience) is None:
-        await write_roll(conn, campaign.campaign_id, numbers)
-    await create_units(conn, campaign.campaign_id, count_chunks(len(numbers)))
+    is_frozen = campaign.audience is not None and decode_frozen(campaign.audience) is not None
+    if not is_frozen or len(people.held_out):
+        # What was frozen has everybody; without those who are held out it is another roll.
+        await delete_roll(conn, campaign.campaign_id)
+        await write_roll(conn, campaign.campaign_id, people.roll)
+    await write_roll(conn, holdout_of(campaign.campaign_id), people.held_out)
+    await create_units(conn, campaign.campaign_id, count_chunks(len(people.roll)))
     await wake_workers(conn)
     return await update_campaign(
         conn,
         campaign.campaign_id,
         state="SENDING",
         state_reason="",
-        recipients=len(numbers),
+        recipients=len(people.roll),
+        holdout_count=len(people.held_out),
         launch_time=func.now(),
         send_by_time=send_by_time,
         links=find_links(campaign, registry.types[campaign.channel]),
@@ -162,11 +199,13 @@ async def launch(
 
 
 async def launch_due(conn: AsyncConnection, registry: Registry) -> bool:
-    """Launch one scheduled campaign whose time has come; False when there is none.
+    """Launch one scheduled campaign whose time has come, or give a follow-up its time; False when there is none of either.
 
     One that cannot be launched fails with the reason, and one that is past its send-by time is not launched at all: a server
-    that was down for hours does not send what nobody wants any more.
+    that was down for hours does not send what nobody wants any more. A follow-up with nobody to be sent to is skipped.
     """
+    if await time_follow_up(conn):
+        return True
     campaign = await lock_due_campaign(conn, sorted(registry.channels))
     if campaign is None:
         return False
@@ -181,6 +220,11 @@ async def launch_due(conn: AsyncConnection, registry: Registry) -> bool:
             await launch(conn, registry, app, campaign, campaign.send_by_time)
     except DatabaseUnavailable:
         raise
+    except AudienceEmpty as error:
+        is_follow_up = campaign.source_id is not None
+        state, reason = ("CANCELED", f"skipped: {error}") if is_follow_up else ("FAILED", str(error))
+        await update_campaign(conn, campaign.campaign_id, state=state, state_reason=reason, finish_time=func.now())
+        log.warning("a campaign has nobody to go to", action="launch_due", campaign_id=campaign.campaign_id, reason=error.reason)
     except AftertouchError as error:
         await update_campaign(conn, campaign.campaign_id, state="FAILED", state_reason=str(error), finish_time=func.now())
         log.error("a campaign was not launched", action="launch_due", campaign_id=campaign.campaign_id, reason=error.reason)

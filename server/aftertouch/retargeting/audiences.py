@@ -20,8 +20,17 @@ from aftertouch.declarations import ChannelType
 from aftertouch.errors import AudienceEmpty, NotFound
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.funnel import Funnel, Target, run_funnel
+from aftertouch.retargeting.holdouts import find_shares
 from aftertouch.retargeting.matching import count_blocks, match
-from aftertouch.retargeting.selections import Combination, Question, Selection, Sources, find_root, find_sources
+from aftertouch.retargeting.selections import (
+    Combination,
+    Question,
+    Selection,
+    Sources,
+    find_root,
+    find_roots,
+    find_sources,
+)
 from aftertouch.rolls.chunks import Bits, Numbers, list_numbers, set_numbers
 from aftertouch.rolls.sql import read_sets
 from aftertouch.store.apps import App
@@ -125,25 +134,13 @@ def decode_frozen(stored: Mapping[str, Any]) -> Frozen | None:
 
 
 async def evaluate_audience(
-    conn: AsyncConnection,
-    copies: Copies,
-    app: App,
-    channels: Mapping[str, ChannelType],
-    audience: Audience,
-    channel: str,
-    wave: Campaign | None = None,
+    conn: AsyncConnection, app: App, audience: AllSubscribers | GivenContacts | ListMembers, channel: str
 ) -> Bits:
-    """Those of an audience who would be messaged on a channel now, as bits by contact number.
-
-    Args:
-        wave: the campaign whose audience it is, once it is made.
+    """Those of an audience that is no selection for whom a campaign on a channel would be now, as bits by contact number.
 
     Raises:
-        NotFound: there is no such list; or what ``find_sources`` raises, for a selection.
+        NotFound: there is no such list.
     """
-    if isinstance(audience, Question | Combination):
-        sources = await find_sources(conn, app, channels, audience, "audience.retarget")
-        return (await filter_selection(conn, copies, app, sources, audience, channel, wave)).audience
     blocks = await count_blocks(conn, app.app_id)
     active = standing_set("active", channel)
     reached = (await read_sets(conn, app.app_id, [active], blocks))[active]
@@ -166,15 +163,25 @@ async def filter_selection(
     selection: Selection,
     channel: str,
     wave: Campaign | None = None,
+    *,
+    holdout_percent: int = 0,
 ) -> Funnel:
-    """The funnel of a selection whose sources were found."""
+    """The funnel of a selection whose sources were found.
+
+    Args:
+        wave: the campaign whose audience it is, once it is made.
+        holdout_percent: what a campaign that is not made yet would hold out.
+    """
     campaigns = [source.campaign for source in sources.values()]
+    roots = find_roots(sources)
+    percent = wave.holdout_percent if wave else holdout_percent
     matched = await match(conn, copies, sources, selection, await count_blocks(conn, app.app_id))
     target = Target(
         app=app,
         channel=channel,
         transactional=wave is not None and wave.transactional,
-        roots=frozenset(campaign.root_id or campaign.campaign_id for campaign in campaigns),
+        roots=roots,
+        shares=await find_shares(conn, roots, find_root(sources), percent),
         asked=frozenset(campaign.campaign_id for campaign in campaigns) | ({wave.campaign_id} if wave else frozenset()),
         matched=matched,
     )
@@ -215,7 +222,7 @@ async def prepare_audience(
     if isinstance(audience, Question | Combination):
         sources = await find_sources(conn, app, channels, audience, f"{path}.retarget")
         return await prepare_selection(conn, copies, app, sources, audience, channel, draft=draft, as_of_time=as_of_time)
-    evaluated = await evaluate_audience(conn, copies, app, channels, audience, channel) if as_of_time else None
+    evaluated = await evaluate_audience(conn, app, audience, channel) if as_of_time else None
     return await _prepare(app, audience, None, draft, evaluated, as_of_time)
 
 

@@ -40,7 +40,9 @@ class Copies:
         self._receipts: OrderedDict[int, dict[int, _Receipts]] = OrderedDict()
 
     async def read_roll(self, conn: AsyncConnection, campaign: Campaign) -> Numbers:
-        """The contact numbers of a launched campaign's people, in the order of positions."""
+        """The contact numbers of a campaign's people, in the order of positions; kept once they cannot change any more."""
+        if campaign.launch_time is None:
+            return await read_roll(conn, campaign.campaign_id)
         roll = self._rolls.get(campaign.campaign_id)
         if roll is None:
             roll = await read_roll(conn, campaign.campaign_id)

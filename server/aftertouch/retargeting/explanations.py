@@ -6,7 +6,7 @@ became of them; whoever is not is asked again, by what is true now.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Action
 from aftertouch.declarations import ChannelType, CompiledAction
+from aftertouch.errors import AftertouchError
 from aftertouch.retargeting.audiences import (
     AllSubscribers,
     Audience,
@@ -24,9 +25,18 @@ from aftertouch.retargeting.audiences import (
     decode_frozen,
 )
 from aftertouch.retargeting.history import Known, find_evidence, weigh_kinds
+from aftertouch.retargeting.holdouts import find_held_out, find_shares
 from aftertouch.retargeting.matching import find_pending
-from aftertouch.retargeting.selections import Combination, Question, Selection, find_sources
-from aftertouch.rolls.chunks import count_chunks, find_members
+from aftertouch.retargeting.selections import (
+    Combination,
+    Question,
+    Selection,
+    find_root,
+    find_roots,
+    find_sources,
+    root_of,
+)
+from aftertouch.rolls.chunks import count_chunks, find_members, holdout_of
 from aftertouch.rolls.sql import read_sets
 from aftertouch.signals import Expression
 from aftertouch.store.apps import App
@@ -43,6 +53,7 @@ EARLIEST = timedelta(minutes=5)
 """How long before the launch an event may have arrived: clocks differ."""
 
 _NOTHING = weigh_kinds((), {})
+_HELD_OUT = "is held out of the chain, so that messaging can be compared with not messaging"
 
 
 @dataclass(frozen=True)
@@ -88,17 +99,30 @@ class Explanation:
 
 
 async def explain_campaign(
-    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], campaign: Campaign, contact: Contact
+    conn: AsyncConnection,
+    app: App,
+    channels: Mapping[str, ChannelType],
+    campaign: Campaign,
+    contact: Contact,
+    look: timedelta = LONGEST_LOOK,
 ) -> Explanation:
     """Why this person was, or was not, messaged by a campaign, or would be if it were launched now.
+
+    Args:
+        look: how long to look into the event log at the most.
 
     Raises:
         what ``find_sources`` raises, for a wave that is not launched yet.
     """
     audience = decode_audience(campaign.audience) if campaign.audience else None
     if campaign.launch_time is None:
+        if campaign.state in ("CANCELED", "FAILED"):
+            reason = f": {campaign.state_reason}" if campaign.state_reason else ""
+            text = f"Not messaged: the campaign is {campaign.state}, and was never launched{reason}."
+            return Explanation(campaign, "WOULD_NOT_BE_MESSAGED", text)
+        roots: frozenset[int] = frozenset()
         if isinstance(audience, Question | Combination):
-            await find_sources(conn, app, channels, audience, "audience.retarget")
+            roots = find_roots(await find_sources(conn, app, channels, audience, "audience.retarget"))
         if campaign.audience and (frozen := decode_frozen(campaign.audience)):
             is_in = bool(await find_places(conn, contact.number, [campaign.campaign_id]))
             text = f"is {'' if is_in else 'not '}one of {frozen.count:,} people as of {_tell(frozen.as_of_time)}"
@@ -106,11 +130,15 @@ async def explain_campaign(
         else:
             steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
         steps += await _ask_pace(conn, app, campaign.channel, contact, transactional=campaign.transactional)
+        steps += await _ask_holdout(conn, roots, root_of(campaign), campaign.holdout_percent, contact)
         return Explanation(campaign, *_foretell(steps), steps)
     places = await find_places(conn, contact.number, [campaign.campaign_id])
     if places:
-        findings = await _look_up(conn, channels, campaign, places[0])
+        findings = await _look_up(conn, channels, campaign, places[0], look)
         return Explanation(campaign, *_judge(campaign, findings, find_evidence(channels, campaign)), (), findings)
+    if campaign.holdout_count and await find_places(conn, contact.number, [holdout_of(campaign.campaign_id)]):
+        text = f"Not messaged: was in the audience at the launch at {_tell(campaign.launch_time)}, and was held out."
+        return Explanation(campaign, "HELD_OUT", text, [Step("NOT_HELD_OUT", False, _HELD_OUT)])
     steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
     if contact.create_time is not None and contact.create_time > campaign.launch_time:
         text = f"was made at {_tell(contact.create_time)}, after the launch at {_tell(campaign.launch_time)}"
@@ -126,6 +154,26 @@ async def explain_campaign(
             " person would be, so something changed since."
         )
     return Explanation(campaign, "NOT_IN_AUDIENCE", text, steps)
+
+
+async def explain_chain(
+    conn: AsyncConnection,
+    app: App,
+    channels: Mapping[str, ChannelType],
+    campaigns: Sequence[Campaign],
+    contact: Contact,
+) -> list[Explanation]:
+    """The same for each campaign of a chain. A wave that could not be launched now is told as such, and ends nothing."""
+    explanations = []
+    for campaign in campaigns:
+        try:
+            explained = await explain_campaign(conn, app, channels, campaign, contact, LONGEST_LOOK / len(campaigns))
+        except AftertouchError as error:
+            if error.code != "FAILED_PRECONDITION":
+                raise
+            explained = Explanation(campaign, "WOULD_NOT_BE_MESSAGED", f"Would not be messaged now: {error}.")
+        explanations.append(explained)
+    return explanations
 
 
 async def explain_retarget(
@@ -145,16 +193,19 @@ async def explain_retarget(
     source = next(iter(sources.values())).campaign
     steps = await _ask_audience(conn, app, channels, selection, target, contact)
     steps += await _ask_pace(conn, app, target, contact, transactional=False)
+    steps += await _ask_holdout(conn, find_roots(sources), find_root(sources), 0, contact)
     places = await find_places(conn, contact.number, [source.campaign_id])
-    findings = await _look_up(conn, channels, source, places[0]) if places else Findings()
+    findings = await _look_up(conn, channels, source, places[0], LONGEST_LOOK) if places else Findings()
     return Explanation(source, *_foretell(steps), steps, findings)
 
 
-async def _look_up(conn: AsyncConnection, channels: Mapping[str, ChannelType], campaign: Campaign, place: Place) -> Findings:
+async def _look_up(
+    conn: AsyncConnection, channels: Mapping[str, ChannelType], campaign: Campaign, place: Place, look: timedelta
+) -> Findings:
     """Everything that is known of the person at a place."""
     known = await _read_known(conn, channels, campaign, place)
     # Read after the receipts: a kind that is new since has its number by now.
-    logged, is_complete = await read_logged(conn, place, (campaign.launch_time or campaign.create_time) - EARLIEST, LONGEST_LOOK)
+    logged, is_complete = await read_logged(conn, place, (campaign.launch_time or campaign.create_time) - EARLIEST, look)
     tried = await read_tried(conn, place)
     numbered = await load_kinds(conn)
     channel = channels.get(campaign.channel)
@@ -332,6 +383,14 @@ async def _ask_pace(conn: AsyncConnection, app: App, channel: str, contact: Cont
             text = f"has had {had}; the next may go out at {_tell(full_until)}"
             steps.append(Step("BELOW_FREQUENCY_CAP", False, text))
     return steps
+
+
+async def _ask_holdout(conn: AsyncConnection, roots: Collection[int], root: int, percent: int, contact: Contact) -> list[Step]:
+    """Whether somebody is left alone so that the others can be compared with them; nothing where they are not."""
+    shares = await find_shares(conn, roots, root, percent)
+    if not find_held_out(shares, np.array([contact.number], np.int64))[0]:
+        return []
+    return [Step("NOT_HELD_OUT", False, _HELD_OUT)]
 
 
 def _list(words: Sequence[str]) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.retargeting.copies import Copies
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BYTES, Bits, Numbers, block_of, set_numbers
+from aftertouch.retargeting.holdouts import Shares, find_held_out
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BYTES, Bits, Numbers, block_of, list_numbers, set_numbers
 from aftertouch.rolls.sql import read_sets
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import list_open_waves
@@ -34,6 +35,7 @@ class Reason(StrEnum):
     HELD = "HELD"
     OVER_FREQUENCY_CAP = "OVER_FREQUENCY_CAP"
     IN_OPEN_WAVE = "IN_OPEN_WAVE"
+    HELD_OUT = "HELD_OUT"
 
 
 PASSING = frozenset({Reason.HELD, Reason.OVER_FREQUENCY_CAP})
@@ -50,6 +52,8 @@ class Target:
     """Neither quiet hours nor the frequency cap hold for it."""
     roots: frozenset[int]
     """Of the chains to which its sources belong."""
+    shares: Shares
+    """How many are held out of each chain."""
     asked: frozenset[int]
     """Its sources and, once it is made, the wave itself: campaigns that are not in its way."""
     matched: Bits
@@ -82,9 +86,14 @@ class Funnel:
     audience: Bits
 
     @property
+    def chosen(self) -> Bits:
+        """Whom a campaign is for that is launched now: who would be messaged, and who is held out."""
+        return self.audience | self.drops[Reason.HELD_OUT]
+
+    @property
     def lasting(self) -> Bits:
-        """Who is left, and who drops out only for now."""
-        return reduce(np.bitwise_or, [self.drops[reason] for reason in PASSING], self.audience)
+        """The same, and who drops out only for now."""
+        return reduce(np.bitwise_or, [self.drops[reason] for reason in PASSING], self.chosen)
 
 
 Dropping = Mapping[Reason, Bits]
@@ -123,7 +132,18 @@ async def _find_in_open_waves(conn: AsyncConnection, copies: Copies, target: Tar
     return {Reason.IN_OPEN_WAVE: waiting}
 
 
-STEPS: tuple[Step, ...] = (_judge_standings, _find_held, _find_over_cap, _find_in_open_waves)
+async def _hold_out(_: AsyncConnection, __: Copies, target: Target) -> Dropping:
+    """Who is left alone, so that the others can be compared with them."""
+
+    def choose() -> Bits:
+        numbers = list_numbers(target.matched)
+        return set_numbers(numbers[find_held_out(target.shares, numbers)], target.blocks)
+
+    nobody = np.zeros(len(target.matched), np.uint8)
+    return {Reason.HELD_OUT: await asyncio.to_thread(choose) if target.shares else nobody}
+
+
+STEPS: tuple[Step, ...] = (_judge_standings, _find_held, _find_over_cap, _find_in_open_waves, _hold_out)
 
 
 async def run_funnel(conn: AsyncConnection, copies: Copies, target: Target) -> Funnel:

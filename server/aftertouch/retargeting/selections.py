@@ -18,6 +18,7 @@ from aftertouch.errors import (
     FieldsInvalid,
     NotFound,
     RetargetingNotEnabled,
+    ScheduleTooLate,
     SourceBeforePlan,
     SourceNotSent,
     SourceTooOld,
@@ -82,9 +83,17 @@ def list_questions(selection: Selection, path: str = "") -> Iterator[tuple[Quest
 
 
 async def find_sources(
-    conn: AsyncConnection, app: App, channels: Mapping[str, ChannelType], selection: Selection, path: str
+    conn: AsyncConnection,
+    app: App,
+    channels: Mapping[str, ChannelType],
+    selection: Selection,
+    path: str,
+    at: datetime | None = None,
 ) -> Sources:
     """The campaigns that a selection asks, when each can be asked.
+
+    Args:
+        at: when the wave goes out; now, by default.
 
     Raises:
         NotFound, FieldsInvalid, or what ``check_source`` raises.
@@ -96,20 +105,20 @@ async def find_sources(
     for name in names:
         if name not in found:
             raise NotFound(f"{app.name}/campaigns/{name}")
-        sources[name] = find_source(app, channels, found[name])
-    violations = [fault for question, where in asked for fault in _find_faults(question, sources[question.source].channel, where)]
+        sources[name] = find_source(app, channels, found[name], at)
+    violations = [fault for question, where in asked for fault in find_faults(question, sources[question.source].channel, where)]
     if violations:
         raise FieldsInvalid(violations)
     return sources
 
 
-def find_source(app: App, channels: Mapping[str, ChannelType], campaign: Campaign) -> Source:
+def find_source(app: App, channels: Mapping[str, ChannelType], campaign: Campaign, at: datetime | None = None) -> Source:
     """A campaign with its channel, when it can be retargeted.
 
     Raises:
         NotFound: its channel is no longer installed; or what ``check_source`` raises.
     """
-    check_source(app, campaign)
+    check_source(app, campaign, at)
     if campaign.channel not in channels:
         raise NotFound(f"channels/{campaign.channel}")
     return Source(campaign, channels[campaign.channel])
@@ -125,11 +134,13 @@ def check_source(app: App, source: Campaign, at: datetime | None = None) -> None
     if source.launch_time < app.retargetable_since:
         raise SourceBeforePlan(name, app.retargetable_since.isoformat())
     last_time = source.launch_time + timedelta(days=app.retention_days)
-    if (at or datetime.now(UTC)) > last_time:
+    if datetime.now(UTC) > last_time:
         raise SourceTooOld(name, app.retention_days, last_time.isoformat())
+    if at is not None and at > last_time:
+        raise ScheduleTooLate(name, app.retention_days, at.isoformat(), last_time.isoformat())
 
 
-def _find_faults(question: Question, channel: ChannelType, path: str) -> Iterator[Violation]:
+def find_faults(question: Question, channel: ChannelType, path: str) -> Iterator[Violation]:
     """What the source's channel cannot be asked."""
     compiled = channel.actions.get(question.action)
     if compiled is None:
@@ -143,10 +154,19 @@ def _find_faults(question: Question, channel: ChannelType, path: str) -> Iterato
             yield Violation(f"{path}.reason_classes[{index}]", f"unknown class {name!r}; known are {', '.join(ReasonClass)}")
 
 
+def root_of(campaign: Campaign) -> int:
+    """The campaign at the root of a campaign's chain."""
+    return campaign.root_id or campaign.campaign_id
+
+
 def find_root(sources: Sources) -> int:
     """The campaign at the root of the chain to which a wave belongs: that of the source which its selection names first."""
-    first = next(iter(sources.values())).campaign
-    return first.root_id or first.campaign_id
+    return root_of(next(iter(sources.values())).campaign)
+
+
+def find_roots(sources: Sources) -> frozenset[int]:
+    """The roots of all chains that a selection asks."""
+    return frozenset(root_of(source.campaign) for source in sources.values())
 
 
 _LONGEST_TITLE = 200

@@ -38,6 +38,14 @@ def slot_range(campaign_id: int) -> tuple[int, int]:
     return campaign_id << SLOT_SHIFT, (campaign_id + 1) << SLOT_SHIFT
 
 
+def holdout_of(campaign_id: int) -> int:
+    """The number under which a campaign's holdout has a roll, cut and keyed like any other: below zero, where no campaign is.
+
+    A contact set would do, but erasing somebody clears their bits there, and a report's totals have to stay.
+    """
+    return -campaign_id
+
+
 def chunk_of(slot: int) -> int:
     """Which chunk of its campaign a slot is."""
     return slot & ((1 << SLOT_SHIFT) - 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.struct_pb2 import Struct
 from pydantic import ValidationError
 
 from aftertouch.channels import Accepted, Outcome, ReasonClass, Unclear
@@ -46,7 +47,7 @@ from aftertouch.store.lists import find_list
 from aftertouch.store.units import has_units
 from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
 
-_SETTINGS = ("display_name", "messages_per_second", "transactional")
+_SETTINGS = ("display_name", "messages_per_second", "transactional", "holdout_percent")
 """Fields that are stored as they are given."""
 _CHANGEABLE = (*_SETTINGS, "content", "audience", "track_links")
 _CHANGEABLE_BEFORE_SENDING = frozenset({"messages_per_second"})
@@ -76,7 +77,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         found = self._registry.types[given.channel]
         values: dict[str, Any] = {"channel": given.channel} | {name: getattr(given, name) for name in _SETTINGS}
         parts, roll = await self._read_parts(call, given, found, ("content", "audience", "track_links"))
-        return await create_draft(call, request.campaign_id, values | parts, roll)
+        return await to_campaign(call, await create_draft(call, request.campaign_id, values | parts, roll))
 
     async def GetCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.GetCampaignRequest, call: Call
@@ -106,7 +107,14 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         _check_etag(given.name, campaign, given.etag)
         paths = _read_mask(request)
         is_pace_only = bool(paths) and _CHANGEABLE_BEFORE_SENDING.issuperset(paths)
-        check_state(call.app, campaign, "DRAFT", *(("SCHEDULED", "PAUSED") if is_pace_only else ()))
+        is_waiting = campaign.source_id is not None and "audience" not in paths
+        check_state(
+            call.app,
+            campaign,
+            "DRAFT",
+            *(("SCHEDULED",) if is_pace_only or is_waiting else ()),
+            *(("PAUSED",) if is_pace_only else ()),
+        )
         if "channel" in paths and given.channel != campaign.channel:
             raise FieldsInvalid(
                 [Violation("campaign.channel", f"cannot be changed from {campaign.channel}; make a new campaign")]
@@ -146,12 +154,12 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         check_times(schedule_time, send_by_time)
         if request.validate_only:
             message = await to_campaign(call, campaign)
-            numbers = await prepare_launch(conn, self._registry, call.app, campaign)
-            message.counts.recipients = len(numbers)
+            people = await prepare_launch(conn, self._registry, call.app, campaign, schedule_time)
+            message.counts.recipients, message.holdout_count = len(people.roll), len(people.held_out)
             if not message.counts.recipients and schedule_time is None:
                 raise AudienceEmpty(request.name)
             declared, channel = self._registry.types[campaign.channel], self._registry.channels[campaign.channel]
-            bill = await estimate_campaign(conn, self._context, call.app, campaign, declared, channel, numbers)
+            bill = await estimate_campaign(conn, self._context, call.app, campaign, declared, channel, people.roll)
             if bill is not None:
                 message.estimate.CopyFrom(_to_estimate(bill))
             return message
@@ -274,7 +282,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         """
         values: dict[str, Any] = {}
         if "content" in paths:
-            values["content"] = _read_content(found, given) if given.HasField("content") else None
+            values["content"] = read_content(found, given.content, "campaign.content") if given.HasField("content") else None
         if "track_links" in paths:
             values["track_links"] = given.track_links or not given.HasField("track_links")
         if "audience" not in paths:
@@ -303,9 +311,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         return values | prepared.values, prepared.roll
 
 
-async def create_draft(
-    call: Call, campaign_id: str, values: Mapping[str, Any], roll: Numbers | None = None
-) -> campaigns_pb2.Campaign:
+async def create_draft(call: Call, campaign_id: str, values: Mapping[str, Any], roll: Numbers | None = None) -> store.Campaign:
     """Make a draft under the chosen id, or one of ours, with the people of an audience that is frozen."""
     conn = await call.begin()
     try:
@@ -314,7 +320,7 @@ async def create_draft(
         raise AlreadyExists(f"{call.app.name}/{error.metadata['resource']}") from error
     if roll is not None:
         await write_roll(conn, campaign.campaign_id, roll)
-    return await to_campaign(call, campaign)
+    return campaign
 
 
 async def find(call: Call, name: str, *, field: str = "name", lock: bool = False) -> store.Campaign:
@@ -362,17 +368,18 @@ def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
     return paths
 
 
-def _read_content(found: ChannelType, given: campaigns_pb2.Campaign) -> dict[str, Any]:
+def read_content(found: ChannelType, given: Struct, path: str) -> dict[str, Any]:
+    """A content as it is stored, when the channel takes it; ``path`` leads to it, for errors."""
     # First, so that nobody has us parse megabytes of Liquid.
-    if given.content.ByteSize() > _LARGEST_CONTENT:
-        raise FieldsInvalid([Violation("campaign.content", f"is larger than {_LARGEST_CONTENT} bytes")])
-    content: dict[str, Any] = json_format.MessageToDict(given.content)
-    violations = [Violation(f"campaign.{path}", text) for path, text in find_template_errors(content)]
+    if given.ByteSize() > _LARGEST_CONTENT:
+        raise FieldsInvalid([Violation(path, f"is larger than {_LARGEST_CONTENT} bytes")])
+    content: dict[str, Any] = json_format.MessageToDict(given)
+    violations = [Violation(place, text) for place, text in find_template_errors(content, path)]
     try:
         found.channel.content_model.model_validate(content)
     except ValidationError as error:
         violations += [
-            Violation(".".join(["campaign.content", *map(str, fault["loc"])]), fault["msg"])
+            Violation(".".join([path, *map(str, fault["loc"])]), fault["msg"])
             for fault in error.errors(include_url=False, include_context=False, include_input=False)
         ]
     if violations:
@@ -415,6 +422,8 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
         send_by_time=to_timestamp(campaign.send_by_time),
         launch_time=to_timestamp(campaign.launch_time),
         finish_time=to_timestamp(campaign.finish_time),
+        holdout_percent=campaign.holdout_percent,
+        holdout_count=campaign.holdout_count,
     )
     if campaign.content is not None:
         message.content.CopyFrom(to_struct(campaign.content))
@@ -422,6 +431,10 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
         message.audience.CopyFrom(_to_audience(call, campaign.audience))
     if campaign.root_id is not None and (root := await store.read_campaign(await call.begin(), campaign.root_id)):
         message.root = f"{call.app.name}/campaigns/{root.campaign}"
+    if campaign.source_id is not None and campaign.delay_seconds is not None:
+        message.follow_up.delay.seconds = campaign.delay_seconds
+        if source := await store.read_campaign(await call.begin(), campaign.source_id):
+            message.follow_up.source = f"{call.app.name}/campaigns/{source.campaign}"
     return message
 
 

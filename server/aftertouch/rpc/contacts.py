@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from aftertouch.channels import Address
 from aftertouch.errors import FieldsInvalid, NotFound, Violation
 from aftertouch.plugins import Registry
-from aftertouch.retargeting.explanations import explain_campaign, explain_retarget
+from aftertouch.retargeting.chains import find_chain
+from aftertouch.retargeting.explanations import explain_campaign, explain_chain, explain_retarget
 from aftertouch.retargeting.history import page_history
 from aftertouch.rolls.sql import page_set
 from aftertouch.rpc.campaigns import find as find_campaign
@@ -182,6 +183,15 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
         contact = await _find(call, request.name)
         conn = await call.begin()
         now = datetime.now(UTC)
+        if request.WhichOneof("question") == "chain":
+            chain = await find_chain(conn, call.app, await find_campaign(call, request.chain, field="chain"))
+            explanations = [
+                to_explanation(call, request.name, explained, now)
+                for explained in await explain_chain(conn, call.app, self._registry.types, chain, contact)
+            ]
+            answer, waves = explanations[0], explanations[1:]
+            answer.waves.extend(waves)
+            return answer
         if request.WhichOneof("question") == "campaign":
             campaign = await find_campaign(call, request.campaign, field="campaign")
             explained = await explain_campaign(conn, call.app, self._registry.types, campaign, contact)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.errors import DraftExists, FieldsInvalid, NotFound, SelectionUnsettled, Violation
+from aftertouch.delivery.follow_ups import plan_follow_up
+from aftertouch.errors import FieldsInvalid, NotFound, SelectionUnsettled, Violation
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.audiences import Prepared, filter_selection, prepare_selection
+from aftertouch.retargeting.chains import REACHED, Comparison, Link, Tally, find_chain, report_chain
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.funnel import Funnel, Reason
 from aftertouch.retargeting.matching import ActionCount, count_matrix
-from aftertouch.retargeting.selections import Source, find_source, find_sources, title_wave
+from aftertouch.retargeting.selections import Question, Selection, Source, Sources, find_source, find_sources, root_of, title_wave
 from aftertouch.retargeting.settling import Unsettled, find_unsettled
 from aftertouch.rolls.chunks import Bits, count_bits, list_numbers
-from aftertouch.rpc.campaigns import create_draft
+from aftertouch.rpc.campaigns import create_draft, find, read_content, to_campaign
 from aftertouch.rpc.channels import to_action
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import read_name
@@ -91,7 +94,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
             unsettled = await find_unsettled(conn, call.app, sources, selection, as_of_time)
             _check_settled(call, unsettled, is_required=request.require_settled)
-            funnel = await filter_selection(conn, self._copies, call.app, sources, selection, request.channel)
+            funnel = await self._filter(conn, call, request, sources, selection)
         return _Response(
             matched_count=count_bits(funnel.matched),
             drops=[
@@ -109,11 +112,13 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
     ) -> AsyncIterator[retargeting_pb2.ListRetargetContactsResponse]:
         selection = read_selection(call, request.selection, "selection")
         self._check_target(request.channel)
-        question = f"{call.app.name}/{request.selection}/{request.channel}/{request.group}/{request.reason}"
+        question = "/".join(
+            map(str, (call.app.name, request.selection, request.channel, request.group, request.reason, request.holdout_percent))
+        )
         after = read_page_token(request.resume_token, question, int, "resume_token")
         async with snapshot(call.engine) as (conn, as_of_time):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
-            funnel = await filter_selection(conn, self._copies, call.app, sources, selection, request.channel)
+            funnel = await self._filter(conn, call, request, sources, selection)
         numbers = await asyncio.to_thread(list_numbers, _choose_group(funnel, request))
         first = 0 if after is None else int(np.searchsorted(numbers, after, side="right"))
         # One response at least says how many there are.
@@ -147,31 +152,123 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
                 request.channel,
                 as_of_time=now if is_frozen else None,
             )
-        if not request.allow_duplicate:
-            await _check_new(call, prepared, request.channel)
-        title = {"display_name": request.display_name or title_wave(selection, sources), "channel": request.channel}
-        draft = await create_draft(call, request.campaign_id, title | prepared.values, prepared.roll)
-        draft.unsettled.extend(_to_unsettled(call, unsettled))
-        return draft
+        draft = None if request.allow_duplicate else await _find_existing(call, prepared, request.channel)
+        is_existing = draft is not None
+        if draft is None:
+            values = {
+                "display_name": request.display_name or title_wave(selection, sources),
+                "channel": request.channel,
+                "holdout_percent": request.holdout_percent,
+            }
+            draft = await create_draft(call, request.campaign_id, values | prepared.values, prepared.roll)
+        message = await to_campaign(call, draft)
+        message.existing = is_existing
+        message.unsettled.extend(_to_unsettled(call, unsettled))
+        return message
+
+    async def CreateFollowUps(  # type: ignore[override]
+        self, request: retargeting_pb2.CreateFollowUpsRequest, call: Call
+    ) -> retargeting_pb2.CreateFollowUpsResponse:
+        source = await find(call, request.source, field="source")
+        conn = await call.begin()
+        made = []
+        for index, step in enumerate(request.steps):
+            path = f"steps[{index}]"
+            question = _read_step(call, step, source, path)
+            self._check_target(step.channel, f"{path}.channel")
+            values: dict[str, Any] = {
+                "channel": step.channel,
+                "content": read_content(self._registry.types[step.channel], step.content, f"{path}.content"),
+                "holdout_percent": step.holdout_percent,
+            }
+            delay = step.delay.ToTimedelta()
+            values |= plan_follow_up(call.app, self._registry.types, source, question, delay, path)
+            if step.display_name:
+                values["display_name"] = step.display_name
+            draft = await create_draft(call, step.campaign_id, values)
+            source = await store.update_campaign(conn, draft.campaign_id, state="SCHEDULED")
+            made.append(await to_campaign(call, source))
+        return retargeting_pb2.CreateFollowUpsResponse(campaigns=made)
+
+    async def GetChainReport(  # type: ignore[override]
+        self, request: retargeting_pb2.GetChainReportRequest, call: Call
+    ) -> retargeting_pb2.ChainReport:
+        name = read_name(call, request.name, "campaigns")
+        async with snapshot(call.engine) as (conn, as_of_time):
+            campaign = await self._find(conn, call, name)
+            campaigns = await find_chain(conn, call.app, campaign)
+            report = await report_chain(conn, self._copies, self._registry.types, campaigns)
+        return retargeting_pb2.ChainReport(
+            root=next(
+                (f"{call.app.name}/campaigns/{found.campaign}" for found in campaigns if found.campaign_id == root_of(campaign)),
+                "",
+            ),
+            campaigns=[_to_chain_campaign(call, link) for link in report.links],
+            people=_to_chain_counts(report.people),
+            comparisons=[_to_comparison(call, comparison) for comparison in report.comparisons],
+            as_of_time=to_timestamp(as_of_time),
+        )
+
+    async def _filter(
+        self,
+        conn: AsyncConnection,
+        call: Call,
+        request: retargeting_pb2.PreviewRetargetRequest | retargeting_pb2.ListRetargetContactsRequest,
+        sources: Sources,
+        selection: Selection,
+    ) -> Funnel:
+        return await filter_selection(
+            conn,
+            self._copies,
+            call.app,
+            sources,
+            selection,
+            request.channel,
+            holdout_percent=request.holdout_percent,
+        )
 
     async def _find_source(self, conn: AsyncConnection, call: Call, name: str) -> Source:
+        return find_source(call.app, self._registry.types, await self._find(conn, call, name))
+
+    @staticmethod
+    async def _find(conn: AsyncConnection, call: Call, name: str) -> store.Campaign:
         found = await store.find_campaign(conn, call.app.app_id, name)
         if found is None:
             raise NotFound(f"{call.app.name}/campaigns/{name}")
-        return find_source(call.app, self._registry.types, found)
+        return found
 
-    def _check_target(self, channel: str) -> None:
+    def _check_target(self, channel: str, path: str = "channel") -> None:
         if channel not in self._registry.types:
             known = ", ".join(sorted(self._registry.types))
-            raise FieldsInvalid([Violation("channel", f"no channel {channel!r} is installed; there are {known}")])
+            raise FieldsInvalid([Violation(path, f"no channel {channel!r} is installed; there are {known}")])
 
 
-async def _check_new(call: Call, prepared: Prepared, channel: str) -> None:
-    """Raise ``DraftExists`` when the same retarget was drafted already; two calls at once take their turns."""
+async def _find_existing(call: Call, prepared: Prepared, channel: str) -> store.Campaign | None:
+    """The same retarget, when it was made already and not launched; two calls at once take their turns."""
     values = prepared.values
-    draft = await store.find_draft(await call.begin(), call.app.app_id, values["root_id"], channel, values["audience"])
-    if draft is not None:
-        raise DraftExists(f"{call.app.name}/campaigns/{draft.campaign}")
+    return await store.find_draft(await call.begin(), call.app.app_id, values["root_id"], channel, values["audience"])
+
+
+def _read_step(call: Call, step: retargeting_pb2.FollowUpStep, source: store.Campaign, path: str) -> Question:
+    """What a follow-up asks of the campaign before it."""
+    given = step.selection
+    set_fields = ["source"] if given.source else []
+    if (combination := given.WhichOneof("combination")) is not None:
+        set_fields.append(combination)
+    violations = [
+        Violation(f"{path}.selection.{field}", "must be empty: a step asks the people of the campaign before it")
+        for field in set_fields
+    ]
+    if step.delay.nanos:
+        violations.append(Violation(f"{path}.delay", "must be whole seconds"))
+    if violations:
+        raise FieldsInvalid(violations)
+    asked = campaigns_pb2.RetargetSelection()
+    asked.CopyFrom(given)
+    asked.source = f"{call.app.name}/campaigns/{source.campaign}"
+    question = read_selection(call, asked, f"{path}.selection")
+    assert isinstance(question, Question), "it has a source"
+    return question
 
 
 def _check_settled(call: Call, unsettled: Sequence[Unsettled], *, is_required: bool) -> None:
@@ -195,6 +292,45 @@ def _choose_group(funnel: Funnel, request: retargeting_pb2.ListRetargetContactsR
     if reason not in funnel.drops:
         raise FieldsInvalid([Violation("reason", f"is required for the group DROPPED: one of {', '.join(funnel.drops)}")])
     return funnel.drops[Reason(reason)]
+
+
+def _to_chain_counts(tally: Tally) -> retargeting_pb2.ChainCounts:
+    signals = dict(tally.signals)
+    return retargeting_pb2.ChainCounts(recipients=tally.recipients, reached=signals.pop(REACHED, 0), signals=signals)
+
+
+def _to_chain_campaign(call: Call, link: Link) -> retargeting_pb2.ChainCampaign:
+    campaign = link.campaign
+    return retargeting_pb2.ChainCampaign(
+        campaign=f"{call.app.name}/campaigns/{campaign.campaign}",
+        sources=[f"{call.app.name}/campaigns/{source}" for source in link.sources],
+        display_name=campaign.display_name,
+        channel=campaign.channel,
+        state=campaigns_pb2.Campaign.State.Value(campaign.state),
+        launch_time=to_timestamp(campaign.launch_time),
+        people=_to_chain_counts(link.people),
+        added=_to_chain_counts(link.added),
+        holdout_count=campaign.holdout_count,
+    )
+
+
+def _to_comparison(call: Call, comparison: Comparison) -> retargeting_pb2.HoldoutComparison:
+    return retargeting_pb2.HoldoutComparison(
+        campaign=f"{call.app.name}/campaigns/{comparison.campaign.campaign}",
+        recipients=comparison.campaign.recipients,
+        holdout_count=comparison.campaign.holdout_count,
+        differences=[
+            retargeting_pb2.HoldoutComparison.Difference(
+                signal=found.signal,
+                recipient_count=found.recipients,
+                holdout_count=found.held_out,
+                difference=found.difference,
+                lower_bound=found.lower,
+                upper_bound=found.upper,
+            )
+            for found in comparison.differences
+        ],
+    )
 
 
 def _to_action_count(source: Source, counted: ActionCount) -> retargeting_pb2.ActionCount:

@@ -50,10 +50,20 @@ class Campaign:
     """The tracked ones by their numbers, as they stand in the content; none before the launch."""
     launch_time: datetime | None
     finish_time: datetime | None
+    holdout_percent: int
+    """How many of 100 people of the audience are not messaged."""
+    holdout_count: int
+    """How many were not."""
+    source_id: int | None
+    """Of a follow-up: the campaign after whose sending it is launched."""
+    delay_seconds: int | None
+    """And how long after."""
 
 
 _DRAFTS = 1
 """The class of the advisory locks on drafts of a chain."""
+_OVER = ("SENT", "CANCELED", "FAILED")
+"""States from which nothing more comes."""
 
 
 def _campaign(row: Row[Any]) -> Campaign:
@@ -151,6 +161,51 @@ async def lock_due_campaign(conn: AsyncConnection, channels: Collection[str]) ->
     return _campaign(row) if row else None
 
 
+async def lock_settled_follow_up(conn: AsyncConnection) -> Campaign | None:
+    """A follow-up whose source is sent, or never will be, and that has no time yet, locked; None when there is none."""
+    source = campaigns.alias()
+    statement = (
+        select(campaigns)
+        .outerjoin(source, source.c.campaign_id == campaigns.c.source_id)
+        .where(
+            campaigns.c.state == "SCHEDULED",
+            campaigns.c.schedule_time.is_(None),
+            source.c.campaign_id.is_(None) | source.c.state.in_(_OVER),
+        )
+        .order_by(campaigns.c.campaign_id)
+        .limit(1)
+        .with_for_update(skip_locked=True, of=campaigns)
+    )
+    row = (await conn.execute(statement)).one_or_none()
+    return _campaign(row) if row else None
+
+
+async def list_chain(conn: AsyncConnection, root_id: int, limit: int) -> list[Campaign]:
+    """The campaigns of a chain: the root, the launched ones by the time of their launch, then the others."""
+    statement = (
+        select(campaigns)
+        .where((campaigns.c.campaign_id == root_id) | (campaigns.c.root_id == root_id))
+        .order_by(campaigns.c.campaign_id != root_id, campaigns.c.launch_time, campaigns.c.campaign_id)
+        .limit(limit)
+    )
+    return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def read_holdouts(conn: AsyncConnection, root_ids: Collection[int]) -> dict[int, int]:
+    """How many of 100 people the launched campaigns of these chains hold out at the most, by root; none is left out."""
+    root = func.coalesce(campaigns.c.root_id, campaigns.c.campaign_id)
+    statement = (
+        select(root, func.max(campaigns.c.holdout_percent))
+        .where(
+            campaigns.c.campaign_id.in_(root_ids) | campaigns.c.root_id.in_(root_ids),
+            campaigns.c.launch_time.is_not(None),
+            campaigns.c.holdout_percent > 0,
+        )
+        .group_by(root)
+    )
+    return {root_id: percent for root_id, percent in await conn.execute(statement)}
+
+
 async def list_launched(conn: AsyncConnection, app_id: int, before: int | None, limit: int) -> list[int]:
     """The numbers of launched campaigns, newest first, those made before the campaign with this number."""
     statement = (
@@ -207,12 +262,15 @@ async def list_finished(conn: AsyncConnection, app_id: int, channel: str, since:
 async def find_draft(
     conn: AsyncConnection, app_id: int, root_id: int, channel: str, audience: Mapping[str, Any]
 ) -> Campaign | None:
-    """A draft of the chain for the same audience on the same channel. Until the transaction ends, nobody else looks for one."""
+    """A wave of the chain for the same audience on the same channel that was not launched yet.
+
+    Until the transaction ends, nobody else looks for one.
+    """
     await conn.execute(select(func.pg_advisory_xact_lock(_DRAFTS, func.hashint8(root_id))))
     statement = select(campaigns).where(
         campaigns.c.app_id == app_id,
         campaigns.c.root_id == root_id,
-        campaigns.c.state == "DRAFT",
+        campaigns.c.state.in_(("DRAFT", "SCHEDULED")),
         campaigns.c.channel == channel,
         campaigns.c.audience.op("-")("frozen") == {key: value for key, value in audience.items() if key != "frozen"},
     )

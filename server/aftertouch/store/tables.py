@@ -216,7 +216,12 @@ campaigns = Table(
     Column("links", ARRAY(Text), nullable=False, server_default=text("'{}'"), comment="tracked ones by number, since the launch"),
     _time("launch_time", nullable=True),
     _time("finish_time", nullable=True),
+    Column("holdout_percent", Integer, nullable=False, server_default=text("0"), comment="of the audience, not messaged"),
+    Column("holdout_count", BigInteger, nullable=False, server_default=text("0"), comment="length of the holdout's roll"),
+    Column("source_id", BigInteger, comment="of a follow-up: the campaign after whose sending it is launched"),
+    Column("delay_seconds", BigInteger, comment="and how long after"),
     UniqueConstraint("app_id", "campaign"),
+    Index(None, "root_id", postgresql_where=text("root_id IS NOT NULL")),
     Index(None, "app_id", "campaign_id"),
     Index(None, "schedule_time", postgresql_where=text("state = 'SCHEDULED'")),
 )

@@ -92,6 +92,10 @@ class Campaign(_message.Message):
     TRANSACTIONAL_FIELD_NUMBER: _builtins.int
     ESTIMATE_FIELD_NUMBER: _builtins.int
     UNSETTLED_FIELD_NUMBER: _builtins.int
+    HOLDOUT_PERCENT_FIELD_NUMBER: _builtins.int
+    HOLDOUT_COUNT_FIELD_NUMBER: _builtins.int
+    FOLLOW_UP_FIELD_NUMBER: _builtins.int
+    EXISTING_FIELD_NUMBER: _builtins.int
     TRACK_LINKS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -114,6 +118,16 @@ class Campaign(_message.Message):
     """
     transactional: _builtins.bool
     """A message that people wait for (a receipt, a code): neither quiet hours nor the frequency cap of the app hold for it."""
+    holdout_percent: _builtins.int
+    """How many of 100 people of the audience are not messaged, so that GetChainReport can say what messaging did: 0 to 90.
+    Who they are follows from the chain's root and the contact alone, so it is one group for a whole chain: whoever is held
+    out of a wave is held out of the waves after it too. They are chosen when the campaign is launched, and out of a frozen
+    audience as well.
+    """
+    holdout_count: _builtins.int
+    """How many people were held out, once it was launched. They are not among its recipients."""
+    existing: _builtins.bool
+    """True when CreateRetarget made nothing, because this campaign is the same retarget and was not launched yet."""
     track_links: _builtins.bool
     """Links in the content lead through us, so that a click on them is known; true when it is not set. It says nothing on
     channels whose links are not tracked. Links whose host is not written out in the content (but comes from an attribute)
@@ -169,6 +183,10 @@ class Campaign(_message.Message):
         """Where its selection was asked too early; only from CreateRetarget."""
 
     @_builtins.property
+    def follow_up(self) -> Global___FollowUp:
+        """What it waits for, when CreateFollowUps made it."""
+
+    @_builtins.property
     def links(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The tracked links as they stand in the content, since it was launched. A click on the first has the reason "link/0"."""
 
@@ -195,18 +213,50 @@ class Campaign(_message.Message):
         transactional: _builtins.bool = ...,
         estimate: Global___Estimate | None = ...,
         unsettled: _abc.Iterable[Global___Unsettled] | None = ...,
+        holdout_percent: _builtins.int = ...,
+        holdout_count: _builtins.int = ...,
+        follow_up: Global___FollowUp | None = ...,
+        existing: _builtins.bool = ...,
         track_links: _builtins.bool | None = ...,
         links: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "estimate", b"estimate", "finish_time", b"finish_time", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "track_links", b"track_links", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "content", b"content", "counts", b"counts", "create_time", b"create_time", "estimate", b"estimate", "finish_time", b"finish_time", "follow_up", b"follow_up", "launch_time", b"launch_time", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "track_links", b"track_links", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "estimate", b"estimate", "etag", b"etag", "finish_time", b"finish_time", "launch_time", b"launch_time", "links", b"links", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "track_links", b"track_links", "transactional", b"transactional", "unsettled", b"unsettled", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_track_links", b"_track_links", "audience", b"audience", "channel", b"channel", "content", b"content", "counts", b"counts", "create_time", b"create_time", "display_name", b"display_name", "estimate", b"estimate", "etag", b"etag", "existing", b"existing", "finish_time", b"finish_time", "follow_up", b"follow_up", "holdout_count", b"holdout_count", "holdout_percent", b"holdout_percent", "launch_time", b"launch_time", "links", b"links", "messages_per_second", b"messages_per_second", "name", b"name", "root", b"root", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "state", b"state", "state_reason", b"state_reason", "track_links", b"track_links", "transactional", b"transactional", "unsettled", b"unsettled", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__track_links: _TypeAlias = _typing.Literal["track_links"]  # noqa: Y015
     _WhichOneofArgType__track_links: _TypeAlias = _typing.Literal["_track_links", b"_track_links"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__track_links) -> _WhichOneofReturnType__track_links | None: ...
 
 Global___Campaign: _TypeAlias = Campaign  # noqa: Y015
+
+@_typing.final
+class FollowUp(_message.Message):
+    """When a step of follow-ups is launched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DELAY_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`: the campaign whose people it asks. Empty when that was deleted."""
+    @_builtins.property
+    def delay(self) -> _duration_pb2.Duration:
+        """How long after the end of the source's sending. Until then, schedule_time is not set."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        delay: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowUp: _TypeAlias = FollowUp  # noqa: Y015
 
 @_typing.final
 class Audience(_message.Message):

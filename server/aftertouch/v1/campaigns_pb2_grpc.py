@@ -133,8 +133,8 @@ class CampaignsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateCampaign(self, request, context):
-        """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
-        FIELDS_INVALID.
+        """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
+        well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,14 +151,15 @@ class CampaignsServicer:
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
         schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
         whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, FIELDS_INVALID, ETAG_MISMATCH,
+        REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnscheduleCampaign(self, request, context):
-        """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

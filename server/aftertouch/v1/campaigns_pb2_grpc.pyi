@@ -47,8 +47,8 @@ class CampaignsStub:
     for a root of another app.
     """
     UpdateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]
-    """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
-    FIELDS_INVALID.
+    """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
+    well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
     """
     DeleteCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
@@ -56,10 +56,11 @@ class CampaignsStub:
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
     schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
     whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, FIELDS_INVALID, ETAG_MISMATCH,
+    REQUEST_ID_REUSED.
     """
     UnscheduleCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]
-    """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
     PauseCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
     most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
@@ -104,8 +105,8 @@ class CampaignsAsyncStub(CampaignsStub):
     for a root of another app.
     """
     UpdateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
-    FIELDS_INVALID.
+    """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
+    well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
     """
     DeleteCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
@@ -113,10 +114,11 @@ class CampaignsAsyncStub(CampaignsStub):
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
     schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
     whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, FIELDS_INVALID, ETAG_MISMATCH,
+    REQUEST_ID_REUSED.
     """
     UnscheduleCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
     PauseCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
     most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
@@ -182,8 +184,8 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UpdateCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Changes a draft: display_name, content, audience. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH,
-        FIELDS_INVALID.
+        """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
+        well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
         """
 
     @_abc_1.abstractmethod
@@ -203,7 +205,8 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
         schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
         whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, FIELDS_INVALID, ETAG_MISMATCH,
+        REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -212,7 +215,7 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UnscheduleCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Makes a SCHEDULED campaign a DRAFT again. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
 
     @_abc_1.abstractmethod
     def PauseCampaign(

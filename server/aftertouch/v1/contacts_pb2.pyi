@@ -602,10 +602,15 @@ class ExplainContactRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     CAMPAIGN_FIELD_NUMBER: _builtins.int
     RETARGET_FIELD_NUMBER: _builtins.int
+    CHAIN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/contacts/{external_id}`."""
     campaign: _builtins.str
     """A campaign, launched or not: `apps/{app}/campaigns/{campaign}`."""
+    chain: _builtins.str
+    """A chain, by any of its campaigns: `apps/{app}/campaigns/{campaign}`. The answer is about the root, unless that was
+    deleted, and `waves` has the person's way through the others.
+    """
     @_builtins.property
     def retarget(self) -> Global___RetargetQuestion:
         """A retarget that nobody made yet."""
@@ -616,12 +621,13 @@ class ExplainContactRequest(_message.Message):
         name: _builtins.str = ...,
         campaign: _builtins.str = ...,
         retarget: Global___RetargetQuestion | None = ...,
+        chain: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "question", b"question", "retarget", b"retarget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "chain", b"chain", "question", b"question", "retarget", b"retarget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "name", b"name", "question", b"question", "retarget", b"retarget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "chain", b"chain", "name", b"name", "question", b"question", "retarget", b"retarget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_question: _TypeAlias = _typing.Literal["campaign", "retarget"]  # noqa: Y015
+    _WhichOneofReturnType_question: _TypeAlias = _typing.Literal["campaign", "retarget", "chain"]  # noqa: Y015
     _WhichOneofArgType_question: _TypeAlias = _typing.Literal["question", b"question"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_question) -> _WhichOneofReturnType_question | None: ...
 
@@ -687,6 +693,8 @@ class ContactExplanation(_message.Message):
         """The person would be messaged, if it were launched now."""
         WOULD_NOT_BE_MESSAGED: ContactExplanation._Decision.ValueType  # 9
         """The person would not be messaged, if it were launched now."""
+        HELD_OUT: ContactExplanation._Decision.ValueType  # 40
+        """The person was in the audience, and was held out so that messaging can be compared with not messaging."""
 
     class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
         """What was, or would be, decided."""
@@ -711,6 +719,8 @@ class ContactExplanation(_message.Message):
     """The person would be messaged, if it were launched now."""
     WOULD_NOT_BE_MESSAGED: ContactExplanation.Decision.ValueType  # 9
     """The person would not be messaged, if it were launched now."""
+    HELD_OUT: ContactExplanation.Decision.ValueType  # 40
+    """The person was in the audience, and was held out so that messaging can be compared with not messaging."""
 
     class _Check:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -732,6 +742,8 @@ class ContactExplanation(_message.Message):
         """The provider does not ask to leave the person alone for now. Told only when it does."""
         BELOW_FREQUENCY_CAP: ContactExplanation._Check.ValueType  # 6
         """The person has had fewer messages than the app's frequency cap. Told only when it was as many."""
+        NOT_HELD_OUT: ContactExplanation._Check.ValueType  # 40
+        """The person is not held out of the chain. Told only when they are."""
 
     class Check(_Check, metaclass=_CheckEnumTypeWrapper):
         """What is asked of a person before they are in an audience."""
@@ -750,6 +762,8 @@ class ContactExplanation(_message.Message):
     """The provider does not ask to leave the person alone for now. Told only when it does."""
     BELOW_FREQUENCY_CAP: ContactExplanation.Check.ValueType  # 6
     """The person has had fewer messages than the app's frequency cap. Told only when it was as many."""
+    NOT_HELD_OUT: ContactExplanation.Check.ValueType  # 40
+    """The person is not held out of the chain. Told only when they are."""
 
     @_typing.final
     class Step(_message.Message):
@@ -897,6 +911,7 @@ class ContactExplanation(_message.Message):
     EVENTS_INCOMPLETE_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    WAVES_FIELD_NUMBER: _builtins.int
     contact: _builtins.str
     """`apps/{app}/contacts/{external_id}`."""
     campaign: _builtins.str
@@ -939,6 +954,12 @@ class ContactExplanation(_message.Message):
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
         """The moment of which all this is true."""
 
+    @_builtins.property
+    def waves(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactExplanation]:
+        """Of a chain: the same for each wave, those that were launched by the time of their launch, then the others. The time for
+        looking through the log is shared by all of them.
+        """
+
     def __init__(
         self,
         *,
@@ -954,10 +975,11 @@ class ContactExplanation(_message.Message):
         events_incomplete: _builtins.bool = ...,
         attempts: _abc.Iterable[Global___ContactExplanation.PersonAttempt] | None = ...,
         as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        waves: _abc.Iterable[Global___ContactExplanation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "as_of_time", b"as_of_time", "attempts", b"attempts", "campaign", b"campaign", "contact", b"contact", "decision", b"decision", "events", b"events", "events_incomplete", b"events_incomplete", "reasons", b"reasons", "signals", b"signals", "steps", b"steps", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "as_of_time", b"as_of_time", "attempts", b"attempts", "campaign", b"campaign", "contact", b"contact", "decision", b"decision", "events", b"events", "events_incomplete", b"events_incomplete", "reasons", b"reasons", "signals", b"signals", "steps", b"steps", "text", b"text", "waves", b"waves"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

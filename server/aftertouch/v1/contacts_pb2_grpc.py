@@ -121,9 +121,9 @@ class ContactsServicer:
 
     def ExplainContact(self, request, context):
         """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
-        or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
-        RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
-        SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+        or by a retarget: the decision in words, with everything that led to it. Of a chain, the same for each of its campaigns.
+        Changes nothing. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT,
+        SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED; for a chain CHAIN_TOO_LONG.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

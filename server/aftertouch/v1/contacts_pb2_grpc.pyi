@@ -57,9 +57,9 @@ class ContactsStub:
     """
     ExplainContact: _grpc.UnaryUnaryMultiCallable[_contacts_pb2.ExplainContactRequest, _contacts_pb2.ContactExplanation]
     """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
-    or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
-    RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
-    SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+    or by a retarget: the decision in words, with everything that led to it. Of a chain, the same for each of its campaigns.
+    Changes nothing. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT,
+    SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED; for a chain CHAIN_TOO_LONG.
     """
     EraseContact: _grpc.UnaryUnaryMultiCallable[_contacts_pb2.EraseContactRequest, _contacts_pb2.EraseContactResponse]
     """Erases a person for good: external_id, attributes, addresses, membership in lists, the hashes of addresses and the
@@ -99,9 +99,9 @@ class ContactsAsyncStub(ContactsStub):
     """
     ExplainContact: _aio.UnaryUnaryMultiCallable[_contacts_pb2.ExplainContactRequest, _contacts_pb2.ContactExplanation]  # type: ignore[assignment]
     """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
-    or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
-    RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
-    SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+    or by a retarget: the decision in words, with everything that led to it. Of a chain, the same for each of its campaigns.
+    Changes nothing. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT,
+    SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED; for a chain CHAIN_TOO_LONG.
     """
     EraseContact: _aio.UnaryUnaryMultiCallable[_contacts_pb2.EraseContactRequest, _contacts_pb2.EraseContactResponse]  # type: ignore[assignment]
     """Erases a person for good: external_id, attributes, addresses, membership in lists, the hashes of addresses and the
@@ -174,9 +174,9 @@ class ContactsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_contacts_pb2.ContactExplanation, _abc.Awaitable[_contacts_pb2.ContactExplanation]]:
         """Says why a person was, or was not, messaged by a campaign, or would or would not be by one that is not launched yet
-        or by a retarget: the decision in words, with everything that led to it. Changes nothing. Reasons:
-        RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT, SOURCE_TOO_OLD,
-        SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED.
+        or by a retarget: the decision in words, with everything that led to it. Of a chain, the same for each of its campaigns.
+        Changes nothing. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID; for what is not launched yet also SOURCE_NOT_SENT,
+        SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED; for a chain CHAIN_TOO_LONG.
         """
 
     @_abc_1.abstractmethod

@@ -93,8 +93,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     "settle_time": "…"}: "did not" was asked before 95 of 100 would have been reported. Ask again at settle_time, or without
     require_settled.
     """
-    DRAFT_EXISTS: _ErrorReason.ValueType  # 41
-    """ALREADY_EXISTS {"campaign": "…"}: somebody made a draft of the same retarget already. Use it, or set allow_duplicate."""
+    SCHEDULE_TOO_LATE: _ErrorReason.ValueType  # 45
+    """FAILED_PRECONDITION {"campaign": "…", "retention_days": "30", "schedule_time": "…", "last_time": "…"}: a wave cannot be
+    launched later than its source's event data is kept. Schedule it for last_time at the latest.
+    """
+    CHAIN_TOO_LONG: _ErrorReason.ValueType  # 46
+    """FAILED_PRECONDITION {"campaign": "…", "limit": "200"}: the chain has more campaigns than a report can hold."""
     IDENTITY_INVALID: _ErrorReason.ValueType  # 80
     """UNAUTHENTICATED {"cause": "it has expired"}: what a page gave as its visitor's identity proves nothing. Over HTTP only, as 401."""
     ORIGIN_NOT_ALLOWED: _ErrorReason.ValueType  # 81
@@ -179,8 +183,12 @@ SELECTION_UNSETTLED: ErrorReason.ValueType  # 40
 "settle_time": "…"}: "did not" was asked before 95 of 100 would have been reported. Ask again at settle_time, or without
 require_settled.
 """
-DRAFT_EXISTS: ErrorReason.ValueType  # 41
-"""ALREADY_EXISTS {"campaign": "…"}: somebody made a draft of the same retarget already. Use it, or set allow_duplicate."""
+SCHEDULE_TOO_LATE: ErrorReason.ValueType  # 45
+"""FAILED_PRECONDITION {"campaign": "…", "retention_days": "30", "schedule_time": "…", "last_time": "…"}: a wave cannot be
+launched later than its source's event data is kept. Schedule it for last_time at the latest.
+"""
+CHAIN_TOO_LONG: ErrorReason.ValueType  # 46
+"""FAILED_PRECONDITION {"campaign": "…", "limit": "200"}: the chain has more campaigns than a report can hold."""
 IDENTITY_INVALID: ErrorReason.ValueType  # 80
 """UNAUTHENTICATED {"cause": "it has expired"}: what a page gave as its visitor's identity proves nothing. Over HTTP only, as 401."""
 ORIGIN_NOT_ALLOWED: ErrorReason.ValueType  # 81

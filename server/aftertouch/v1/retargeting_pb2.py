@@ -27,10 +27,12 @@ from aftertouch.v1 import channels_pb2 as aftertouch_dot_v1_dot_channels__pb2
 from aftertouch.v1 import options_pb2 as aftertouch_dot_v1_dot_options__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61\x66tertouch/v1/retargeting.proto\x12\raftertouch.v1\x1a\x1d\x61\x66tertouch/v1/campaigns.proto\x1a\x1c\x61\x66tertouch/v1/channels.proto\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"*\n\x12ListActionsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xb4\x01\n\x13ListActionsResponse\x12+\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x1a.aftertouch.v1.ActionCount\x12\x12\n\nrecipients\x18\x02 \x01(\x03\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpending_count\x18\x04 \x01(\x03\x12\x15\n\runclear_count\x18\x05 \x01(\x03\"o\n\x0b\x41\x63tionCount\x12%\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x15.aftertouch.v1.Action\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\x12\x13\n\x0b\x61part_count\x18\x03 \x01(\x03\x12\x15\n\rpending_count\x18\x04 \x01(\x03\"&\n\x10GetMatrixRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xb3\x01\n\x06Matrix\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12&\n\x04rows\x18\x02 \x03(\x0b\x32\x18.aftertouch.v1.MatrixRow\x12\x12\n\nrecipients\x18\x03 \x01(\x03\x12.\n\nas_of_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpending_count\x18\x05 \x01(\x03\x12\x15\n\runclear_count\x18\x06 \x01(\x03\"g\n\tMatrixRow\x12\x30\n\x0c\x61\x63tion_count\x18\x01 \x01(\x0b\x32\x1a.aftertouch.v1.ActionCount\x12(\n\x05\x63\x65lls\x18\x02 \x03(\x0b\x32\x19.aftertouch.v1.MatrixCell\"6\n\nMatrixCell\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x17\n\x0freachable_count\x18\x02 \x01(\x03\"\x8a\x01\n\x16PreviewRetargetRequest\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12\x17\n\x0frequire_settled\x18\x03 \x01(\x08\"\xd5\x03\n\x17PreviewRetargetResponse\x12\x15\n\rmatched_count\x18\x01 \x01(\x03\x12:\n\x05\x64rops\x18\x02 \x03(\x0b\x32+.aftertouch.v1.PreviewRetargetResponse.Drop\x12\x16\n\x0e\x61udience_count\x18\x03 \x01(\x03\x12.\n\nas_of_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x64isplay_name\x18\x05 \x01(\t\x12+\n\tunsettled\x18\x06 \x03(\x0b\x32\x18.aftertouch.v1.Unsettled\x1aT\n\x04\x44rop\x12=\n\x06reason\x18\x01 \x01(\x0e\x32-.aftertouch.v1.PreviewRetargetResponse.Reason\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x85\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fNO_SUBSCRIPTION\x10\x01\x12\r\n\tOPTED_OUT\x10\x02\x12\x0b\n\x07INVALID\x10\x03\x12\x08\n\x04HELD\x10\x04\x12\x16\n\x12OVER_FREQUENCY_CAP\x10\x05\x12\x10\n\x0cIN_OPEN_WAVE\x10\x06\"\xe8\x02\n\x1bListRetargetContactsRequest\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12I\n\x05group\x18\x03 \x01(\x0e\x32\x30.aftertouch.v1.ListRetargetContactsRequest.GroupB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12G\n\x06reason\x18\x04 \x01(\x0e\x32-.aftertouch.v1.PreviewRetargetResponse.ReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x14\n\x0cresume_token\x18\x05 \x01(\t\"F\n\x05Group\x12\x15\n\x11GROUP_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41UDIENCE\x10\x01\x12\x0b\n\x07MATCHED\x10\x02\x12\x0b\n\x07\x44ROPPED\x10\x03\"\x8b\x01\n\x1cListRetargetContactsResponse\x12\x10\n\x08\x63ontacts\x18\x01 \x03(\t\x12\x13\n\x0btotal_count\x18\x02 \x01(\x03\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"\xe7\x02\n\x15\x43reateRetargetRequest\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12@\n\x0b\x63\x61mpaign_id\x18\x03 \x01(\tB+\xbaH(r#2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\xd8\x01\x01\x12\x1e\n\x0c\x64isplay_name\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1f\n\nrequest_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12@\n\nevaluation\x18\x06 \x01(\x0e\x32\".aftertouch.v1.Audience.EvaluationB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x0frequire_settled\x18\x07 \x01(\x08\x12\x17\n\x0f\x61llow_duplicate\x18\x08 \x01(\x08\x32\xec\x03\n\x0bRetargeting\x12Z\n\x0bListActions\x12!.aftertouch.v1.ListActionsRequest\x1a\".aftertouch.v1.ListActionsResponse\"\x04\x88\xca*\x01\x12I\n\tGetMatrix\x12\x1f.aftertouch.v1.GetMatrixRequest\x1a\x15.aftertouch.v1.Matrix\"\x04\x88\xca*\x01\x12\x66\n\x0fPreviewRetarget\x12%.aftertouch.v1.PreviewRetargetRequest\x1a&.aftertouch.v1.PreviewRetargetResponse\"\x04\x88\xca*\x01\x12w\n\x14ListRetargetContacts\x12*.aftertouch.v1.ListRetargetContactsRequest\x1a+.aftertouch.v1.ListRetargetContactsResponse\"\x04\x88\xca*\x01\x30\x01\x12U\n\x0e\x43reateRetarget\x12$.aftertouch.v1.CreateRetargetRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61\x66tertouch/v1/retargeting.proto\x12\raftertouch.v1\x1a\x1d\x61\x66tertouch/v1/campaigns.proto\x1a\x1c\x61\x66tertouch/v1/channels.proto\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"*\n\x12ListActionsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xb4\x01\n\x13ListActionsResponse\x12+\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x1a.aftertouch.v1.ActionCount\x12\x12\n\nrecipients\x18\x02 \x01(\x03\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpending_count\x18\x04 \x01(\x03\x12\x15\n\runclear_count\x18\x05 \x01(\x03\"o\n\x0b\x41\x63tionCount\x12%\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x15.aftertouch.v1.Action\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\x12\x13\n\x0b\x61part_count\x18\x03 \x01(\x03\x12\x15\n\rpending_count\x18\x04 \x01(\x03\"&\n\x10GetMatrixRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xb3\x01\n\x06Matrix\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12&\n\x04rows\x18\x02 \x03(\x0b\x32\x18.aftertouch.v1.MatrixRow\x12\x12\n\nrecipients\x18\x03 \x01(\x03\x12.\n\nas_of_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpending_count\x18\x05 \x01(\x03\x12\x15\n\runclear_count\x18\x06 \x01(\x03\"g\n\tMatrixRow\x12\x30\n\x0c\x61\x63tion_count\x18\x01 \x01(\x0b\x32\x1a.aftertouch.v1.ActionCount\x12(\n\x05\x63\x65lls\x18\x02 \x03(\x0b\x32\x19.aftertouch.v1.MatrixCell\"6\n\nMatrixCell\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x17\n\x0freachable_count\x18\x02 \x01(\x03\"\xae\x01\n\x16PreviewRetargetRequest\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12\x17\n\x0frequire_settled\x18\x03 \x01(\x08\x12\"\n\x0fholdout_percent\x18\x04 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18Z(\x00\"\xe3\x03\n\x17PreviewRetargetResponse\x12\x15\n\rmatched_count\x18\x01 \x01(\x03\x12:\n\x05\x64rops\x18\x02 \x03(\x0b\x32+.aftertouch.v1.PreviewRetargetResponse.Drop\x12\x16\n\x0e\x61udience_count\x18\x03 \x01(\x03\x12.\n\nas_of_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x64isplay_name\x18\x05 \x01(\t\x12+\n\tunsettled\x18\x06 \x03(\x0b\x32\x18.aftertouch.v1.Unsettled\x1aT\n\x04\x44rop\x12=\n\x06reason\x18\x01 \x01(\x0e\x32-.aftertouch.v1.PreviewRetargetResponse.Reason\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x93\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0fNO_SUBSCRIPTION\x10\x01\x12\r\n\tOPTED_OUT\x10\x02\x12\x0b\n\x07INVALID\x10\x03\x12\x08\n\x04HELD\x10\x04\x12\x16\n\x12OVER_FREQUENCY_CAP\x10\x05\x12\x10\n\x0cIN_OPEN_WAVE\x10\x06\x12\x0c\n\x08HELD_OUT\x10\x07\"\x8c\x03\n\x1bListRetargetContactsRequest\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12I\n\x05group\x18\x03 \x01(\x0e\x32\x30.aftertouch.v1.ListRetargetContactsRequest.GroupB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12G\n\x06reason\x18\x04 \x01(\x0e\x32-.aftertouch.v1.PreviewRetargetResponse.ReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x14\n\x0cresume_token\x18\x05 \x01(\t\x12\"\n\x0fholdout_percent\x18\x06 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18Z(\x00\"F\n\x05Group\x12\x15\n\x11GROUP_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41UDIENCE\x10\x01\x12\x0b\n\x07MATCHED\x10\x02\x12\x0b\n\x07\x44ROPPED\x10\x03\"\x8b\x01\n\x1cListRetargetContactsResponse\x12\x10\n\x08\x63ontacts\x18\x01 \x03(\t\x12\x13\n\x0btotal_count\x18\x02 \x01(\x03\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"\x8b\x03\n\x15\x43reateRetargetRequest\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12@\n\x0b\x63\x61mpaign_id\x18\x03 \x01(\tB+\xbaH(r#2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\xd8\x01\x01\x12\x1e\n\x0c\x64isplay_name\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1f\n\nrequest_id\x18\x05 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12@\n\nevaluation\x18\x06 \x01(\x0e\x32\".aftertouch.v1.Audience.EvaluationB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x17\n\x0frequire_settled\x18\x07 \x01(\x08\x12\x17\n\x0f\x61llow_duplicate\x18\x08 \x01(\x08\x12\"\n\x0fholdout_percent\x18\t \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18Z(\x00\"\x8b\x01\n\x16\x43reateFollowUpsRequest\x12\x14\n\x06source\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12:\n\x05steps\x18\x02 \x03(\x0b\x32\x1b.aftertouch.v1.FollowUpStepB\x0e\xe2\x41\x01\x02\xbaH\x07\x92\x01\x04\x08\x01\x10\n\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"\xd1\x02\n\x0c\x46ollowUpStep\x12\x39\n\tselection\x18\x01 \x01(\x0b\x32 .aftertouch.v1.RetargetSelectionB\x04\xe2\x41\x01\x02\x12\x1c\n\x07\x63hannel\x18\x02 \x01(\tB\x0b\xe2\x41\x01\x02\xbaH\x04r\x02\x18 \x12.\n\x07\x63ontent\x18\x03 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x02\x12\x32\n\x05\x64\x65lay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\xbaH\x05\xaa\x01\x02\x32\x00\x12@\n\x0b\x63\x61mpaign_id\x18\x05 \x01(\tB+\xbaH(r#2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\xd8\x01\x01\x12\x1e\n\x0c\x64isplay_name\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\"\n\x0fholdout_percent\x18\x07 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18Z(\x00\"E\n\x17\x43reateFollowUpsResponse\x12*\n\tcampaigns\x18\x01 \x03(\x0b\x32\x17.aftertouch.v1.Campaign\"+\n\x15GetChainReportRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xdf\x01\n\x0b\x43hainReport\x12\x0c\n\x04root\x18\x01 \x01(\t\x12/\n\tcampaigns\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.ChainCampaign\x12*\n\x06people\x18\x03 \x01(\x0b\x32\x1a.aftertouch.v1.ChainCounts\x12\x35\n\x0b\x63omparisons\x18\x04 \x03(\x0b\x32 .aftertouch.v1.HoldoutComparison\x12.\n\nas_of_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa6\x02\n\rChainCampaign\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x0f\n\x07sources\x18\x02 \x03(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x04 \x01(\t\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.aftertouch.v1.Campaign.State\x12/\n\x0blaunch_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x06people\x18\x07 \x01(\x0b\x32\x1a.aftertouch.v1.ChainCounts\x12)\n\x05\x61\x64\x64\x65\x64\x18\x08 \x01(\x0b\x32\x1a.aftertouch.v1.ChainCounts\x12\x15\n\rholdout_count\x18\t \x01(\x03\"\x9c\x01\n\x0b\x43hainCounts\x12\x12\n\nrecipients\x18\x01 \x01(\x03\x12\x0f\n\x07reached\x18\x02 \x01(\x03\x12\x38\n\x07signals\x18\x03 \x03(\x0b\x32\'.aftertouch.v1.ChainCounts.SignalsEntry\x1a.\n\x0cSignalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x9f\x02\n\x11HoldoutComparison\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x12\n\nrecipients\x18\x02 \x01(\x03\x12\x15\n\rholdout_count\x18\x03 \x01(\x03\x12@\n\x0b\x64ifferences\x18\x04 \x03(\x0b\x32+.aftertouch.v1.HoldoutComparison.Difference\x1a\x8a\x01\n\nDifference\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x17\n\x0frecipient_count\x18\x02 \x01(\x03\x12\x15\n\rholdout_count\x18\x03 \x01(\x03\x12\x12\n\ndifference\x18\x04 \x01(\x01\x12\x13\n\x0blower_bound\x18\x05 \x01(\x01\x12\x13\n\x0bupper_bound\x18\x06 \x01(\x01\x32\xae\x05\n\x0bRetargeting\x12Z\n\x0bListActions\x12!.aftertouch.v1.ListActionsRequest\x1a\".aftertouch.v1.ListActionsResponse\"\x04\x88\xca*\x01\x12I\n\tGetMatrix\x12\x1f.aftertouch.v1.GetMatrixRequest\x1a\x15.aftertouch.v1.Matrix\"\x04\x88\xca*\x01\x12\x66\n\x0fPreviewRetarget\x12%.aftertouch.v1.PreviewRetargetRequest\x1a&.aftertouch.v1.PreviewRetargetResponse\"\x04\x88\xca*\x01\x12w\n\x14ListRetargetContacts\x12*.aftertouch.v1.ListRetargetContactsRequest\x1a+.aftertouch.v1.ListRetargetContactsResponse\"\x04\x88\xca*\x01\x30\x01\x12U\n\x0e\x43reateRetarget\x12$.aftertouch.v1.CreateRetargetRequest\x1a\x17.aftertouch.v1.Campaign\"\x04\x88\xca*\x03\x12\x66\n\x0f\x43reateFollowUps\x12%.aftertouch.v1.CreateFollowUpsRequest\x1a&.aftertouch.v1.CreateFollowUpsResponse\"\x04\x88\xca*\x03\x12X\n\x0eGetChainReport\x12$.aftertouch.v1.GetChainReportRequest\x1a\x1a.aftertouch.v1.ChainReport\"\x04\x88\xca*\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +48,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREVIEWRETARGETREQUEST'].fields_by_name['selection']._serialized_options = b'\342A\001\002'
   _globals['_PREVIEWRETARGETREQUEST'].fields_by_name['channel']._loaded_options = None
   _globals['_PREVIEWRETARGETREQUEST'].fields_by_name['channel']._serialized_options = b'\342A\001\002\272H\004r\002\030 '
+  _globals['_PREVIEWRETARGETREQUEST'].fields_by_name['holdout_percent']._loaded_options = None
+  _globals['_PREVIEWRETARGETREQUEST'].fields_by_name['holdout_percent']._serialized_options = b'\272H\006\032\004\030Z(\000'
   _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['selection']._loaded_options = None
   _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['selection']._serialized_options = b'\342A\001\002'
   _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['channel']._loaded_options = None
@@ -54,6 +58,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['group']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['reason']._loaded_options = None
   _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['holdout_percent']._loaded_options = None
+  _globals['_LISTRETARGETCONTACTSREQUEST'].fields_by_name['holdout_percent']._serialized_options = b'\272H\006\032\004\030Z(\000'
   _globals['_CREATERETARGETREQUEST'].fields_by_name['selection']._loaded_options = None
   _globals['_CREATERETARGETREQUEST'].fields_by_name['selection']._serialized_options = b'\342A\001\002'
   _globals['_CREATERETARGETREQUEST'].fields_by_name['channel']._loaded_options = None
@@ -66,6 +72,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATERETARGETREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_CREATERETARGETREQUEST'].fields_by_name['evaluation']._loaded_options = None
   _globals['_CREATERETARGETREQUEST'].fields_by_name['evaluation']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_CREATERETARGETREQUEST'].fields_by_name['holdout_percent']._loaded_options = None
+  _globals['_CREATERETARGETREQUEST'].fields_by_name['holdout_percent']._serialized_options = b'\272H\006\032\004\030Z(\000'
+  _globals['_CREATEFOLLOWUPSREQUEST'].fields_by_name['source']._loaded_options = None
+  _globals['_CREATEFOLLOWUPSREQUEST'].fields_by_name['source']._serialized_options = b'\342A\001\002'
+  _globals['_CREATEFOLLOWUPSREQUEST'].fields_by_name['steps']._loaded_options = None
+  _globals['_CREATEFOLLOWUPSREQUEST'].fields_by_name['steps']._serialized_options = b'\342A\001\002\272H\007\222\001\004\010\001\020\n'
+  _globals['_CREATEFOLLOWUPSREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_CREATEFOLLOWUPSREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_FOLLOWUPSTEP'].fields_by_name['selection']._loaded_options = None
+  _globals['_FOLLOWUPSTEP'].fields_by_name['selection']._serialized_options = b'\342A\001\002'
+  _globals['_FOLLOWUPSTEP'].fields_by_name['channel']._loaded_options = None
+  _globals['_FOLLOWUPSTEP'].fields_by_name['channel']._serialized_options = b'\342A\001\002\272H\004r\002\030 '
+  _globals['_FOLLOWUPSTEP'].fields_by_name['content']._loaded_options = None
+  _globals['_FOLLOWUPSTEP'].fields_by_name['content']._serialized_options = b'\342A\001\002'
+  _globals['_FOLLOWUPSTEP'].fields_by_name['delay']._loaded_options = None
+  _globals['_FOLLOWUPSTEP'].fields_by_name['delay']._serialized_options = b'\272H\005\252\001\0022\000'
+  _globals['_FOLLOWUPSTEP'].fields_by_name['campaign_id']._loaded_options = None
+  _globals['_FOLLOWUPSTEP'].fields_by_name['campaign_id']._serialized_options = b'\272H(r#2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\330\001\001'
+  _globals['_FOLLOWUPSTEP'].fields_by_name['display_name']._loaded_options = None
+  _globals['_FOLLOWUPSTEP'].fields_by_name['display_name']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_FOLLOWUPSTEP'].fields_by_name['holdout_percent']._loaded_options = None
+  _globals['_FOLLOWUPSTEP'].fields_by_name['holdout_percent']._serialized_options = b'\272H\006\032\004\030Z(\000'
+  _globals['_GETCHAINREPORTREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_GETCHAINREPORTREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_CHAINCOUNTS_SIGNALSENTRY']._loaded_options = None
+  _globals['_CHAINCOUNTS_SIGNALSENTRY']._serialized_options = b'8\001'
   _globals['_RETARGETING'].methods_by_name['ListActions']._loaded_options = None
   _globals['_RETARGETING'].methods_by_name['ListActions']._serialized_options = b'\210\312*\001'
   _globals['_RETARGETING'].methods_by_name['GetMatrix']._loaded_options = None
@@ -76,36 +108,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RETARGETING'].methods_by_name['ListRetargetContacts']._serialized_options = b'\210\312*\001'
   _globals['_RETARGETING'].methods_by_name['CreateRetarget']._loaded_options = None
   _globals['_RETARGETING'].methods_by_name['CreateRetarget']._serialized_options = b'\210\312*\003'
-  _globals['_LISTACTIONSREQUEST']._serialized_start=235
-  _globals['_LISTACTIONSREQUEST']._serialized_end=277
-  _globals['_LISTACTIONSRESPONSE']._serialized_start=280
-  _globals['_LISTACTIONSRESPONSE']._serialized_end=460
-  _globals['_ACTIONCOUNT']._serialized_start=462
-  _globals['_ACTIONCOUNT']._serialized_end=573
-  _globals['_GETMATRIXREQUEST']._serialized_start=575
-  _globals['_GETMATRIXREQUEST']._serialized_end=613
-  _globals['_MATRIX']._serialized_start=616
-  _globals['_MATRIX']._serialized_end=795
-  _globals['_MATRIXROW']._serialized_start=797
-  _globals['_MATRIXROW']._serialized_end=900
-  _globals['_MATRIXCELL']._serialized_start=902
-  _globals['_MATRIXCELL']._serialized_end=956
-  _globals['_PREVIEWRETARGETREQUEST']._serialized_start=959
-  _globals['_PREVIEWRETARGETREQUEST']._serialized_end=1097
-  _globals['_PREVIEWRETARGETRESPONSE']._serialized_start=1100
-  _globals['_PREVIEWRETARGETRESPONSE']._serialized_end=1569
-  _globals['_PREVIEWRETARGETRESPONSE_DROP']._serialized_start=1349
-  _globals['_PREVIEWRETARGETRESPONSE_DROP']._serialized_end=1433
-  _globals['_PREVIEWRETARGETRESPONSE_REASON']._serialized_start=1436
-  _globals['_PREVIEWRETARGETRESPONSE_REASON']._serialized_end=1569
-  _globals['_LISTRETARGETCONTACTSREQUEST']._serialized_start=1572
-  _globals['_LISTRETARGETCONTACTSREQUEST']._serialized_end=1932
-  _globals['_LISTRETARGETCONTACTSREQUEST_GROUP']._serialized_start=1862
-  _globals['_LISTRETARGETCONTACTSREQUEST_GROUP']._serialized_end=1932
-  _globals['_LISTRETARGETCONTACTSRESPONSE']._serialized_start=1935
-  _globals['_LISTRETARGETCONTACTSRESPONSE']._serialized_end=2074
-  _globals['_CREATERETARGETREQUEST']._serialized_start=2077
-  _globals['_CREATERETARGETREQUEST']._serialized_end=2436
-  _globals['_RETARGETING']._serialized_start=2439
-  _globals['_RETARGETING']._serialized_end=2931
+  _globals['_RETARGETING'].methods_by_name['CreateFollowUps']._loaded_options = None
+  _globals['_RETARGETING'].methods_by_name['CreateFollowUps']._serialized_options = b'\210\312*\003'
+  _globals['_RETARGETING'].methods_by_name['GetChainReport']._loaded_options = None
+  _globals['_RETARGETING'].methods_by_name['GetChainReport']._serialized_options = b'\210\312*\001'
+  _globals['_LISTACTIONSREQUEST']._serialized_start=297
+  _globals['_LISTACTIONSREQUEST']._serialized_end=339
+  _globals['_LISTACTIONSRESPONSE']._serialized_start=342
+  _globals['_LISTACTIONSRESPONSE']._serialized_end=522
+  _globals['_ACTIONCOUNT']._serialized_start=524
+  _globals['_ACTIONCOUNT']._serialized_end=635
+  _globals['_GETMATRIXREQUEST']._serialized_start=637
+  _globals['_GETMATRIXREQUEST']._serialized_end=675
+  _globals['_MATRIX']._serialized_start=678
+  _globals['_MATRIX']._serialized_end=857
+  _globals['_MATRIXROW']._serialized_start=859
+  _globals['_MATRIXROW']._serialized_end=962
+  _globals['_MATRIXCELL']._serialized_start=964
+  _globals['_MATRIXCELL']._serialized_end=1018
+  _globals['_PREVIEWRETARGETREQUEST']._serialized_start=1021
+  _globals['_PREVIEWRETARGETREQUEST']._serialized_end=1195
+  _globals['_PREVIEWRETARGETRESPONSE']._serialized_start=1198
+  _globals['_PREVIEWRETARGETRESPONSE']._serialized_end=1681
+  _globals['_PREVIEWRETARGETRESPONSE_DROP']._serialized_start=1447
+  _globals['_PREVIEWRETARGETRESPONSE_DROP']._serialized_end=1531
+  _globals['_PREVIEWRETARGETRESPONSE_REASON']._serialized_start=1534
+  _globals['_PREVIEWRETARGETRESPONSE_REASON']._serialized_end=1681
+  _globals['_LISTRETARGETCONTACTSREQUEST']._serialized_start=1684
+  _globals['_LISTRETARGETCONTACTSREQUEST']._serialized_end=2080
+  _globals['_LISTRETARGETCONTACTSREQUEST_GROUP']._serialized_start=2010
+  _globals['_LISTRETARGETCONTACTSREQUEST_GROUP']._serialized_end=2080
+  _globals['_LISTRETARGETCONTACTSRESPONSE']._serialized_start=2083
+  _globals['_LISTRETARGETCONTACTSRESPONSE']._serialized_end=2222
+  _globals['_CREATERETARGETREQUEST']._serialized_start=2225
+  _globals['_CREATERETARGETREQUEST']._serialized_end=2620
+  _globals['_CREATEFOLLOWUPSREQUEST']._serialized_start=2623
+  _globals['_CREATEFOLLOWUPSREQUEST']._serialized_end=2762
+  _globals['_FOLLOWUPSTEP']._serialized_start=2765
+  _globals['_FOLLOWUPSTEP']._serialized_end=3102
+  _globals['_CREATEFOLLOWUPSRESPONSE']._serialized_start=3104
+  _globals['_CREATEFOLLOWUPSRESPONSE']._serialized_end=3173
+  _globals['_GETCHAINREPORTREQUEST']._serialized_start=3175
+  _globals['_GETCHAINREPORTREQUEST']._serialized_end=3218
+  _globals['_CHAINREPORT']._serialized_start=3221
+  _globals['_CHAINREPORT']._serialized_end=3444
+  _globals['_CHAINCAMPAIGN']._serialized_start=3447
+  _globals['_CHAINCAMPAIGN']._serialized_end=3741
+  _globals['_CHAINCOUNTS']._serialized_start=3744
+  _globals['_CHAINCOUNTS']._serialized_end=3900
+  _globals['_CHAINCOUNTS_SIGNALSENTRY']._serialized_start=3854
+  _globals['_CHAINCOUNTS_SIGNALSENTRY']._serialized_end=3900
+  _globals['_HOLDOUTCOMPARISON']._serialized_start=3903
+  _globals['_HOLDOUTCOMPARISON']._serialized_end=4190
+  _globals['_HOLDOUTCOMPARISON_DIFFERENCE']._serialized_start=4052
+  _globals['_HOLDOUTCOMPARISON_DIFFERENCE']._serialized_end=4190
+  _globals['_RETARGETING']._serialized_start=4193
+  _globals['_RETARGETING']._serialized_end=4879
 # @@protoc_insertion_point(module_scope)

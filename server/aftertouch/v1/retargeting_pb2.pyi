@@ -7,7 +7,9 @@ from aftertouch.v1 import campaigns_pb2 as _campaigns_pb2
 from aftertouch.v1 import channels_pb2 as _channels_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -257,10 +259,13 @@ class PreviewRetargetRequest(_message.Message):
     SELECTION_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
     REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
+    HOLDOUT_PERCENT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """On which channel, as in "sms"."""
     require_settled: _builtins.bool
     """Refuse a "did not" that is asked too early, instead of only saying so."""
+    holdout_percent: _builtins.int
+    """How many of 100 people would be held out; see Campaign."""
     @_builtins.property
     def selection(self) -> _campaigns_pb2.RetargetSelection:
         """Who."""
@@ -271,10 +276,11 @@ class PreviewRetargetRequest(_message.Message):
         selection: _campaigns_pb2.RetargetSelection | None = ...,
         channel: _builtins.str = ...,
         require_settled: _builtins.bool = ...,
+        holdout_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "require_settled", b"require_settled", "selection", b"selection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "holdout_percent", b"holdout_percent", "require_settled", b"require_settled", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,6 +312,8 @@ class PreviewRetargetResponse(_message.Message):
         """The person was messaged as often as the app's frequency cap allows."""
         IN_OPEN_WAVE: PreviewRetargetResponse._Reason.ValueType  # 6
         """The person is on another wave of the chain that is still being sent."""
+        HELD_OUT: PreviewRetargetResponse._Reason.ValueType  # 7
+        """The person is held out, of this wave or of an earlier campaign of the chain."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """Why somebody would not be messaged; the first that applies, in this order."""
@@ -324,6 +332,8 @@ class PreviewRetargetResponse(_message.Message):
     """The person was messaged as often as the app's frequency cap allows."""
     IN_OPEN_WAVE: PreviewRetargetResponse.Reason.ValueType  # 6
     """The person is on another wave of the chain that is still being sent."""
+    HELD_OUT: PreviewRetargetResponse.Reason.ValueType  # 7
+    """The person is held out, of this wave or of an earlier campaign of the chain."""
 
     @_typing.final
     class Drop(_message.Message):
@@ -429,6 +439,7 @@ class ListRetargetContactsRequest(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    HOLDOUT_PERCENT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """On which channel, as in "sms"."""
     group: Global___ListRetargetContactsRequest.Group.ValueType
@@ -437,6 +448,8 @@ class ListRetargetContactsRequest(_message.Message):
     """With group DROPPED, why they drop out."""
     resume_token: _builtins.str
     """From the last response of a stream that broke: goes on after it, with the people of now."""
+    holdout_percent: _builtins.int
+    """How many of 100 people would be held out; see Campaign."""
     @_builtins.property
     def selection(self) -> _campaigns_pb2.RetargetSelection:
         """Who."""
@@ -449,10 +462,11 @@ class ListRetargetContactsRequest(_message.Message):
         group: Global___ListRetargetContactsRequest.Group.ValueType = ...,
         reason: Global___PreviewRetargetResponse.Reason.ValueType = ...,
         resume_token: _builtins.str = ...,
+        holdout_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "group", b"group", "reason", b"reason", "resume_token", b"resume_token", "selection", b"selection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "group", b"group", "holdout_percent", b"holdout_percent", "reason", b"reason", "resume_token", b"resume_token", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -510,6 +524,7 @@ class CreateRetargetRequest(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
     ALLOW_DUPLICATE_FIELD_NUMBER: _builtins.int
+    HOLDOUT_PERCENT_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     """On which channel, as in "sms"."""
     campaign_id: _builtins.str
@@ -524,6 +539,8 @@ class CreateRetargetRequest(_message.Message):
     """Refuse a "did not" that is asked too early, instead of only saying so."""
     allow_duplicate: _builtins.bool
     """Make another draft although one for the same people and channel is there."""
+    holdout_percent: _builtins.int
+    """How many of 100 people are held out; see Campaign."""
     @_builtins.property
     def selection(self) -> _campaigns_pb2.RetargetSelection:
         """Who."""
@@ -539,11 +556,382 @@ class CreateRetargetRequest(_message.Message):
         evaluation: _campaigns_pb2.Audience.Evaluation.ValueType = ...,
         require_settled: _builtins.bool = ...,
         allow_duplicate: _builtins.bool = ...,
+        holdout_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_duplicate", b"allow_duplicate", "campaign_id", b"campaign_id", "channel", b"channel", "display_name", b"display_name", "evaluation", b"evaluation", "request_id", b"request_id", "require_settled", b"require_settled", "selection", b"selection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_duplicate", b"allow_duplicate", "campaign_id", b"campaign_id", "channel", b"channel", "display_name", b"display_name", "evaluation", b"evaluation", "holdout_percent", b"holdout_percent", "request_id", b"request_id", "require_settled", b"require_settled", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateRetargetRequest: _TypeAlias = CreateRetargetRequest  # noqa: Y015
+
+@_typing.final
+class CreateFollowUpsRequest(_message.Message):
+    """Request of CreateFollowUps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The campaign that the first step asks, launched or not: `apps/{app}/campaigns/{campaign}`."""
+    request_id: _builtins.str
+    """A UUID that makes a repeat within 24 hours return the same answer."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___FollowUpStep]:
+        """1 to 10 steps; each asks the people of the one before it."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        steps: _abc.Iterable[Global___FollowUpStep] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "source", b"source", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateFollowUpsRequest: _TypeAlias = CreateFollowUpsRequest  # noqa: Y015
+
+@_typing.final
+class FollowUpStep(_message.Message):
+    """One follow-up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTION_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    DELAY_FIELD_NUMBER: _builtins.int
+    CAMPAIGN_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    HOLDOUT_PERCENT_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """On which channel, as in "sms"."""
+    campaign_id: _builtins.str
+    """The last part of the new campaign's name; one is made when it is empty."""
+    display_name: _builtins.str
+    """For people; "Retarget: … (not read)" when it is empty."""
+    holdout_percent: _builtins.int
+    """How many of 100 people are held out; see Campaign."""
+    @_builtins.property
+    def selection(self) -> _campaigns_pb2.RetargetSelection:
+        """Who, of the people of the campaign before: an action, without a source, and not a combination."""
+
+    @_builtins.property
+    def content(self) -> _struct_pb2.Struct:
+        """What is said; as in Campaign."""
+
+    @_builtins.property
+    def delay(self) -> _duration_pb2.Duration:
+        """How long after the end of the sending before, in whole seconds, at most as long as the app keeps event data. A time that
+        is over already means now.
+        """
+
+    def __init__(
+        self,
+        *,
+        selection: _campaigns_pb2.RetargetSelection | None = ...,
+        channel: _builtins.str = ...,
+        content: _struct_pb2.Struct | None = ...,
+        delay: _duration_pb2.Duration | None = ...,
+        campaign_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        holdout_percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "delay", b"delay", "selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "channel", b"channel", "content", b"content", "delay", b"delay", "display_name", b"display_name", "holdout_percent", b"holdout_percent", "selection", b"selection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowUpStep: _TypeAlias = FollowUpStep  # noqa: Y015
+
+@_typing.final
+class CreateFollowUpsResponse(_message.Message):
+    """Response of CreateFollowUps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAMPAIGNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def campaigns(self) -> _containers.RepeatedCompositeFieldContainer[_campaigns_pb2.Campaign]:
+        """The wave of each step, in their order."""
+
+    def __init__(
+        self,
+        *,
+        campaigns: _abc.Iterable[_campaigns_pb2.Campaign] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaigns", b"campaigns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateFollowUpsResponse: _TypeAlias = CreateFollowUpsResponse  # noqa: Y015
+
+@_typing.final
+class GetChainReportRequest(_message.Message):
+    """Request of GetChainReport."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Any campaign of the chain: `apps/{app}/campaigns/{campaign}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetChainReportRequest: _TypeAlias = GetChainReportRequest  # noqa: Y015
+
+@_typing.final
+class ChainReport(_message.Message):
+    """What a chain did, at one moment; exact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_FIELD_NUMBER: _builtins.int
+    CAMPAIGNS_FIELD_NUMBER: _builtins.int
+    PEOPLE_FIELD_NUMBER: _builtins.int
+    COMPARISONS_FIELD_NUMBER: _builtins.int
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    root: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`: the chain's root; empty when it was deleted."""
+    @_builtins.property
+    def campaigns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainCampaign]:
+        """Its campaigns, at most 200: the root, the launched ones by the time of their launch, then the others."""
+
+    @_builtins.property
+    def people(self) -> Global___ChainCounts:
+        """People of the whole chain, each counted once."""
+
+    @_builtins.property
+    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___HoldoutComparison]:
+        """For each campaign that held somebody out, what the others did that those did not."""
+
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment of which the counts are true."""
+
+    def __init__(
+        self,
+        *,
+        root: _builtins.str = ...,
+        campaigns: _abc.Iterable[Global___ChainCampaign] | None = ...,
+        people: Global___ChainCounts | None = ...,
+        comparisons: _abc.Iterable[Global___HoldoutComparison] | None = ...,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "people", b"people"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "campaigns", b"campaigns", "comparisons", b"comparisons", "people", b"people", "root", b"root"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChainReport: _TypeAlias = ChainReport  # noqa: Y015
+
+@_typing.final
+class ChainCampaign(_message.Message):
+    """A campaign of a chain, and what it added."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAMPAIGN_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LAUNCH_TIME_FIELD_NUMBER: _builtins.int
+    PEOPLE_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
+    HOLDOUT_COUNT_FIELD_NUMBER: _builtins.int
+    campaign: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    display_name: _builtins.str
+    """For people."""
+    channel: _builtins.str
+    """The channel's id."""
+    state: _campaigns_pb2.Campaign.State.ValueType
+    """Where it stands."""
+    holdout_count: _builtins.int
+    """How many people were held out."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The campaigns whose people it asks, in the order in which it names them; those of the chain make its tree."""
+
+    @_builtins.property
+    def launch_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was launched."""
+
+    @_builtins.property
+    def people(self) -> Global___ChainCounts:
+        """People of this campaign alone."""
+
+    @_builtins.property
+    def added(self) -> Global___ChainCounts:
+        """Of those, people of whom the same was true in no campaign of the chain that was launched before."""
+
+    def __init__(
+        self,
+        *,
+        campaign: _builtins.str = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        display_name: _builtins.str = ...,
+        channel: _builtins.str = ...,
+        state: _campaigns_pb2.Campaign.State.ValueType = ...,
+        launch_time: _timestamp_pb2.Timestamp | None = ...,
+        people: Global___ChainCounts | None = ...,
+        added: Global___ChainCounts | None = ...,
+        holdout_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "launch_time", b"launch_time", "people", b"people"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "campaign", b"campaign", "channel", b"channel", "display_name", b"display_name", "holdout_count", b"holdout_count", "launch_time", b"launch_time", "people", b"people", "sources", b"sources", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChainCampaign: _TypeAlias = ChainCampaign  # noqa: Y015
+
+@_typing.final
+class ChainCounts(_message.Message):
+    """How many people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SignalsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RECIPIENTS_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
+    recipients: _builtins.int
+    """On a roll."""
+    reached: _builtins.int
+    """Of whom it is known that a message arrived: `delivered` or `confirmed`, whichever the channel reports, is true of them."""
+    @_builtins.property
+    def signals(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Of whom each signal is true, implied ones included; those of nobody are left out."""
+
+    def __init__(
+        self,
+        *,
+        recipients: _builtins.int = ...,
+        reached: _builtins.int = ...,
+        signals: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reached", b"reached", "recipients", b"recipients", "signals", b"signals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChainCounts: _TypeAlias = ChainCounts  # noqa: Y015
+
+@_typing.final
+class HoldoutComparison(_message.Message):
+    """The people of a campaign who were messaged beside those who were held out, each over the whole chain: somebody who was held
+    out may still read the message that the chain began with.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Difference(_message.Message):
+        """What messaging did."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SIGNAL_FIELD_NUMBER: _builtins.int
+        RECIPIENT_COUNT_FIELD_NUMBER: _builtins.int
+        HOLDOUT_COUNT_FIELD_NUMBER: _builtins.int
+        DIFFERENCE_FIELD_NUMBER: _builtins.int
+        LOWER_BOUND_FIELD_NUMBER: _builtins.int
+        UPPER_BOUND_FIELD_NUMBER: _builtins.int
+        signal: _builtins.str
+        """As in "clicked"; empty for who was reached, as in ChainCounts."""
+        recipient_count: _builtins.int
+        """Of the recipients, of how many it is true."""
+        holdout_count: _builtins.int
+        """Of who was held out, of how many it is true."""
+        difference: _builtins.float
+        """The first share less the second, between -1 and 1."""
+        lower_bound: _builtins.float
+        """Where the difference lies with 95 % confidence: Newcombe's hybrid score interval (1998, method 10)."""
+        upper_bound: _builtins.float
+        """Its other end."""
+        def __init__(
+            self,
+            *,
+            signal: _builtins.str = ...,
+            recipient_count: _builtins.int = ...,
+            holdout_count: _builtins.int = ...,
+            difference: _builtins.float = ...,
+            lower_bound: _builtins.float = ...,
+            upper_bound: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference", "holdout_count", b"holdout_count", "lower_bound", b"lower_bound", "recipient_count", b"recipient_count", "signal", b"signal", "upper_bound", b"upper_bound"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CAMPAIGN_FIELD_NUMBER: _builtins.int
+    RECIPIENTS_FIELD_NUMBER: _builtins.int
+    HOLDOUT_COUNT_FIELD_NUMBER: _builtins.int
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    campaign: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    recipients: _builtins.int
+    """How many people are on its roll, whatever became of their message."""
+    holdout_count: _builtins.int
+    """How many were held out."""
+    @_builtins.property
+    def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___HoldoutComparison.Difference]:
+        """For each signal that is true of anybody of them, and for who was reached."""
+
+    def __init__(
+        self,
+        *,
+        campaign: _builtins.str = ...,
+        recipients: _builtins.int = ...,
+        holdout_count: _builtins.int = ...,
+        differences: _abc.Iterable[Global___HoldoutComparison.Difference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign", b"campaign", "differences", b"differences", "holdout_count", b"holdout_count", "recipients", b"recipients"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldoutComparison: _TypeAlias = HoldoutComparison  # noqa: Y015

@@ -61,6 +61,16 @@ class RetargetingStub:
                 request_serializer=aftertouch_dot_v1_dot_retargeting__pb2.CreateRetargetRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
                 _registered_method=True)
+        self.CreateFollowUps = channel.unary_unary(
+                '/aftertouch.v1.Retargeting/CreateFollowUps',
+                request_serializer=aftertouch_dot_v1_dot_retargeting__pb2.CreateFollowUpsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.CreateFollowUpsResponse.FromString,
+                _registered_method=True)
+        self.GetChainReport = channel.unary_unary(
+                '/aftertouch.v1.Retargeting/GetChainReport',
+                request_serializer=aftertouch_dot_v1_dot_retargeting__pb2.GetChainReportRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.ChainReport.FromString,
+                _registered_method=True)
 
 
 class RetargetingServicer:
@@ -101,8 +111,30 @@ class RetargetingServicer:
 
     def CreateRetarget(self, request, context):
         """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-        with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
-        DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+        with UpdateCampaign, then launch it. When the same people were drafted for the same channel already and that wave was not
+        launched yet, nothing is made: the answer is that wave, as it is, with `existing`. Reasons: as PreviewRetarget, and
+        RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateFollowUps(self, request, context):
+        """Makes follow-ups as a rule, before the source is launched or later: "24 hours after sending, to those who didn't read, on
+        SMS, this content", each step asking the one before it. Each is a wave of its own that is SCHEDULED at once, without a
+        schedule_time until its source is SENT; it can be changed, unscheduled and canceled until then. When its time comes and
+        nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
+        "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
+        CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
+        RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetChainReport(self, request, context):
+        """Reports on a whole chain: people counted once however many waves they were in, what each wave added, and the difference
+        to who was held out. Reasons: RESOURCE_NOT_FOUND, CHAIN_TOO_LONG.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +167,16 @@ def add_RetargetingServicer_to_server(servicer, server):
                     servicer.CreateRetarget,
                     request_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.CreateRetargetRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.Campaign.SerializeToString,
+            ),
+            'CreateFollowUps': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateFollowUps,
+                    request_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.CreateFollowUpsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_retargeting__pb2.CreateFollowUpsResponse.SerializeToString,
+            ),
+            'GetChainReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetChainReport,
+                    request_deserializer=aftertouch_dot_v1_dot_retargeting__pb2.GetChainReportRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_retargeting__pb2.ChainReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -273,6 +315,60 @@ class Retargeting:
             '/aftertouch.v1.Retargeting/CreateRetarget',
             aftertouch_dot_v1_dot_retargeting__pb2.CreateRetargetRequest.SerializeToString,
             aftertouch_dot_v1_dot_campaigns__pb2.Campaign.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateFollowUps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Retargeting/CreateFollowUps',
+            aftertouch_dot_v1_dot_retargeting__pb2.CreateFollowUpsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_retargeting__pb2.CreateFollowUpsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetChainReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Retargeting/GetChainReport',
+            aftertouch_dot_v1_dot_retargeting__pb2.GetChainReportRequest.SerializeToString,
+            aftertouch_dot_v1_dot_retargeting__pb2.ChainReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,8 +52,22 @@ class RetargetingStub:
     """
     CreateRetarget: _grpc.UnaryUnaryMultiCallable[_retargeting_pb2.CreateRetargetRequest, _campaigns_pb2.Campaign]
     """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-    with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
-    DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+    with UpdateCampaign, then launch it. When the same people were drafted for the same channel already and that wave was not
+    launched yet, nothing is made: the answer is that wave, as it is, with `existing`. Reasons: as PreviewRetarget, and
+    RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+    """
+    CreateFollowUps: _grpc.UnaryUnaryMultiCallable[_retargeting_pb2.CreateFollowUpsRequest, _retargeting_pb2.CreateFollowUpsResponse]
+    """Makes follow-ups as a rule, before the source is launched or later: "24 hours after sending, to those who didn't read, on
+    SMS, this content", each step asking the one before it. Each is a wave of its own that is SCHEDULED at once, without a
+    schedule_time until its source is SENT; it can be changed, unscheduled and canceled until then. When its time comes and
+    nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
+    "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
+    CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
+    RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+    """
+    GetChainReport: _grpc.UnaryUnaryMultiCallable[_retargeting_pb2.GetChainReportRequest, _retargeting_pb2.ChainReport]
+    """Reports on a whole chain: people counted once however many waves they were in, what each wave added, and the difference
+    to who was held out. Reasons: RESOURCE_NOT_FOUND, CHAIN_TOO_LONG.
     """
 
 @_typing.type_check_only
@@ -79,8 +93,22 @@ class RetargetingAsyncStub(RetargetingStub):
     """
     CreateRetarget: _aio.UnaryUnaryMultiCallable[_retargeting_pb2.CreateRetargetRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-    with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
-    DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+    with UpdateCampaign, then launch it. When the same people were drafted for the same channel already and that wave was not
+    launched yet, nothing is made: the answer is that wave, as it is, with `existing`. Reasons: as PreviewRetarget, and
+    RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+    """
+    CreateFollowUps: _aio.UnaryUnaryMultiCallable[_retargeting_pb2.CreateFollowUpsRequest, _retargeting_pb2.CreateFollowUpsResponse]  # type: ignore[assignment]
+    """Makes follow-ups as a rule, before the source is launched or later: "24 hours after sending, to those who didn't read, on
+    SMS, this content", each step asking the one before it. Each is a wave of its own that is SCHEDULED at once, without a
+    schedule_time until its source is SENT; it can be changed, unscheduled and canceled until then. When its time comes and
+    nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
+    "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
+    CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
+    RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+    """
+    GetChainReport: _aio.UnaryUnaryMultiCallable[_retargeting_pb2.GetChainReportRequest, _retargeting_pb2.ChainReport]  # type: ignore[assignment]
+    """Reports on a whole chain: people counted once however many waves they were in, what each wave added, and the difference
+    to who was held out. Reasons: RESOURCE_NOT_FOUND, CHAIN_TOO_LONG.
     """
 
 class RetargetingServicer(metaclass=_abc_1.ABCMeta):
@@ -133,8 +161,34 @@ class RetargetingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
         """Makes the draft of a wave, with audience and name filled in: "Retarget: Summer Sale (not read)". Give it content
-        with UpdateCampaign, then launch it. Reasons: as PreviewRetarget, and RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED,
-        DRAFT_EXISTS, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+        with UpdateCampaign, then launch it. When the same people were drafted for the same channel already and that wave was not
+        launched yet, nothing is made: the answer is that wave, as it is, with `existing`. Reasons: as PreviewRetarget, and
+        RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateFollowUps(
+        self,
+        request: _retargeting_pb2.CreateFollowUpsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retargeting_pb2.CreateFollowUpsResponse, _abc.Awaitable[_retargeting_pb2.CreateFollowUpsResponse]]:
+        """Makes follow-ups as a rule, before the source is launched or later: "24 hours after sending, to those who didn't read, on
+        SMS, this content", each step asking the one before it. Each is a wave of its own that is SCHEDULED at once, without a
+        schedule_time until its source is SENT; it can be changed, unscheduled and canceled until then. When its time comes and
+        nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
+        "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
+        CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
+        RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+        """
+
+    @_abc_1.abstractmethod
+    def GetChainReport(
+        self,
+        request: _retargeting_pb2.GetChainReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retargeting_pb2.ChainReport, _abc.Awaitable[_retargeting_pb2.ChainReport]]:
+        """Reports on a whole chain: people counted once however many waves they were in, what each wave added, and the difference
+        to who was held out. Reasons: RESOURCE_NOT_FOUND, CHAIN_TOO_LONG.
         """
 
 def add_RetargetingServicer_to_server(servicer: RetargetingServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -362,11 +362,39 @@ def upgrade() -> None:
         ),
         sa.Column("launch_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("finish_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column(
+            "holdout_percent",
+            sa.Integer(),
+            server_default=sa.text("0"),
+            nullable=False,
+            comment="of the audience, not messaged",
+        ),
+        sa.Column(
+            "holdout_count",
+            sa.BigInteger(),
+            server_default=sa.text("0"),
+            nullable=False,
+            comment="length of the holdout's roll",
+        ),
+        sa.Column(
+            "source_id",
+            sa.BigInteger(),
+            nullable=True,
+            comment="of a follow-up: the campaign after whose sending it is launched",
+        ),
+        sa.Column("delay_seconds", sa.BigInteger(), nullable=True, comment="and how long after"),
         sa.ForeignKeyConstraint(["app_id"], ["apps.app_id"], name=op.f("campaigns_app_id_fkey")),
         sa.PrimaryKeyConstraint("campaign_id", name=op.f("campaigns_pkey")),
         sa.UniqueConstraint("app_id", "campaign", name=op.f("campaigns_app_id_campaign_key")),
     )
     op.create_index(op.f("campaigns_app_id_campaign_id_idx"), "campaigns", ["app_id", "campaign_id"], unique=False)
+    op.create_index(
+        op.f("campaigns_root_id_idx"),
+        "campaigns",
+        ["root_id"],
+        unique=False,
+        postgresql_where=sa.text("root_id IS NOT NULL"),
+    )
     op.create_index(
         op.f("campaigns_schedule_time_idx"),
         "campaigns",

@@ -1,0 +1,450 @@
+"""Chains: who is held out, follow-ups as a rule, and what a chain reports and explains."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from aftertouch.rpc.values import to_struct
+from aftertouch.sandbox import SandboxSettings
+from aftertouch.store.engine import transaction
+from aftertouch.store.tables import apps, campaigns
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
+from tests.fix_database import clone_database
+from tests.fix_world import CONTENT, World, run_world
+from tests.refusals import refuse
+
+State = campaigns_pb2.Campaign.State
+Reason = retargeting_pb2.PreviewRetargetResponse.Reason
+Decision = contacts_pb2.ContactExplanation.Decision
+
+
+@pytest.fixture(scope="module")
+async def shared_world(postgres_url: str, template: str) -> AsyncIterator[World]:
+    """A world with a WhatsApp campaign that was sent to everybody whom it reaches."""
+    async with clone_database(postgres_url, template) as url, run_world(url, SandboxSettings(size=150, time_scale=0.02)) as world:
+        await world.import_people()
+        draft = await create(world, "whatsapp", "root")
+        await world.launch(draft.name)
+        yield world
+
+
+async def create(world: World, channel: str, campaign_id: str = "", **fields: Any) -> Any:
+    everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+    values = {"display_name": "Summer Sale", "channel": channel, "content": to_struct(CONTENT[channel]), "audience": everybody}
+    request = campaigns_pb2.CreateCampaignRequest(
+        parent="apps/acme", campaign=campaigns_pb2.Campaign(**{**values, **fields}), campaign_id=campaign_id
+    )
+    return await world.client.campaigns.CreateCampaign(request)
+
+
+def select(source: str, action: str) -> campaigns_pb2.RetargetSelection:
+    return campaigns_pb2.RetargetSelection(source=source, action=action)
+
+
+async def draft_wave(world: World, source: str, action: str, channel: str, **fields: Any) -> Any:
+    request = retargeting_pb2.CreateRetargetRequest(
+        selection=select(source, action), channel=channel, allow_duplicate=True, **fields
+    )
+    wave = await world.client.retargeting.CreateRetarget(request)
+    return await change(world, wave.name, content=to_struct(CONTENT[channel]))
+
+
+async def change(world: World, name: str, **fields: Any) -> Any:
+    request = campaigns_pb2.UpdateCampaignRequest(campaign=campaigns_pb2.Campaign(name=name, **fields))
+    return await world.client.campaigns.UpdateCampaign(request)
+
+
+async def preview(world: World, source: str, action: str, channel: str, percent: int) -> Any:
+    request = retargeting_pb2.PreviewRetargetRequest(selection=select(source, action), channel=channel, holdout_percent=percent)
+    return await world.client.retargeting.PreviewRetarget(request)
+
+
+async def list_people(world: World, source: str, action: str, channel: str, percent: int, reason: str = "") -> set[str]:
+    request = retargeting_pb2.ListRetargetContactsRequest(
+        selection=select(source, action), channel=channel, holdout_percent=percent
+    )
+    if reason:
+        request.group, request.reason = retargeting_pb2.ListRetargetContactsRequest.DROPPED, Reason.Value(reason)
+    pages = [page async for page in world.client.retargeting.ListRetargetContacts(request)]
+    return {contact.rpartition("/")[2] for page in pages for contact in page.contacts}
+
+
+async def report(world: World, name: str) -> retargeting_pb2.ChainReport:
+    return await world.client.retargeting.GetChainReport(retargeting_pb2.GetChainReportRequest(name=name))
+
+
+async def explain_chain(world: World, person: str, campaign: str) -> contacts_pb2.ContactExplanation:
+    request = contacts_pb2.ExplainContactRequest(name=f"apps/acme/contacts/{person}", chain=campaign)
+    return await world.client.contacts.ExplainContact(request)
+
+
+def count_drop(shown: Any, reason: str) -> int:
+    return sum(drop.count for drop in shown.drops if drop.reason == Reason.Value(reason))
+
+
+# Holdout
+
+
+async def test_holdout_is_left_out_and_adds_up(shared_world: World) -> None:
+    root = await create(shared_world, "whatsapp")
+    await shared_world.launch(root.name)
+    everybody = await list_people(shared_world, root.name, "read", "whatsapp", 0)
+    held_out = await list_people(shared_world, root.name, "read", "whatsapp", 30, "HELD_OUT")
+    others = await list_people(shared_world, root.name, "read", "whatsapp", 30)
+    assert held_out
+    assert others == everybody - held_out
+    shown = await preview(shared_world, root.name, "read", "whatsapp", 30)
+    assert count_drop(shown, "HELD_OUT") == len(held_out)
+    assert shown.matched_count - sum(drop.count for drop in shown.drops) == shown.audience_count == len(others)
+    wave = await draft_wave(shared_world, root.name, "read", "whatsapp", holdout_percent=30)
+    checked = await shared_world.client.campaigns.LaunchCampaign(
+        campaigns_pb2.LaunchCampaignRequest(name=wave.name, validate_only=True)
+    )
+    assert (checked.counts.recipients, checked.holdout_count) == (len(others), len(held_out))
+    await shared_world.launch(wave.name)
+    assert set(await shared_world.read_recipients(wave.name)) == others
+    sent = await shared_world.get_campaign(wave.name)
+    assert (sent.holdout_percent, sent.holdout_count, sent.counts.recipients) == (30, len(held_out), len(others))
+
+
+async def test_who_was_held_out_once_is_held_out_of_later_waves_of_the_chain(shared_world: World) -> None:
+    root = await create(shared_world, "whatsapp")
+    await shared_world.launch(root.name)
+    held_out = await list_people(shared_world, root.name, "read", "whatsapp", 30, "HELD_OUT")
+    assert not await list_people(shared_world, root.name, "read", "whatsapp", 0, "HELD_OUT")
+    wave = await draft_wave(shared_world, root.name, "read", "whatsapp", holdout_percent=30)
+    await shared_world.launch(wave.name)
+    assert await list_people(shared_world, root.name, "read", "whatsapp", 0, "HELD_OUT") == held_out
+    later = await draft_wave(shared_world, root.name, "read", "whatsapp")
+    await shared_world.launch(later.name)
+    assert not held_out & set(await shared_world.read_recipients(later.name))
+    assert (await shared_world.get_campaign(later.name)).holdout_count == len(held_out)
+
+
+async def test_frozen_audience_is_held_out_of_at_the_launch(shared_world: World) -> None:
+    creation = campaigns_pb2.Audience.AT_CREATION
+    root = await create(shared_world, "whatsapp")
+    await shared_world.launch(root.name)
+    wave = await draft_wave(shared_world, root.name, "read", "whatsapp", holdout_percent=30, evaluation=creation)
+    frozen = set(await shared_world.read_recipients(wave.name))
+    held_out = await list_people(shared_world, root.name, "read", "whatsapp", 30, "HELD_OUT")
+    assert held_out < frozen
+    await shared_world.launch(wave.name)
+    assert set(await shared_world.read_recipients(wave.name)) == frozen - held_out
+    sent = await shared_world.get_campaign(wave.name)
+    assert (sent.audience.frozen.count, sent.holdout_count) == (len(frozen), len(held_out))
+
+
+async def test_root_campaign_can_hold_out_too(shared_world: World) -> None:
+    root = await create(shared_world, "sms", holdout_percent=40)
+    await shared_world.launch(root.name)
+    sent = await shared_world.get_campaign(root.name)
+    people = {person.external_id for person in shared_world.sandbox.population if "sms" in person.channels}
+    assert sent.holdout_count > 0
+    assert sent.holdout_count + sent.counts.recipients == len(people)
+    held_out = people - set(await shared_world.read_recipients(root.name))
+    explained = await explain_chain(shared_world, min(held_out), root.name)
+    assert explained.decision == Decision.HELD_OUT
+    assert "was held out" in explained.text
+    (comparison,) = (await report(shared_world, root.name)).comparisons
+    assert (comparison.recipients, comparison.holdout_count) == (sent.counts.recipients, len(held_out))
+    for found in comparison.differences:
+        assert found.holdout_count == 0
+        assert found.difference == found.recipient_count / comparison.recipients
+        assert found.lower_bound < found.difference <= found.upper_bound
+
+
+@pytest.mark.parametrize("percent", [-1, 91])
+async def test_holdout_is_bounded(shared_world: World, percent: int) -> None:
+    root = "apps/acme/campaigns/root"
+    assert list((await refuse(create(shared_world, "sms", holdout_percent=percent))).fields) == ["campaign.holdout_percent"]
+    refusal = await refuse(draft_wave(shared_world, root, "read", "sms", holdout_percent=percent))
+    assert list(refusal.fields) == ["holdout_percent"]
+    assert list((await refuse(preview(shared_world, root, "read", "sms", percent))).fields) == ["holdout_percent"]
+
+
+# Follow-ups
+
+
+def make_step(action: str, channel: str, seconds: int = 0, **fields: Any) -> retargeting_pb2.FollowUpStep:
+    step = retargeting_pb2.FollowUpStep(
+        selection=campaigns_pb2.RetargetSelection(action=action), channel=channel, content=to_struct(CONTENT[channel])
+    )
+    step.delay.seconds = seconds
+    step.MergeFrom(retargeting_pb2.FollowUpStep(**fields))
+    return step
+
+
+async def follow_up(world: World, source: str, *steps: retargeting_pb2.FollowUpStep, **fields: Any) -> list[Any]:
+    request = retargeting_pb2.CreateFollowUpsRequest(source=source, steps=steps, **fields)
+    return list((await world.client.retargeting.CreateFollowUps(request)).campaigns)
+
+
+async def wait_for(world: World, name: str, *states: int) -> Any:
+    async with asyncio.timeout(60):
+        while (campaign := await world.get_campaign(name)).state not in states:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return campaign
+
+
+async def test_follow_ups_made_before_the_launch_go_out_one_after_the_other(shared_world: World) -> None:
+    root = await create(shared_world, "whatsapp")
+    first, second = await follow_up(
+        shared_world, root.name, make_step("not_received", "sms"), make_step("sent", "push", display_name="Last")
+    )
+    assert [wave.state for wave in (first, second)] == [State.SCHEDULED, State.SCHEDULED]
+    assert [wave.root for wave in (first, second)] == [root.name, root.name]
+    assert [wave.follow_up.source for wave in (first, second)] == [root.name, first.name]
+    assert [wave.display_name for wave in (first, second)] == ["Retarget: Summer Sale (not received)", "Last"]
+    assert not first.HasField("schedule_time")
+    assert first.audience.retarget == select(root.name, "not_received")
+    await shared_world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=root.name))
+    sent = await wait_for(shared_world, root.name, State.SENT)
+    followed = await wait_for(shared_world, first.name, State.SENT)
+    assert followed.schedule_time == sent.finish_time
+    assert followed.launch_time.ToDatetime() >= sent.finish_time.ToDatetime()
+    last = await wait_for(shared_world, second.name, State.SENT)
+    people = set(await shared_world.read_recipients(last.name))
+    assert people
+    assert people <= set(await shared_world.read_recipients(first.name)) <= set(await shared_world.read_recipients(root.name))
+
+
+async def test_follow_up_waits_as_long_as_was_said_and_can_be_changed_until_then(shared_world: World) -> None:
+    (waiting,) = await follow_up(shared_world, "apps/acme/campaigns/root", make_step("read", "sms", 86_400))
+    root = await shared_world.get_campaign("apps/acme/campaigns/root")
+    assert waiting.schedule_time.ToDatetime() == root.finish_time.ToDatetime() + timedelta(days=1)
+    assert waiting.follow_up.delay.seconds == 86_400
+    changed = await change(shared_world, waiting.name, content=to_struct({"body": "Other"}), holdout_percent=20)
+    assert (changed.content["body"], changed.holdout_percent, changed.state) == ("Other", 20, State.SCHEDULED)
+    assert changed.follow_up == waiting.follow_up
+    everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+    assert (await refuse(change(shared_world, waiting.name, audience=everybody))).reason == "CAMPAIGN_STATE_WRONG"
+    draft = await shared_world.client.campaigns.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=waiting.name))
+    assert draft.state == State.DRAFT
+    assert not draft.HasField("follow_up")
+    assert not draft.HasField("schedule_time")
+
+
+async def test_follow_up_with_nobody_is_skipped_and_so_is_the_one_after_it(shared_world: World) -> None:
+    root = await create(shared_world, "sms")
+    await shared_world.launch(root.name)
+    everybody = await shared_world.read_recipients(root.name)
+    person = min(everybody)
+    narrow = await create(
+        shared_world,
+        "sms",
+        audience=campaigns_pb2.Audience(given_contacts=campaigns_pb2.GivenContacts(contacts=[f"apps/acme/contacts/{person}"])),
+    )
+    await shared_world.launch(narrow.name)
+    delivered = "delivered" in (await shared_world.read_recipients(narrow.name))[person].signals
+    nobody = "not_delivered" if delivered else "delivered"
+    first, second = await follow_up(shared_world, narrow.name, make_step(nobody, "sms"), make_step("sent", "sms"))
+    first = await wait_for(shared_world, first.name, State.CANCELED)
+    assert first.state_reason == f"skipped: nobody of the audience of {first.name} can be reached on its channel"
+    second = await wait_for(shared_world, second.name, State.CANCELED)
+    assert second.state_reason == f"skipped: its source {first.name.rpartition('/')[2]} is CANCELED"
+    explained = await explain_chain(shared_world, person, narrow.name)
+    assert [wave.campaign for wave in explained.waves] == [first.name, second.name]
+    assert "skipped" in explained.waves[0].text
+
+
+async def test_follow_ups_of_what_is_deleted_or_canceled_are_skipped(shared_world: World) -> None:
+    deleted = await create(shared_world, "sms")
+    (orphan,) = await follow_up(shared_world, deleted.name, make_step("sent", "sms"))
+    await shared_world.client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=deleted.name))
+    assert (await wait_for(shared_world, orphan.name, State.CANCELED)).state_reason == "skipped: its source was deleted"
+    waiting = await follow_up(
+        shared_world, "apps/acme/campaigns/root", make_step("read", "sms", 3600), make_step("sent", "sms", 3600)
+    )
+    await shared_world.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=waiting[0].name))
+    assert (await wait_for(shared_world, waiting[1].name, State.CANCELED)).state_reason.startswith("skipped: its source")
+    refusal = await refuse(follow_up(shared_world, waiting[0].name, make_step("sent", "sms")))
+    assert (refusal.reason, refusal.metadata["state"]) == ("CAMPAIGN_STATE_WRONG", "CANCELED")
+
+
+async def test_follow_ups_are_all_made_or_none(shared_world: World) -> None:
+    source = "apps/acme/campaigns/root"
+    good = make_step("read", "sms", 3600, campaign_id="never-made")
+    unknown = make_step("sent", "sms")
+    unknown.channel = "fax"
+    for bad, field in [
+        (make_step("read", "sms"), "steps[1].selection.action"),
+        (unknown, "steps[1].channel"),
+        (make_step("sent", "sms", 31 * 86_400), "steps[1].delay"),
+        (make_step("sent", "sms", -1), "steps[1].delay"),
+        (make_step("sent", "sms", selection=campaigns_pb2.RetargetSelection(source=source)), "steps[1].selection.source"),
+        (make_step("", "sms"), "steps[1].selection.action"),
+        (make_step("sent", "sms", content=to_struct({"body": "{{ x | nonsense }}"})), "steps[1].content.body"),
+    ]:
+        assert list((await refuse(follow_up(shared_world, source, good, bad))).fields) == [field]
+    half = make_step("sent", "sms")
+    half.delay.nanos = 1
+    assert list((await refuse(follow_up(shared_world, source, half))).fields) == ["steps[0].delay"]
+    for steps in ([], [good] * 11):
+        assert list((await refuse(follow_up(shared_world, source, *steps))).fields) == ["steps"]
+    assert (await refuse(shared_world.get_campaign("apps/acme/campaigns/never-made"))).reason == "RESOURCE_NOT_FOUND"
+
+
+async def test_follow_ups_are_made_once_by_one_request_id(shared_world: World) -> None:
+    fields = {"request_id": "5f4c2ad0-9c2b-4f7e-9d0e-5c3b1f4e2a11"}
+    step = make_step("read", "push", 3600)
+    answers = [await follow_up(shared_world, "apps/acme/campaigns/root", step, **fields) for _ in range(2)]
+    assert answers[0] == answers[1]
+
+
+# The schedule
+
+
+async def test_wave_cannot_be_scheduled_later_than_the_events_of_its_source_are_kept(shared_world: World) -> None:
+    root = await shared_world.get_campaign("apps/acme/campaigns/root")
+    wave = await draft_wave(shared_world, root.name, "read", "sms")
+    last_time = root.launch_time.ToDatetime(tzinfo=UTC) + timedelta(days=30)
+    for validate_only in (True, False):
+        request = campaigns_pb2.LaunchCampaignRequest(name=wave.name, validate_only=validate_only)
+        request.schedule_time.FromDatetime(last_time + timedelta(seconds=1))
+        refusal = await refuse(shared_world.client.campaigns.LaunchCampaign(request))
+        assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "SCHEDULE_TOO_LATE")
+        assert refusal.metadata["last_time"] == last_time.isoformat()
+        assert refusal.metadata["campaign"] == root.name
+    request.schedule_time.FromDatetime(last_time)
+    scheduled = await shared_world.client.campaigns.LaunchCampaign(request)
+    assert scheduled.schedule_time.ToDatetime(tzinfo=UTC) == last_time
+    refusal = await refuse(follow_up(shared_world, root.name, make_step("read", "sms", 30 * 86_400)))
+    assert refusal.reason == "SCHEDULE_TOO_LATE"
+
+
+# Reports
+
+
+async def test_report_counts_everybody_once_and_says_what_each_wave_added(shared_world: World) -> None:
+    root = await create(shared_world, "whatsapp")
+    await shared_world.launch(root.name)
+    first = await draft_wave(shared_world, root.name, "read", "whatsapp", holdout_percent=30)
+    await shared_world.launch(first.name)
+    second = await draft_wave(shared_world, first.name, "not_read", "push")
+    await shared_world.launch(second.name)
+    draft = await draft_wave(shared_world, root.name, "failed", "sms")
+    rolls = [await shared_world.read_recipients(campaign.name) for campaign in (root, first, second)]
+    shown = await report(shared_world, second.name)
+    assert shown.root == root.name
+    assert [link.campaign for link in shown.campaigns] == [root.name, first.name, second.name, draft.name]
+    assert [list(link.sources) for link in shown.campaigns] == [[], [root.name], [first.name], [root.name]]
+    assert (await report(shared_world, root.name)).people == shown.people
+    reached = {"delivered", "confirmed"}
+
+    def find(roll: Any, signals: set[str]) -> set[str]:
+        return {name for name, person in roll.items() if signals & set(person.signals)}
+
+    every = {signal for roll in rolls for person in roll.values() for signal in person.signals}
+    so_far: dict[str, set[str]] = {}
+    for link, roll in zip(shown.campaigns, [*rolls, {}], strict=True):
+        measures = {signal: find(roll, {signal}) for signal in every}
+        assert dict(link.people.signals) == {signal: len(who) for signal, who in measures.items() if who}
+        assert (link.people.recipients, link.people.reached) == (len(roll), len(find(roll, reached)))
+        measures |= {"on a roll": set(roll), "was reached": find(roll, reached)}
+        added = {measure: who - so_far.get(measure, set()) for measure, who in measures.items()}
+        assert link.added.recipients == len(added.pop("on a roll"))
+        assert link.added.reached == len(added.pop("was reached"))
+        assert dict(link.added.signals) == {signal: len(who) for signal, who in added.items() if who}
+        so_far = {measure: so_far.get(measure, set()) | who for measure, who in measures.items()}
+    assert shown.people.recipients == len(so_far["on a roll"]) == len(rolls[0])
+    assert shown.people.reached == len(so_far["was reached"])
+    assert dict(shown.people.signals) == {signal: len(so_far[signal]) for signal in every}
+
+
+async def test_report_of_a_draft_alone_is_empty_and_of_nothing_is_refused(shared_world: World) -> None:
+    draft = await create(shared_world, "sms")
+    shown = await report(shared_world, draft.name)
+    assert [link.campaign for link in shown.campaigns] == [shown.root] == [draft.name]
+    assert not shown.people.recipients
+    assert not shown.comparisons
+    assert (await refuse(report(shared_world, "apps/acme/campaigns/nothing"))).reason == "RESOURCE_NOT_FOUND"
+    assert (await refuse(report(shared_world, "apps/other/campaigns/root"))).reason == "RESOURCE_NOT_FOUND"
+
+
+async def test_report_of_a_chain_that_is_too_long_is_refused(shared_world: World) -> None:
+    root = await create(shared_world, "sms")
+    await shared_world.launch(root.name)
+    async with transaction(shared_world.core.engine) as conn:
+        found = await conn.execute(campaigns.select().where(campaigns.c.campaign == root.name.rpartition("/")[2]))
+        root_id, app_id = found.one()[:2]
+        await conn.execute(
+            campaigns.insert(),
+            [
+                {"app_id": app_id, "campaign": f"many-{index}", "display_name": "x", "channel": "sms", "state": "DRAFT"}
+                | {"root_id": root_id}
+                for index in range(200)
+            ],
+        )
+    refusal = await refuse(report(shared_world, root.name))
+    assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "CHAIN_TOO_LONG")
+    assert refusal.metadata == {"campaign": root.name, "limit": "200"}
+    assert (await refuse(explain_chain(shared_world, "person-1", root.name))).reason in ("CHAIN_TOO_LONG", "RESOURCE_NOT_FOUND")
+    async with transaction(shared_world.core.engine) as conn:
+        await conn.execute(campaigns.delete().where(campaigns.c.root_id == root_id))
+
+
+# Explanations
+
+
+async def test_explanation_of_a_chain_follows_the_person_through_every_wave(shared_world: World) -> None:
+    root = await create(shared_world, "whatsapp")
+    await shared_world.launch(root.name)
+    held_out = await list_people(shared_world, root.name, "read", "whatsapp", 30, "HELD_OUT")
+    wave = await draft_wave(shared_world, root.name, "read", "whatsapp", holdout_percent=30)
+    (waiting,) = await follow_up(shared_world, wave.name, make_step("not_read", "sms", 3600))
+    told = await explain_chain(shared_world, min(held_out), root.name)
+    assert [found.campaign for found in (told, *told.waves)] == [root.name, wave.name, waiting.name]
+    assert [found.decision for found in (told, *told.waves)] == [
+        Decision.MESSAGED,
+        Decision.WOULD_NOT_BE_MESSAGED,
+        Decision.WOULD_NOT_BE_MESSAGED,
+    ]
+    assert "read" in told.signals
+    assert "is held out of the chain" in told.waves[0].text
+    assert [step.check for step in told.waves[0].steps if not step.passed] == [contacts_pb2.ContactExplanation.Check.NOT_HELD_OUT]
+    await shared_world.launch(wave.name)
+    told = await explain_chain(shared_world, min(held_out), wave.name)
+    assert [found.decision for found in (told, *told.waves)][:2] == [Decision.MESSAGED, Decision.HELD_OUT]
+    messaged = min(await shared_world.read_recipients(wave.name))
+    told = await explain_chain(shared_world, messaged, wave.name)
+    assert told.waves[0].decision != Decision.HELD_OUT
+    assert told.waves[0].events
+
+
+async def test_erased_person_stays_in_the_totals_of_a_report(shared_world: World) -> None:
+    root = await create(shared_world, "whatsapp", holdout_percent=50)
+    await shared_world.launch(root.name)
+    people = {person.external_id for person in shared_world.sandbox.population if "whatsapp" in person.channels}
+    recipients = set(await shared_world.read_recipients(root.name))
+    before = await report(shared_world, root.name)
+    for name in (max(recipients), max(people - recipients)):
+        await shared_world.client.contacts.EraseContact(contacts_pb2.EraseContactRequest(name=f"apps/acme/contacts/{name}"))
+    after = await report(shared_world, root.name)
+    assert (after.people, list(after.comparisons)) == (before.people, list(before.comparisons))
+
+
+async def age(world: World, name: str, by: timedelta) -> None:
+    """Have a campaign be sent so long ago."""
+    async with transaction(world.core.engine) as conn:
+        times = {"launch_time": datetime.now(UTC) - by, "finish_time": datetime.now(UTC) - by}
+        await conn.execute(update(campaigns).where(campaigns.c.campaign == name.rpartition("/")[2]).values(**times))
+
+
+async def test_follow_up_of_what_was_sent_long_ago_is_refused_or_goes_out_at_once(shared_world: World) -> None:
+    root = await create(shared_world, "sms")
+    await shared_world.launch(root.name)
+    async with transaction(shared_world.core.engine) as conn:
+        await conn.execute(update(apps).values(retargetable_since="2020-01-01"))
+    await age(shared_world, root.name, timedelta(days=2))
+    (wave,) = await follow_up(shared_world, root.name, make_step("sent", "sms", 3600))
+    await wait_for(shared_world, wave.name, State.SENT)
+    await age(shared_world, root.name, timedelta(days=31))
+    refusal = await refuse(follow_up(shared_world, root.name, make_step("sent", "sms", 3600)))
+    assert refusal.reason == "SOURCE_TOO_OLD"
