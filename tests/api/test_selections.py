@@ -181,7 +181,7 @@ def draw_story(draw: st.DrawFn) -> Story:
                 draw(st.sampled_from(CHANNELS)),
                 tuple(sorted(members)),
                 draw(st.sampled_from(["", "", "SENT", "SENDING", "PAUSED"])) if index else "",
-                draw(st.sampled_from([0, 0, 0, 30, 60])),
+                draw(st.sampled_from([0, 60, 90])),
                 tuple(sorted(held_out)),
             )
         )
@@ -219,7 +219,10 @@ def draw_story(draw: st.DrawFn) -> Story:
         max_leaves=6,
     ).filter(lambda selection: measure_depth(selection) <= 5)
     standings = st.dictionaries(
-        st.tuples(person, st.sampled_from(CHANNELS)), st.lists(st.sampled_from(STATES), min_size=1, max_size=2), max_size=20
+        st.tuples(person, st.sampled_from(CHANNELS)),
+        st.lists(st.sampled_from(STATES), min_size=1, max_size=2),
+        min_size=people,
+        max_size=20,
     )
     return Story(
         draw(st.sampled_from([0, 8187, 8192])),
@@ -230,7 +233,7 @@ def draw_story(draw: st.DrawFn) -> Story:
         draw(st.booleans()),
         drawn,
         draw(st.permutations(happened)),
-        draw(st.lists(st.tuples(asked, st.sampled_from([0, 0, 40, 90])), min_size=1, max_size=3)),
+        draw(st.lists(st.tuples(asked, st.sampled_from([0, 0, 50])), min_size=1, max_size=3)),
     )
 
 
