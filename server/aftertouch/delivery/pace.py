@@ -161,7 +161,7 @@ class Pacer:
                 self._streaks[key] += 1
                 self._widths[key] = max(min(self._widths.get(key, size), size) // 2, 1)
             rests[key] = min(asked, LONGEST_RETRY_AFTER) if asked is not None else back_off(self._streaks[key])
-            self._held_until[key] = max(self._held_until.get(key, 0), now + min(rests[key], HORIZON).total_seconds())
+            self._held_until[key] = max(self._held_until.get(key, 0), now + min(rests[key], 2 * HORIZON).total_seconds())
         return rests
 
     async def hold(self, rests: Mapping[str, timedelta]) -> None:
