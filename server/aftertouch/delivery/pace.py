@@ -105,11 +105,14 @@ class Pacer:
 
     def _is_free(self, people: Sequence[Sequence[Limit]]) -> bool:
         """True when all of their limits are without a rate of their own, and had room a moment ago."""
-        oldest = time.monotonic() - ASK_SECONDS
+        now = time.monotonic()
         # Most count against the same limits, which are the same tuple.
         for limits in {id(limits): limits for limits in people}.values():
             for limit in limits:
-                if limit.interval or limit.key in self._widths or self._free_at.get(limit.key, 0) < oldest:
+                key = limit.key
+                if limit.interval or key in self._widths or self._held_until.get(key, 0) > now:
+                    return False
+                if self._free_at.get(key, 0) < now - ASK_SECONDS:
                     return False
         return sum(map(len, people)) <= WIDEST
 
@@ -158,7 +161,7 @@ class Pacer:
                 self._streaks[key] += 1
                 self._widths[key] = max(min(self._widths.get(key, size), size) // 2, 1)
             rests[key] = min(asked, LONGEST_RETRY_AFTER) if asked is not None else back_off(self._streaks[key])
-            self._held_until[key] = max(self._held_until.get(key, 0), now + min(rests[key], HORIZON).total_seconds())
+            self._held_until[key] = max(self._held_until.get(key, 0), now + min(rests[key], 2 * HORIZON).total_seconds())
         return rests
 
     async def hold(self, rests: Mapping[str, timedelta]) -> None:
