@@ -129,6 +129,7 @@ async def run_world(
     *,
     environment: Mapping[str, str] | None = None,
     extra: Iterable[type[Channel]] = (),
+    allowed: frozenset[str] | None = None,
     **config: Any,
 ) -> AsyncIterator[World]:
     """A world on a database that has the schema.
@@ -137,6 +138,7 @@ async def run_world(
         settings: of the sandbox.
         environment: settings of channels, besides those that lead to the sandbox.
         extra: channels, besides those that are installed.
+        allowed: the channels to keep; None keeps all.
         config: settings of the server.
     """
     listener = bind("127.0.0.1:0")
@@ -148,7 +150,10 @@ async def run_world(
             values = {"grpc_address": "127.0.0.1:0", "data_dir": directory, **config}
             loaded = Config(database_url=SecretStr(database_url), secret_key=SecretStr(SECRET_KEY), **values)
             given = sandbox.environment | dict(environment or {})
-            async with serve(loaded, discover_channels(extra=extra), given, asyncio.Event(), listener) as (core, addresses):
+            async with serve(loaded, discover_channels(extra=extra, allowed=allowed), given, asyncio.Event(), listener) as (
+                core,
+                addresses,
+            ):
                 async with transaction(core.engine) as conn:
                     app = await store.create_app(conn, "acme", "Acme")
                     _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])

@@ -59,13 +59,15 @@ async def shoot(page: Page, base: str, sale: str, suffix: str) -> None:
 
     async def save(name: str, *, is_whole: bool = False) -> None:
         await page.wait_for_load_state("networkidle")
-        await page.screenshot(path=IMAGES / f"{name}-{suffix}.jpg", type="jpeg", quality=85, full_page=is_whole)
+        await page.screenshot(path=IMAGES / f"{name}-{suffix}.png", full_page=is_whole)
 
     await page.goto(f"{base}/campaigns")
     await save("campaigns")
     await page.click(f"#retarget-{sale}")
+    await page.wait_for_selector("#funnel .drops")
     await page.click("label[for=where-sms]")
-    await page.wait_for_selector("dialog .result")
+    await page.wait_for_selector(".htmx-request", state="detached")
+    await page.wait_for_function("document.querySelector('#where-sms').checked && document.querySelector('#funnel .drops')")
     await save("retarget")
     await page.click("#make-draft")
     await page.wait_for_url("**/edit")
@@ -90,8 +92,9 @@ async def main() -> None:
             engine = create_engine(postgres.url)
             await keep_house(engine)
             await engine.dispose()
-            sandbox = SandboxSettings(size=6000, time_scale=0.05)
-            async with run_world(postgres.url, sandbox) as world, async_playwright() as playwright:
+            chosen = SandboxSettings(size=6000, time_scale=1)
+            channels = frozenset({"push", "sms", "whatsapp"})
+            async with run_world(postgres.url, chosen, allowed=channels) as world, async_playwright() as playwright:
                 sale = await fill(world)
                 await create_user(world, USER, "admin")
                 browser = await playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)

@@ -48,6 +48,9 @@ async def read_chart(visit: Visit, campaign: campaigns_pb2.Campaign) -> Chart | 
     last = max(to_time(series.buckets[-1].start_time) or start for series in shown)
     # A column is some whole buckets, so that none of them is cut.
     buckets = (last - start) // bucket + 1
+    if buckets == 1:
+        # All at once: there is nothing to be seen over time.
+        return None
     step = bucket * -(-buckets // COLUMNS)
     columns = -(-buckets * bucket // step)
     found = visit.console.registry.types.get(campaign.channel)

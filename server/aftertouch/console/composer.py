@@ -295,21 +295,22 @@ async def send_test(visit: Visit) -> Response:
     """Save what was typed, and send it to one contact now."""
     form = await visit.read_form()
     standing = await read(visit)
-    name = visit.name("contacts", str(form.get("as", "")))
+    name, etag = visit.name("contacts", str(form.get("as", ""))), ""
     try:
         stored = await _store(visit, standing, form, _read_content(_find_type(visit, standing), form), etag="")
+        etag = stored.etag
         request = campaigns_pb2.SendTestRequest(name=stored.name, contact=name, request_id=str(uuid.uuid4()))
         sent = await visit.client.campaigns.SendTest(request)
     except FieldsInvalid as error:
-        return visit.render("test_part.html", outcomes=[], problem="; ".join(v.description for v in error.violations))
+        return visit.render("test_part.html", etag=etag, outcomes=[], problem="; ".join(v.description for v in error.violations))
     except AftertouchError as error:
-        return visit.render("test_part.html", outcomes=[], problem=words.explain(error))
+        return visit.render("test_part.html", etag=etag, outcomes=[], problem=words.explain(error))
     results = campaigns_pb2.SendTestResponse.Result
     outcomes = [
         (results.Name(one.result).lower(), words.REASONS.get(one.reason_class, (one.reason_class, ""))[0], one.reason_code)
         for one in sent.outcomes
     ]
-    return visit.render("test_part.html", outcomes=outcomes, problem="")
+    return visit.render("test_part.html", etag=etag, outcomes=outcomes, problem="")
 
 
 def _get(standing: Standing) -> campaigns_pb2.GetCampaignRequest:

@@ -40,7 +40,18 @@ if (dialog) {
 
 document.addEventListener("submit", (event) => {
   const question = event.submitter?.dataset.confirm;
-  if (question && !window.confirm(question)) event.preventDefault();
+  if (question && !window.confirm(question)) return event.preventDefault();
+  // Whatever a form still wants to save is in what it sends now.
+  event.target.dataset.leaving = "yes";
+  htmx.trigger(event.target, "htmx:abort");
+});
+
+document.addEventListener("htmx:beforeRequest", (event) => {
+  if (event.detail.elt.closest("[data-leaving]")) event.preventDefault();
+});
+
+window.addEventListener("pageshow", () => {
+  for (const form of document.querySelectorAll("[data-leaving]")) delete form.dataset.leaving;
 });
 
 // A refused part of a page is shown on top; it goes as soon as something succeeds.
