@@ -224,6 +224,19 @@ async def test_reply_to_somebody_elses_message_is_none_to_ours(open_world: OpenW
             assert (await world.get_campaign(campaign.name)).counts.signals["replied"] == count
 
 
+async def test_reply_that_outruns_the_record_of_its_message_finds_it(open_world: OpenWorld) -> None:
+    async with open_world(read_settings()) as world:
+        await world.import_people()
+        campaign = await world.create_campaign("whatsapp")
+        await world.launch(campaign.name)
+        # As it is between the provider's answer and our commit.
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(text("DELETE FROM attempts"))
+        reply = Reply(address=WhatsAppAddress(phone=world.sandbox.population.get_person(1).phone), message_id="wamid.new")
+        await world.core.ledger.ingest_webhooks("whatsapp", [Webhook(replies=(reply,))])
+        assert (await world.get_campaign(campaign.name)).counts.signals["replied"] == 1
+
+
 async def test_reply_is_not_to_a_message_that_failed(open_world: OpenWorld) -> None:
     async with open_world(replace(read_settings(), shares=replace(CERTAIN, sms_unreachable=1.0))) as world:
         await world.import_people()

@@ -194,6 +194,10 @@ class Ledger:
         async with transaction(self._engine) as conn:
             for at in unnamed:
                 targets[at] = await find_answered(conn, channel, replies[at]) or (None, 0)
+        if late := [at for at in unnamed if targets[at][0] is None and replies[at].message_id]:
+            # An answer may outrun the record of what it answers, which has come between the two looks.
+            for at, target in zip(late, await self._find_targets(channel, [named[at] for at in late]), strict=True):
+                targets[at] = target
         return [
             Fact(campaign, position, Kind(reply.signal), reply.time or now)
             for reply, (campaign, position) in zip(replies, targets, strict=True)
