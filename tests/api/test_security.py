@@ -237,6 +237,19 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "ListRetargetContacts": client.retargeting.ListRetargetContacts(
             retargeting_pb2.ListRetargetContactsRequest(selection=selection, channel="sms")
         ).read(),
+        "CreateFollowUps": client.retargeting.CreateFollowUps(
+            retargeting_pb2.CreateFollowUpsRequest(
+                source=sent,
+                steps=[
+                    retargeting_pb2.FollowUpStep(
+                        selection=campaigns_pb2.RetargetSelection(action="delivered"),
+                        channel="sms",
+                        content=to_struct({"body": "x"}),
+                    )
+                ],
+            )
+        ),
+        "GetChainReport": client.retargeting.GetChainReport(retargeting_pb2.GetChainReportRequest(name=sent)),
         "CreateRetarget": client.retargeting.CreateRetarget(
             retargeting_pb2.CreateRetargetRequest(selection=selection, channel="sms")
         ),

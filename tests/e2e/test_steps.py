@@ -51,7 +51,7 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple
 async def run_worker(world: World) -> AsyncIterator[None]:
     """A worker in this process, meanwhile."""
     stopping = asyncio.Event()
-    worker = Worker(world.core.engine, world.core.ledger, world.core.registry, units=2)
+    worker = Worker(world.core.engine, world.core.ledger, world.core.registry, world.core.context, units=2)
     working = asyncio.create_task(worker.run(stopping))
     try:
         yield
