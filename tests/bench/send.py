@@ -228,7 +228,8 @@ class Bench:
         for request in requests:
             number, browser = by_path[request.partition(" /push/")[2].partition(" ")[0]]
             notification = browser.read(request)
-            assert notification["url"] == f"https://shop.example/sale?c=person-{number}"
+            # The link is tracked, as it is by default.
+            assert "/l/" in notification["url"], notification["url"]
             assert notification["title"] == f"Hi {ATTRIBUTES[number % 4]}"
 
     async def launch_many(self, key: str, address: str) -> dict[str, Any]:
