@@ -31,7 +31,7 @@ from aftertouch.demo import SERVER_READY
 from aftertouch.processes import Child, ProcessFailed
 from aftertouch.server import migrate_new
 from aftertouch.store.embedded import EmbeddedPostgres
-from aftertouch.store.engine import create_engine
+from aftertouch.store.engine import open_engine
 from aftertouch.web.server import bind
 from tests.e2e.producers import Producer, Target, launch_target, read_receipts, unite_people
 
@@ -346,10 +346,9 @@ async def main(directory: Path, seconds: float, seed: int, processes: int) -> in
         await database.start()
         stack.push_async_callback(database.stop)
         await migrate_new(database.url)
-        engine = create_engine(database.url)
-        streamed = await launch_target(engine, "acme", "streamed", PEOPLE, SECRET_KEY)
-        told = await launch_target(engine, "acme", "told", PEOPLE, SECRET_KEY)
-        await engine.dispose()
+        async with open_engine(database.url) as engine:
+            streamed = await launch_target(engine, "acme", "streamed", PEOPLE, SECRET_KEY)
+            told = await launch_target(engine, "acme", "told", PEOPLE, SECRET_KEY)
         with bind("127.0.0.1:0") as one, bind("127.0.0.1:0") as other:
             addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in (one, other)]
         environment = {
@@ -385,9 +384,8 @@ async def main(directory: Path, seconds: float, seed: int, processes: int) -> in
         except BaseException:
             print((directory / "server.log").read_text(errors="replace")[-5000:], file=sys.stderr)
             raise
-        engine = create_engine(database.url)
-        differences = await find_differences(engine, producers, streamed) + await find_lost_webhooks(engine, postmen, told)
-        await engine.dispose()
+        async with open_engine(database.url) as engine:
+            differences = await find_differences(engine, producers, streamed) + await find_lost_webhooks(engine, postmen, told)
     for difference in differences:
         print(difference, file=sys.stderr)
     result = {

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.server import keep_house
 from aftertouch.store.embedded import EmbeddedPostgres
-from aftertouch.store.engine import create_engine
+from aftertouch.store.engine import open_engine
 from aftertouch.store.migrate import migrate
 
 _numbers = itertools.count()
@@ -48,9 +48,8 @@ async def template(postgres_url: str) -> AsyncIterator[str]:
     await _run(postgres_url, f"CREATE DATABASE {name}")
     url = name_database(postgres_url, name)
     await migrate(url)
-    engine = create_engine(url)
-    await keep_house(engine)
-    await engine.dispose()
+    async with open_engine(url) as engine:
+        await keep_house(engine)
     yield name
     await _run(postgres_url, f"DROP DATABASE {name}")
 
@@ -87,6 +86,5 @@ async def database_url(postgres_url: str, template: str) -> AsyncIterator[str]:
 @pytest.fixture
 async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     """Connections to the test's database."""
-    engine = create_engine(database_url)
-    yield engine
-    await engine.dispose()
+    async with open_engine(database_url) as engine:
+        yield engine

@@ -293,17 +293,13 @@ def settings() -> None:
 @asynccontextmanager
 async def _open_connection() -> AsyncIterator[Any]:
     from aftertouch.server import open_database
-    from aftertouch.store.engine import check_schema, create_engine, transaction
+    from aftertouch.store.engine import check_schema, open_engine, transaction
 
     config, _ = _load()
-    async with open_database(config, may_share=True) as url:
-        engine = create_engine(url, pool_size=1)
-        try:
-            await check_schema(engine)
-            async with transaction(engine) as conn:
-                yield conn
-        finally:
-            await engine.dispose()
+    async with open_database(config, may_share=True) as url, open_engine(url, pool_size=1) as engine:
+        await check_schema(engine)
+        async with transaction(engine) as conn:
+            yield conn
 
 
 @apps.command("create")

@@ -39,7 +39,7 @@ from aftertouch.plugins import Discovery, Registry, build_registry
 from aftertouch.rpc.server import create_servicers, serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
-from aftertouch.store.engine import SchemaMismatch, check_schema, create_engine, transaction
+from aftertouch.store.engine import SchemaMismatch, check_schema, open_engine, transaction
 from aftertouch.store.erasures import blank_late_attempts
 from aftertouch.store.imports import forget_imports
 from aftertouch.store.paces import forget_limits
@@ -101,17 +101,15 @@ async def open_database(config: Config, *, may_share: bool = False, stopping: as
 
 async def migrate_new(database_url: str) -> None:
     """Give a database that nobody has used yet its schema; any other is left as it is."""
-    engine = create_engine(database_url)
     try:
-        await check_schema(engine)
+        async with open_engine(database_url) as engine:
+            await check_schema(engine)
     except SchemaMismatch as error:
         if not error.is_empty:
             raise
         from aftertouch.store.migrate import migrate
 
         await migrate(database_url)
-    finally:
-        await engine.dispose()
 
 
 def read_secret_key(config: Config) -> bytes:
@@ -152,8 +150,7 @@ async def open_core(
         SchemaMismatch: the schema is not this code's; the text names the command that mends it.
     """
     async with AsyncExitStack() as stack:
-        engine = create_engine(database_url)
-        stack.push_async_callback(engine.dispose)
+        engine = await stack.enter_async_context(open_engine(database_url))
         await check_schema(engine)
         built = build_registry(discovery, environment, webhook_base_url=public_url + WEBHOOKS)
         registry = await stack.enter_async_context(built.open())

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.config import Config, name_setting
 from aftertouch.server import Addresses, open_database, read_secret_key
-from aftertouch.store.engine import check_schema, create_engine
+from aftertouch.store.engine import check_schema, open_engine
 from aftertouch.web.server import bind
 
 log = structlog.get_logger()
@@ -57,8 +57,7 @@ async def supervise(
         grpc_address = stack.enter_context(_reserve(config.grpc_address))
         http_address = stack.enter_context(_reserve(config.http_address))
         database_url = await stack.enter_async_context(open_database(config, stopping=stopping))
-        engine = create_engine(database_url, pool_size=1)
-        stack.push_async_callback(engine.dispose)
+        engine = await stack.enter_async_context(open_engine(database_url, pool_size=1))
         await check_schema(engine)
         settings = {
             # In the environment and not among the arguments, which every user of the machine can read.

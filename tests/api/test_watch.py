@@ -14,12 +14,13 @@ import grpc
 import numpy as np
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.client import Client, read_reason
 from aftertouch.ingest import watch
 from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.processes import Child, run_command
-from aftertouch.store.engine import create_engine, transaction
+from aftertouch.store.engine import transaction
 from aftertouch.store.partitions import drop_partitions
 from aftertouch.v1 import events_pb2
 from tests.api.test_streams import delivered, launch_on, launch_quietly, make_tokens
@@ -229,7 +230,9 @@ def find_free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-async def test_streams_and_watches_of_the_client_outlive_the_server(database_url: str, tmp_path: Path) -> None:
+async def test_streams_and_watches_of_the_client_outlive_the_server(
+    engine: AsyncEngine, database_url: str, tmp_path: Path
+) -> None:
     """The server is killed twice, and once stopped in an orderly way, while a stream pours and a watch looks on."""
     grpc_address, people = f"127.0.0.1:{find_free_port()}", 1_000
     environment = {
@@ -241,7 +244,6 @@ async def test_streams_and_watches_of_the_client_outlive_the_server(database_url
     }
     await run_command("apps", "create", "acme", environment=environment)
     secret = (await run_command("keys", "create", "acme", environment=environment)).strip()
-    engine = create_engine(database_url)
     async with transaction(engine) as conn:
         await conn.execute(
             text("INSERT INTO contact_ids SELECT app_id, 'person-' || n, n FROM apps, generate_series(0, 999) AS n")
@@ -285,6 +287,5 @@ async def test_streams_and_watches_of_the_client_outlive_the_server(database_url
         await asyncio.gather(looking, return_exceptions=True)
     async with transaction(engine) as conn:
         assert (await conn.execute(text("SELECT count(*) FROM events"))).scalar_one() == 1_500
-    await engine.dispose()
     assert stream.committed == 300
     assert sorted(seen) == sorted(now - number for number in range(300) for _ in range(5))

@@ -29,7 +29,7 @@ from aftertouch.processes import Child, run_command
 from aftertouch.rolls.sql import write_roll
 from aftertouch.store import apps as apps_store
 from aftertouch.store.campaigns import create_campaign, update_campaign
-from aftertouch.store.engine import create_engine, driver, transaction
+from aftertouch.store.engine import driver, open_engine, transaction
 from aftertouch.store.logs import EventBatch, encode_events
 from aftertouch.store.migrate import migrate
 from aftertouch.store.tables import contact_counters
@@ -224,13 +224,12 @@ async def open_bench() -> AsyncIterator[Bench]:
             address, http = server.found
             await run_command("apps", "create", "bench", environment=environment)
             key = (await run_command("keys", "create", "bench", environment=environment)).strip()
-            engine = create_engine((data / "url").read_text())
-            async with transaction(engine) as conn:
-                app = await apps_store.find_app(conn, "bench")
-            assert app is not None
-            url = http if http.startswith("http") else f"http://{http}"
-            yield Bench(engine, app.app_id, address, url, key, Path(directory), TokenCodec(SECRET_KEY.encode()))
-            await engine.dispose()
+            async with open_engine((data / "url").read_text()) as engine:
+                async with transaction(engine) as conn:
+                    app = await apps_store.find_app(conn, "bench")
+                assert app is not None
+                url = http if http.startswith("http") else f"http://{http}"
+                yield Bench(engine, app.app_id, address, url, key, Path(directory), TokenCodec(SECRET_KEY.encode()))
 
 
 @asynccontextmanager
@@ -240,9 +239,8 @@ async def open_scratch(bench: Bench) -> AsyncIterator[AsyncEngine]:
         await (await conn.execution_options(isolation_level="AUTOCOMMIT")).execute(text("CREATE DATABASE scratch"))
     url = bench.engine.url.set(drivername="postgresql", database="scratch").render_as_string(hide_password=False)
     await migrate(url)
-    engine = create_engine(url)
-    yield engine
-    await engine.dispose()
+    async with open_engine(url) as engine:
+        yield engine
 
 
 async def measure(events: int) -> dict[str, Any]:

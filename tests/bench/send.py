@@ -40,7 +40,7 @@ from aftertouch.rolls.chunks import CHUNK, block_of, pack_positions
 from aftertouch.rolls.sql import SetChange, change_sets
 from aftertouch.store import apps as apps_store
 from aftertouch.store.contacts import standing_set
-from aftertouch.store.engine import create_engine, transaction
+from aftertouch.store.engine import open_engine, transaction
 from aftertouch.v1 import campaigns_pb2, contacts_pb2
 
 PEOPLE = 30_000
@@ -335,8 +335,8 @@ async def open_bench(people: int) -> AsyncIterator[tuple[Bench, str, str, str]]:
                 for app in ("bench", "many"):
                     await run_command("apps", "create", app, environment=environment)
                     keys[app] = (await run_command("keys", "create", app, environment=environment)).strip()
-                engine = create_engine((Path(directory) / "data" / "url").read_text())
                 async with (
+                    open_engine((Path(directory) / "data" / "url").read_text()) as engine,
                     Child("worker", environment=environment, ready="sending", log=Path(directory) / "worker.log") as worker,
                     Client(server.found[0], api_key=keys["bench"], app="bench") as client,
                 ):
@@ -344,7 +344,6 @@ async def open_bench(people: int) -> AsyncIterator[tuple[Bench, str, str, str]]:
                     bench = Bench(engine, client, sink, browsers, server.process.pid, worker.process.pid)
                     await bench.import_people()
                     yield bench, vapid, server.found[0], keys["many"]
-                await engine.dispose()
 
 
 async def measure(people: int, repeats: int) -> dict[str, Any]:

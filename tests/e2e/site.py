@@ -22,7 +22,7 @@ from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import Population, SandboxSettings
 from aftertouch.store import apps as store
 from aftertouch.store.embedded import find_running_url
-from aftertouch.store.engine import create_engine, transaction
+from aftertouch.store.engine import open_engine, transaction
 from aftertouch.v1 import campaigns_pb2
 from aftertouch.web.server import bind
 from tests.fix_world import CONTENT, SECRET_KEY
@@ -57,11 +57,9 @@ class Site:
     async def connect(self) -> AsyncIterator[Client]:
         """A client of the app ``acme``, which is made with all people at the first time."""
         if not self.secret:
-            engine = create_engine(self.database_url, pool_size=1)
-            async with transaction(engine) as conn:
+            async with open_engine(self.database_url, pool_size=1) as engine, transaction(engine) as conn:
                 app = await store.create_app(conn, "acme", "Acme")
                 _, self.secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
-            await engine.dispose()
             async with self.connect() as client:
                 await client.import_contacts(read_contacts(self.population.list_rows()))
         async with Client(self.server.found[0], api_key=self.secret, app="acme") as client:
@@ -92,12 +90,10 @@ class Site:
 
     async def expire_leases(self, killed_at: datetime) -> None:
         """Let the leases of a server that was killed then run out now; those taken since are longer."""
-        engine = create_engine(self.database_url, pool_size=1)
-        async with transaction(engine) as conn:
+        async with open_engine(self.database_url, pool_size=1) as engine, transaction(engine) as conn:
             await conn.exec_driver_sql(
                 "UPDATE send_units SET lease_until = now() WHERE lease_until <= %(until)s", {"until": killed_at + LEASE}
             )
-        await engine.dispose()
 
     async def crash(self) -> None:
         """kill -9 the server, and start it again."""

@@ -24,7 +24,7 @@ from aftertouch import cli
 from aftertouch.client import Client
 from aftertouch.rpc.values import to_struct
 from aftertouch.store import apps as store
-from aftertouch.store.engine import create_engine, transaction
+from aftertouch.store.engine import open_engine, transaction
 from aftertouch.testing import FakeProvider, ProviderRequest, Response
 from aftertouch.v1 import campaigns_pb2, channels_pb2, contacts_pb2, retargeting_pb2
 from tests.fix_world import SECRET_KEY
@@ -147,11 +147,9 @@ async def test_channel_of_a_stranger_comes_works_and_goes(second_environment: Pa
         assert told.startswith("accepted as m-")
         assert provider.requests[0].read_json()["text"] == "Hello"
 
-        engine = create_engine(database_url)
-        async with transaction(engine) as conn:
+        async with open_engine(database_url) as engine, transaction(engine) as conn:
             app = await store.create_app(conn, "acme", "Acme")
             _, key = await store.create_api_key(conn, app.app_id, "test", ["admin"])
-        await engine.dispose()
         async with serve(second_environment, **settings) as (grpc, http), Client(grpc, api_key=key, app="acme") as client:
             name = await use_channel(client, provider, http)
             async with aiohttp.ClientSession() as session, session.get(f"{http}/v1/browsers/aftertouch.js") as script:

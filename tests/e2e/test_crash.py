@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.channels import Capabilities
 from aftertouch.delivery.sender import BATCHES_AT_ONCE
@@ -15,7 +16,7 @@ from aftertouch.plugins import discover_channels
 from aftertouch.processes import Child
 from aftertouch.retargeting.report import count_campaign
 from aftertouch.store.campaigns import find_campaign
-from aftertouch.store.engine import create_engine, transaction
+from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from tests.e2e.site import (
     Site,
@@ -86,8 +87,7 @@ async def test_killed_server_misses_nobody_and_texts_nobody_twice(tmp_path: Path
         await check_outcome(site, names, crashes)
 
 
-async def test_stopped_server_leaves_nobody_unclear(tmp_path: Path, database_url: str) -> None:
-    engine = create_engine(database_url, pool_size=1)
+async def test_stopped_server_leaves_nobody_unclear(tmp_path: Path, engine: AsyncEngine, database_url: str) -> None:
     async with open_site(tmp_path, people=1400, database_url=database_url) as site:
         async with site.connect() as client:
             names = await launch_campaigns(client, *CHANNELS)
@@ -104,7 +104,6 @@ async def test_stopped_server_leaves_nobody_unclear(tmp_path: Path, database_url
                 assert counts.signals.get("attempted", 0) < campaign.recipients
         await site.server.start()
         await check_outcome(site, names, crashes=0)
-    await engine.dispose()
 
 
 async def test_stopped_server_stops_its_postgres(tmp_path: Path) -> None:

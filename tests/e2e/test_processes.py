@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from aftertouch.demo import SERVER_READY
 from aftertouch.processes import Child, ProcessFailed
 from aftertouch.store.embedded import find_running_url
-from aftertouch.store.engine import create_engine
+from aftertouch.store.engine import open_engine
 from aftertouch.supervisor import MOST_DEATHS
 from tests.e2e.producers import Producer, launch_target, read_receipts, unite_people
 from tests.e2e.site import is_running, kill, read_postgres_pid
@@ -164,10 +164,11 @@ async def test_sandbox_goes_with_several_processes(tmp_path: Path) -> None:
 
 
 async def test_streams_into_several_processes_lose_and_double_nothing(tmp_path: Path) -> None:
-    async with run_servers(tmp_path, 2) as servers:
+    async with AsyncExitStack() as stack:
+        servers = await stack.enter_async_context(run_servers(tmp_path, 2))
         url = find_running_url(tmp_path / "data")
         assert url is not None
-        engine = create_engine(url, pool_size=1)
+        engine = await stack.enter_async_context(open_engine(url, pool_size=1))
         target = await launch_target(engine, "acme", "shared", 20_000, SECRET_KEY)
         producers = [Producer(target, number, batch=500, pause=0) for number in range(10)]
         done = asyncio.Event()
@@ -181,5 +182,4 @@ async def test_streams_into_several_processes_lose_and_double_nothing(tmp_path: 
         for producer in producers:
             assert await producer.find_differences(engine) == []
         assert await read_receipts(engine, target) == unite_people(producers)
-        await engine.dispose()
     assert "deadlock detected" not in (tmp_path / "data/postgres.log").read_text()

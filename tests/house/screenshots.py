@@ -16,7 +16,7 @@ from playwright.async_api import Page, async_playwright
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.server import keep_house
 from aftertouch.store.embedded import EmbeddedPostgres
-from aftertouch.store.engine import create_engine
+from aftertouch.store.engine import open_engine
 from aftertouch.store.migrate import migrate
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 from tests.fix_console import CHROMIUM_OPTIONS, PASSWORD, create_user
@@ -89,9 +89,8 @@ async def main() -> None:
     with tempfile.TemporaryDirectory(prefix="aftertouch-screenshots-") as directory:
         async with EmbeddedPostgres(Path(directory)) as postgres:
             await migrate(postgres.url)
-            engine = create_engine(postgres.url)
-            await keep_house(engine)
-            await engine.dispose()
+            async with open_engine(postgres.url) as engine:
+                await keep_house(engine)
             chosen = SandboxSettings(size=6000, time_scale=1)
             channels = frozenset({"push", "sms", "whatsapp"})
             async with run_world(postgres.url, chosen, allowed=channels) as world, async_playwright() as playwright:

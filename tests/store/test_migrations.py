@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.errors import DatabaseUnavailable
-from aftertouch.store.engine import SCHEMA_REVISION, SchemaMismatch, check_schema, create_engine, transaction
+from aftertouch.store.engine import SCHEMA_REVISION, SchemaMismatch, check_schema, driver, open_engine, transaction
 from aftertouch.store.migrate import migrate
 from aftertouch.store.tables import metadata
 from tests.fix_database import clone_database
@@ -25,10 +26,8 @@ PARTITION = re.compile(r"\w+_\d{8}")
 @pytest.fixture
 async def empty_engine(postgres_url: str) -> AsyncIterator[AsyncEngine]:
     """Connections to a database with nothing in it."""
-    async with clone_database(postgres_url) as url:
-        engine = create_engine(url)
+    async with clone_database(postgres_url) as url, open_engine(url) as engine:
         yield engine
-        await engine.dispose()
 
 
 def find_differences(connection: Connection) -> list[object]:
@@ -72,17 +71,25 @@ async def test_database_of_another_age_is_refused_with_advice(engine: AsyncEngin
 
 
 async def test_pool_without_a_free_connection_is_an_unavailable_database(database_url: str) -> None:
-    engine = create_engine(database_url, pool_size=1)
-    engine.pool._timeout = 0.05  # type: ignore[attr-defined]
-    async with engine.connect(), engine.connect():
-        with pytest.raises(DatabaseUnavailable):
-            async with transaction(engine):
-                pytest.fail("there was a third connection in a pool of two")
-    await engine.dispose()
+    async with open_engine(database_url, pool_size=1) as engine:
+        engine.pool._timeout = 0.05  # type: ignore[attr-defined]
+        async with engine.connect(), engine.connect():
+            with pytest.raises(DatabaseUnavailable):
+                async with transaction(engine):
+                    pytest.fail("there was a third connection in a pool of two")
 
 
 async def test_database_that_is_away_is_unavailable() -> None:
-    engine = create_engine("postgresql://nobody@127.0.0.1:1/nothing")
-    with pytest.raises(DatabaseUnavailable):
-        await check_schema(engine)
-    await engine.dispose()
+    async with open_engine("postgresql://nobody@127.0.0.1:1/nothing") as engine:
+        with pytest.raises(DatabaseUnavailable):
+            await check_schema(engine)
+
+
+async def test_connection_that_comes_back_after_the_end_is_closed(database_url: str) -> None:
+    """A call that was cancelled with the server may still be rolling back; its connection would be left open for ever."""
+    async with AsyncExitStack() as late:
+        async with open_engine(database_url) as engine:
+            conn = await late.enter_async_context(transaction(engine))
+            below = await driver(conn)
+        assert not below.closed
+    assert below.closed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.store.engine import create_engine, transaction
+from aftertouch.store.engine import open_engine, transaction
 from aftertouch.store.paces import count_messages, forget_limits, hold_limits, take_room
 
 SECOND = timedelta(seconds=1)
@@ -20,20 +21,25 @@ ZERO = timedelta(0)
 FREE_TIME = text("SELECT free_time FROM paces")
 
 
+@pytest.fixture
+async def other(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """What another process would have: connections of its own to the same database."""
+    async with open_engine(database_url) as engine:
+        yield engine
+
+
 async def take(engine: AsyncEngine, horizon: timedelta = SECOND, **wanted: timedelta) -> dict[str, tuple[bool, timedelta]]:
     async with transaction(engine) as conn:
         return await take_room(conn, wanted, horizon)
 
 
-async def test_room_is_taken_once_by_processes_that_ask_at_once(engine: AsyncEngine, database_url: str) -> None:
+async def test_room_is_taken_once_by_processes_that_ask_at_once(engine: AsyncEngine, other: AsyncEngine) -> None:
     """Messages may leave an interval apart, whoever asked, and however long it waited for the row."""
-    other = create_engine(database_url)
     minute, takings = timedelta(minutes=1), 60
     async with transaction(engine) as conn:
         await hold_limits(conn, {"account": minute})
         before = (await conn.execute(FREE_TIME)).scalar_one()
     taken = await asyncio.gather(*(take(one, timedelta(days=1), account=minute) for one in [engine, other] * (takings // 2)))
-    await other.dispose()
     assert all(room["account"][0] for room in taken)
     async with transaction(engine) as conn:
         assert (await conn.execute(FREE_TIME)).scalar_one() - before == takings * minute
@@ -53,14 +59,12 @@ async def test_room_in_one_limit_is_no_room_in_another(engine: AsyncEngine) -> N
     assert (room["first"][0], room["second"]) == (False, (True, ZERO))
 
 
-async def test_limit_without_a_rate_has_room_until_it_is_held(engine: AsyncEngine, database_url: str) -> None:
-    other = create_engine(database_url)
+async def test_limit_without_a_rate_has_room_until_it_is_held(engine: AsyncEngine, other: AsyncEngine) -> None:
     assert (await take(other, account=ZERO))["account"] == (True, ZERO)
     async with transaction(engine) as conn:
         await hold_limits(conn, {"account": HOUR})
         await hold_limits(conn, {"account": SECOND})
     is_free, wait = (await take(other, account=ZERO))["account"]
-    await other.dispose()
     assert not is_free
     assert wait > timedelta(minutes=59), "a shorter hold ended a longer one"
 
@@ -74,8 +78,7 @@ async def test_held_limits_are_not_forgotten_and_old_ones_are(engine: AsyncEngin
 
 
 @pytest.mark.parametrize("most", [1, 3])
-async def test_cap_is_kept_by_campaigns_that_count_at_once(engine: AsyncEngine, database_url: str, most: int) -> None:
-    other = create_engine(database_url)
+async def test_cap_is_kept_by_campaigns_that_count_at_once(engine: AsyncEngine, other: AsyncEngine, most: int) -> None:
     numbers = np.arange(50, dtype=np.int64)
     chance = np.random.default_rng(most)
 
@@ -86,7 +89,6 @@ async def test_cap_is_kept_by_campaigns_that_count_at_once(engine: AsyncEngine, 
     counted: Counter[int] = Counter()
     for got in await asyncio.gather(*(count(one) for one in [engine, other] * 10)):
         counted.update(got)
-    await other.dispose()
     assert counted == dict.fromkeys(numbers.tolist(), most)
 
 

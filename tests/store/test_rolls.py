@@ -40,7 +40,7 @@ from aftertouch.rolls.sql import (
 )
 from aftertouch.signals import CORE_IMPLICATIONS, Expression, close_implications
 from aftertouch.store.contacts import Contact, Subscription, find_numbers, standing_set, upsert_contacts
-from aftertouch.store.engine import create_engine, transaction
+from aftertouch.store.engine import open_engine, transaction
 from tests.fix_database import clone_database
 from tests.receipts import count_by_kind
 
@@ -56,10 +56,8 @@ _campaigns = itertools.count(1)
 @pytest.fixture(scope="module")
 async def rolls_engine(postgres_url: str, template: str) -> AsyncIterator[AsyncEngine]:
     """Connections to a database for all tests here; each example uses a campaign of its own."""
-    async with clone_database(postgres_url, template) as url:
-        engine = create_engine(url)
+    async with clone_database(postgres_url, template) as url, open_engine(url) as engine:
         yield engine
-        await engine.dispose()
 
 
 expressions: st.SearchStrategy[Expression] = st.recursive(

@@ -10,10 +10,12 @@ from typing import Any
 import psycopg
 from psycopg.types.json import set_json_loads
 from pydantic_core import from_json
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from aftertouch.errors import DatabaseUnavailable
 
@@ -40,9 +42,13 @@ _CONNECTION: dict[str, Any] = {
 }
 
 
-def create_engine(database_url: str, *, pool_size: int = 10) -> AsyncEngine:
-    """An engine for a libpq URL (``postgresql://user@host/name``). Connections that died are replaced before use."""
-    return create_async_engine(
+@asynccontextmanager
+async def open_engine(database_url: str, *, pool_size: int = 10) -> AsyncIterator[AsyncEngine]:
+    """An engine for a libpq URL (``postgresql://user@host/name``), and the end of its connections.
+
+    Connections that died are replaced before use.
+    """
+    engine = create_async_engine(
         make_url(database_url).set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
         max_overflow=pool_size,
@@ -52,6 +58,16 @@ def create_engine(database_url: str, *, pool_size: int = 10) -> AsyncEngine:
         # psycopg reports a foreign URL's password in no error, and neither do we: statements' values stay out of exceptions.
         hide_parameters=True,
     )
+    try:
+        yield engine
+    finally:
+        # Whoever was cancelled just now may still be rolling back; a pool keeps what it is given back after its end.
+        event.listen(engine.pool, "checkin", _close)
+        await engine.dispose()
+
+
+def _close(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+    entry.close()
 
 
 @asynccontextmanager

@@ -8,17 +8,13 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection
 
-from aftertouch.store.engine import create_engine
+from aftertouch.store.engine import open_engine
 
 
 async def migrate(database_url: str) -> None:
     """Apply every migration that is missing, in one transaction; waits for another migration that is running."""
-    engine = create_engine(database_url)
-    try:
-        async with engine.begin() as conn:
-            await conn.run_sync(_upgrade)
-    finally:
-        await engine.dispose()
+    async with open_engine(database_url) as engine, engine.begin() as conn:
+        await conn.run_sync(_upgrade)
 
 
 def _upgrade(connection: Connection) -> None:
