@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from aftertouch.channels import Channel
 from aftertouch.client import Client
 from aftertouch.config import Config
 from aftertouch.contact_files import read_contacts
+from aftertouch.delivery import lookup, sender
 from aftertouch.plugins import discover_channels
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import Sandbox, SandboxSettings
@@ -96,7 +98,7 @@ class World:
         await self.wait_until_sent(name)
         await self.sandbox.outbox.drain()
 
-    async def wait_until_sent(self, name: str, seconds: float = 60) -> campaigns_pb2.Campaign:
+    async def wait_until_sent(self, name: str, seconds: float = 120) -> campaigns_pb2.Campaign:
         """Wait until a campaign is no longer being sent, and return it."""
         async with asyncio.timeout(seconds):
             # There is nothing to wait on but the answer of the next call.
@@ -175,6 +177,13 @@ async def world(open_world: OpenWorld) -> AsyncIterator[World]:
     """A world of 60 people who are not imported yet."""
     async with open_world() as opened:
         yield opened
+
+
+@pytest.fixture
+def _look_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox answers at once, so whether it took a message is known after a second."""
+    for module in (lookup, sender):
+        monkeypatch.setattr(module, "LOOK_UP_AFTER", timedelta(seconds=1))
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ class Site:
 
     async def wait_for_messages(self, count: int) -> None:
         """Wait until the sandbox was handed so many messages."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while await self.count_messages() < count:  # noqa: ASYNC110 - nothing to wait on but the answer of the next call
                 await asyncio.sleep(0.01)
 
@@ -134,8 +134,12 @@ async def open_site(directory: Path, *, people: int, time_scale: float = 0.1, **
         yield Site(directory, environment, url, server, Population(world.seed, people, url, world.shares))
 
 
-async def launch_campaigns(client: Client, *channels: str) -> dict[str, str]:
-    """Launch a campaign to everybody on each of the channels, and return their names by channel."""
+async def launch_campaigns(client: Client, *channels: str, pace: int = 0) -> dict[str, str]:
+    """Launch a campaign to everybody on each of the channels, and return their names by channel.
+
+    Args:
+        pace: of each, in messages a second; without one they may be over before anything can happen to them.
+    """
     names: dict[str, str] = {}
     for channel in channels:
         draft = await client.campaigns.CreateCampaign(
@@ -146,6 +150,7 @@ async def launch_campaigns(client: Client, *channels: str) -> dict[str, str]:
                     channel=channel,
                     content=to_struct(CONTENT[channel]),
                     audience=campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers()),
+                    messages_per_second=pace,
                 ),
             )
         )
@@ -157,7 +162,7 @@ async def launch_campaigns(client: Client, *channels: str) -> dict[str, str]:
 
 async def wait_until_sent(client: Client, name: str) -> campaigns_pb2.Campaign:
     """Wait until a campaign is no longer being sent, and return it."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             campaign = await client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
             if campaign.state != _State.SENDING:

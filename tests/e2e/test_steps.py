@@ -17,7 +17,6 @@ import pytest
 from sqlalchemy import text
 
 from aftertouch.channels import Capabilities
-from aftertouch.delivery import lookup, sender
 from aftertouch.delivery.sender import BATCHES_AT_ONCE
 from aftertouch.delivery.worker import Worker
 from aftertouch.errors import DatabaseUnavailable
@@ -32,7 +31,7 @@ from tests.e2e.books import check_books
 from tests.e2e.mortal import STEPS, strike_at
 from tests.fix_world import World, run_world
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("_look_up_soon")]
 
 CHANNELS = ("sms", "whatsapp", "push")
 PEOPLE = 150
@@ -54,11 +53,8 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple
 
 
 @pytest.fixture(autouse=True)
-def _look_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sandbox answers at once, so what it took is known after a second."""
-    for module in (lookup, sender):
-        monkeypatch.setattr(module, "LOOK_UP_AFTER", timedelta(seconds=1))
-    # Its clock is ours, but for the fractions of a second; the messages of the step before are not this one's.
+def _share_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox's clock is ours, but for the fractions of a second; the messages of the step before are not this one's."""
     monkeypatch.setattr(aftertouch_sms, "CLOCK_TOLERANCE", timedelta(seconds=1))
 
 

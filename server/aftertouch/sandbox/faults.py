@@ -123,6 +123,8 @@ class _Silence(Response):
             await asyncio.wait((gone, release), return_when=asyncio.FIRST_COMPLETED)
             gone.cancel()
             release.cancel()
+        if transport.is_closing():
+            return  # the client was not that patient
         # Without SO_LINGER 0 the client sees an orderly end, which some clients take for an answer.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
         transport.abort()
