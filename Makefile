@@ -1,6 +1,6 @@
 # Every target explains itself: make help
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint bench-ingest bench-retarget bench-send bench-console browser screenshots format protos docs constraints clean
+.PHONY: help demo test test-faults lint bench-ingest bench-retarget bench-send bench-console browser peers screenshots format protos docs constraints clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,6 +42,11 @@ bench-console: .venv/dev ## Measure the console's pages of a campaign to 10 mill
 
 browser: ## Install Debian's Chromium where there is none: the console's tests and screenshots need it.
 	command -v chromium || (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium)
+
+peers: ## Install what others wrote in JavaScript, to hold the channels against: Prism, Twilio's node library and more.
+	command -v npm || (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends nodejs npm)
+	cmp -s tests/peers/package-lock.json tests/peers/node_modules/installed || \
+	  (cd tests/peers && npm ci && cp package-lock.json node_modules/installed)
 
 screenshots: .venv/dev browser ## Take the pictures of the console in docs/images again; look at each.
 	$(BIN)/python -m tests.house.screenshots

@@ -87,6 +87,7 @@ _SIGNALS: Mapping[str, str | None] = {
     "read": "delivered",  # RCS only; a text message has no read receipt
     "undelivered": "failed",
     "failed": "failed",
+    "canceled": "failed",  # by somebody at Twilio; we schedule nothing there
 }
 """Twilio's message statuses, and the signal of each that is news (Twilio: Message resource, "Message status values")."""
 
