@@ -10,7 +10,8 @@ COPY server server
 COPY plugins plugins
 # The build backend is pinned among the constraints, so nothing here comes without a hash.
 RUN /opt/aftertouch/bin/pip install --no-cache-dir --no-deps --no-build-isolation \
-    . plugins/aftertouch-push plugins/aftertouch-sms plugins/aftertouch-whatsapp
+    . plugins/aftertouch-push plugins/aftertouch-sms plugins/aftertouch-twilio \
+    plugins/aftertouch-whatsapp
 
 FROM python:3.11-slim
 COPY --from=build /opt/aftertouch /opt/aftertouch

@@ -19,19 +19,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import aftertouch_sms
+import aftertouch_twilio
 import aiohttp
 import pytest
 from aftertouch_push import PushChannel, PushContent, PushSettings
 from aftertouch_sms import SmsAddress, SmsChannel, SmsContent, SmsSettings
-from aftertouch_whatsapp import WhatsAppChannel, WhatsAppSettings
-from aiohttp.test_utils import unused_port
+from aftertouch_whatsapp import WhatsAppAddress, WhatsAppChannel, WhatsAppContent, WhatsAppSettings
+from aftertouch_whatsapp.twilio import read_template
+from aiohttp import web
+from aiohttp.test_utils import TestServer, unused_port
 
 from aftertouch.channels import (
     Accepted,
     InvalidSignature,
     Message,
     Outcome,
+    Problem,
     ReasonClass,
     Refused,
     Unclear,
@@ -43,7 +46,9 @@ from aftertouch.sandbox.twilio import sign_callback
 
 HERE = Path(__file__).parent
 MODULES = HERE / "node_modules"
-OPENAPI = MODULES / "@twilio/cli-core/src/services/twilio-api/twilio_api_v2010.json"
+DOCUMENTS = MODULES / "@twilio/cli-core/src/services/twilio-api"
+OPENAPI = DOCUMENTS / "twilio_api_v2010.json"
+CONTENT_OPENAPI = DOCUMENTS / "twilio_content_v1.json"
 NODE = shutil.which("node")
 TOKEN = "AbCdEfGhIjKlMnOpQrStUv-_"
 ACCOUNT = "AC" + "0" * 32
@@ -158,7 +163,54 @@ async def test_list_of_messages_is_read_as_twilios_document_has_it(twilio_by_the
 
 def test_every_status_of_twilios_document_is_known() -> None:
     statuses = json.loads(OPENAPI.read_text())["components"]["schemas"]["message_enum_status"]["enum"]
-    assert set(statuses) - {"receiving", "received"} <= aftertouch_sms._SIGNALS.keys()
+    assert set(statuses) - {"receiving", "received"} <= aftertouch_twilio.SIGNALS.keys()
+
+
+def make_whatsapp(**values: object) -> WhatsAppChannel:
+    account = {"provider": "twilio", "account_sid": ACCOUNT, "auth_token": "12345", "timeout_seconds": 60}
+    settings = WhatsAppSettings.model_validate({**account, "sender": "+15005550006", **values})
+    return WhatsAppChannel(settings, webhook_url="https://hooks.example.com/v1/webhooks/whatsapp")
+
+
+SALE = WhatsAppContent(template="sale", language="en", body=["Ada"])
+
+
+async def test_whatsapp_message_is_one_that_twilios_document_allows(twilio_by_the_document: str) -> None:
+    async def list_templates(_: web.Request) -> web.Response:
+        shown = {"twilio/text": {"body": "Dear {{1}}"}}
+        approval = {"name": "sale", "status": "approved", "content_type": "twilio/text"}
+        listed = {"sid": "HX" + "3" * 32, "language": "en", "types": shown, "approval_requests": approval}
+        return web.json_response({"contents": [listed], "meta": {"next_page_url": None}})
+
+    app = web.Application()
+    app.router.add_get("/v1/ContentAndApprovals", list_templates)
+    message = Message(token=TOKEN, address=WhatsAppAddress(phone="+16502530000"), content=SALE)
+    async with TestServer(app, host="127.0.0.1") as server:
+        urls = {"twilio_api_url": twilio_by_the_document, "twilio_content_url": str(server.make_url("/"))}
+        async with make_whatsapp(**urls) as channel:
+            assert [type(outcome) for outcome in await channel.send([message])] == [Accepted]
+
+
+async def test_templates_are_asked_for_as_twilios_document_allows() -> None:
+    async with run_prism("mock", CONTENT_OPENAPI) as url, make_whatsapp(twilio_content_url=url) as channel:
+        # The document's example has none; whatever it did not allow would be an error.
+        assert await channel.check_content(SALE) == [Problem(field="template", text="the account has no template 'sale'")]
+
+
+def test_templates_of_twilios_document_are_read() -> None:
+    listing = json.loads(CONTENT_OPENAPI.read_text())["paths"]["/v1/ContentAndApprovals"]["get"]["responses"]["200"]
+    contents = listing["content"]["application/json"]["examples"]["readResults"]["value"]["contents"]
+    read = [read_template(item) for item in contents]
+    assert [(known.name, known.status) for known in read if known] == [
+        ("Some content", "UNSUBMITTED"),
+        ("Media Test", "APPROVED"),
+        ("Video Highlights", "REJECTED"),
+    ]
+    assert read[2] is not None
+    assert [part.text for part in read[2].components[:2]] == [
+        "Hi there, {{1}}, we have received your request to upload {{2}}, and should be uploaded shortly.",
+        "http://example.com/highlights/{{3}}",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ class TestConsole(ChannelContract):
         "url": "{provider}/messages",
         "api_key": "key-that-nobody-sees",
         "webhook_secret": "secret-that-nobody-sees",
-        "timeout_seconds": "0.5",
+        "timeout_seconds": "2",
     }
     address = {"inbox": "adas-private-inbox"}
     content = {"text": "Words for Ada only"}

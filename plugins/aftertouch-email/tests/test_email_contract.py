@@ -57,7 +57,7 @@ class TestEmail(ChannelContract):
         "sender": "Shop <news@shop.example>",
         "unsubscribe_secret": "a secret that nobody sees, 32 characters",
         "webhook_key": WEBHOOK_KEY,
-        "timeout_seconds": "0.3",
+        "timeout_seconds": "2",
     }
     address = {"email": "ada.lovelace@private.example"}
     content = {"subject": "A subject for Ada only", "text": "Words for Ada only", "html": "<p>Words for Ada only</p>"}

@@ -124,8 +124,8 @@ def answer_with(status: int, **headers: str) -> Handler:
     return answer
 
 
-async def send_one(service: PushService, **values: object) -> Outcome:
-    async with make_channel(allow_insecure_loopback=True, timeout_seconds=0.3) as channel:
+async def send_one(service: PushService, timeout: float = 30, **values: object) -> Outcome:  # noqa: ASYNC109
+    async with make_channel(allow_insecure_loopback=True, timeout_seconds=timeout) as channel:
         [outcome] = await channel.send([make_message(f"{service.url}/push/1", **values)])
     return outcome
 
@@ -436,7 +436,7 @@ async def test_send_is_unclear_when_the_answer_stalls() -> None:
 
     async with run_push_service() as service:
         service.answer = stall
-        outcome = await send_one(service)
+        outcome = await send_one(service, timeout=3)
         released.set()
     assert isinstance(outcome, Unclear)
 
@@ -469,7 +469,7 @@ async def test_send_is_refused_when_the_connection_stalls() -> None:
 
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        outcome = await send_one(PushService(url=f"https://127.0.0.1:{port}", answer=answer_with(201)))
+        outcome = await send_one(PushService(url=f"https://127.0.0.1:{port}", answer=answer_with(201)), timeout=1)
         finished.set()
     assert outcome == Refused(code="connect_error")
 

@@ -21,7 +21,7 @@ class TestPush(ChannelContract):
         "vapid_private_key": VAPID_PRIVATE_KEY,
         "vapid_subject": "mailto:ops@example.com",
         "allow_insecure_loopback": "true",
-        "timeout_seconds": "0.3",
+        "timeout_seconds": "2",
     }
     address = {"endpoint": "{provider}/push/adas-private-endpoint", "keys": {"p256dh": P256DH, "auth": AUTH}}
     content = {"title": "For Ada only", "body": "Words for Ada only", "url": "https://shop.example/ada-only"}

@@ -21,7 +21,7 @@ class TestSms(ChannelContract):
         "auth_token": AUTH_TOKEN,
         "messaging_service_sid": "MG" + "1" * 32,
         "api_url": "{provider}",
-        "timeout_seconds": "0.3",
+        "timeout_seconds": "2",
     }
     address = {"phone": "+16502530000"}
     content = {"body": "Words for Ada only"}

@@ -13,7 +13,9 @@ from urllib.parse import urlencode
 
 import aftertouch_whatsapp
 import pytest
+from aftertouch_twilio import REASONS
 from aftertouch_whatsapp import WhatsAppAddress, WhatsAppChannel, WhatsAppContent, WhatsAppSettings
+from aftertouch_whatsapp.meta import CODES
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def make_channel(**values: object) -> WhatsAppChannel:
             "access_token": "EAAJB",
             "app_secret": APP_SECRET,
             "verify_token": "wörd",
-            "timeout_seconds": "0.3",
+            "timeout_seconds": "30",
             **values,
         }
     )
@@ -147,7 +149,9 @@ def test_actions_use_declared_signals_only() -> None:
 
 
 def test_reasons_name_every_code_once() -> None:
-    assert len(WhatsAppChannel.reasons) == sum(len(codes) for codes in aftertouch_whatsapp._CODES.values())
+    assert sum(map(len, CODES.values())) == len({code for codes in CODES.values() for code in codes})
+    twice = REASONS.keys() & {code for codes in CODES.values() for code in codes}
+    assert all(code == "connect_error" or code.startswith("http_") for code in twice), "Meta's and Twilio's codes are apart"
 
 
 def test_address_key_keeps_its_plus_sign() -> None:
@@ -307,7 +311,7 @@ async def test_send_is_unclear_when_the_answer_stalls() -> None:
         await released.wait()
         return web.Response()
 
-    async with run_graph_api(stall) as api, make_channel(api_url=api.url) as channel:
+    async with run_graph_api(stall) as api, make_channel(api_url=api.url, timeout_seconds="3") as channel:
         [outcome] = await channel.send([make_message()])
         released.set()
     assert isinstance(outcome, Unclear)
