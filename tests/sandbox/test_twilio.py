@@ -13,6 +13,7 @@ from twilio.request_validator import RequestValidator
 from twilio.rest import Client
 
 from aftertouch.sandbox import Sandbox, SandboxSettings
+from aftertouch.sandbox.faults import Fault
 from aftertouch.sandbox.twilio import RetryRule, count_segments, sign_callback
 
 from .conftest import CERTAIN, Receiver, wait_for_retries
@@ -139,7 +140,10 @@ async def test_twilios_own_client_sends_and_fetches(sandbox: Sandbox, receiver: 
     [
         ({"To": ""}, 21604),
         ({"To": "6505551234"}, 21211),
-        ({"To": "whatsapp:+34600000000"}, 21211),
+        ({"To": "whatsapp:600000000"}, 21211),
+        ({"To": "whatsapp:+34600000000", "From": "+15005550006"}, 21910),
+        ({"To": "whatsapp:+34600000000", "From": "whatsapp:+15005550006"}, 63007),
+        ({"From": "whatsapp:+14155238886"}, 21910),
         ({"To": "+15005550001"}, 21211),
         ({"To": "+15005550009"}, 21614),
         ({"MessagingServiceSid": ""}, 21603),
@@ -150,6 +154,8 @@ async def test_twilios_own_client_sends_and_fetches(sandbox: Sandbox, receiver: 
         ({"Body": ""}, 21602),
         ({"Body": "x" * 1601}, 21617),
         ({"ContentSid": "HX1", "ContentVariables": "[]"}, 21656),
+        ({"ContentSid": "HX1", "ContentVariables": '{"1": 1}'}, 21656),
+        ({"ContentSid": "HX1"}, 21655),
         ({"StatusCallback": "http://my_host/sms"}, 21609),
         ({"StatusCallback": "/sms"}, 21609),
         ({"ValidityPeriod": "36001"}, 20001),
@@ -256,3 +262,105 @@ async def test_callback_outlives_the_receivers_absence(sandbox: Sandbox, http: a
 )
 def test_segments_are_counted_as_they_are_billed(body: str, segments: int) -> None:
     assert count_segments(body) == segments
+
+
+# WhatsApp
+
+CONTENT_SID = "HX" + "1" * 32
+
+
+def make_whatsapp_fields(sandbox: Sandbox, receiver: Receiver, **changes: str) -> dict[str, str]:
+    return {
+        "To": f"whatsapp:{sandbox.population.get_person(1).phone}",
+        "From": f"whatsapp:{sandbox.settings.whatsapp_sender}",
+        "ContentSid": CONTENT_SID,
+        "ContentVariables": '{"1": "Ann"}',
+        "StatusCallback": f"{receiver.url}/whatsapp?t={TOKEN}#rc=5&rp=all",
+        **changes,
+    }
+
+
+async def test_message_on_whatsapp_is_reported_up_to_read_and_answered(
+    make_settings: Callable[..., SandboxSettings], receiver: Receiver, http: aiohttp.ClientSession
+) -> None:
+    async with Sandbox(make_settings(shares=replace(CERTAIN, whatsapp_replied=1.0))) as sandbox:
+        status, answer = await post(sandbox, http, make_whatsapp_fields(sandbox, receiver))
+        assert (status, answer["status"], answer["from"]) == (201, "queued", f"whatsapp:{sandbox.settings.whatsapp_sender}")
+        await sandbox.outbox.drain()
+        validator = RequestValidator(sandbox.settings.auth_token)
+        forms = []
+        for request in receiver.requests:
+            forms.append(dict(parse_qsl(request.body.decode())))
+            assert validator.validate(request.url, forms[-1], request.headers["X-Twilio-Signature"])
+        reports = {form["MessageStatus"]: form for form in forms if "MessageStatus" in form}
+        assert reports.keys() == {"sent", "delivered", "read"}
+        assert {form["To"] for form in reports.values()} == {f"whatsapp:{sandbox.population.get_person(1).phone}"}
+        assert (reports["read"]["EventType"], reports["read"]["ChannelPrefix"]) == ("READ", "whatsapp")
+        [reply] = [form for form in forms if form["SmsStatus"] == "received"]
+        assert (reply["ButtonText"], reply["ButtonPayload"]) == ("Tell me more", "more")
+        assert reply["OriginalRepliedMessageSid"] == answer["sid"]
+        [entry] = sandbox.truth.entries
+        assert (entry.channel, entry.token, entry.message_id) == ("whatsapp", TOKEN, answer["sid"])
+        assert entry.signals.keys() == {"sent", "delivered", "read", "replied"}
+        assert all(decision.acknowledged for decision in entry.signals.values())
+        fetched = await asyncio.to_thread(make_client(sandbox).messages(answer["sid"]).fetch)
+        assert fetched.status == "read"
+
+
+@pytest.mark.parametrize(
+    ("share", "changes", "status", "code"),
+    [
+        ("whatsapp_gone", {}, "undelivered", "63024"),
+        ("whatsapp_opted_out", {}, "undelivered", "63014"),
+        ("whatsapp_capped", {}, "undelivered", "63049"),
+        ("whatsapp_replied", {"ContentSid": "", "Body": "Hello"}, "failed", "63016"),
+    ],
+)
+async def test_person_on_whatsapp_is_not_reached_for_metas_reasons(
+    make_settings: Callable[..., SandboxSettings],
+    receiver: Receiver,
+    http: aiohttp.ClientSession,
+    share: str,
+    changes: dict[str, str],
+    status: str,
+    code: str,
+) -> None:
+    async with Sandbox(make_settings(shares=replace(CERTAIN, **{share: 1.0}))) as sandbox:
+        answered, _ = await post(sandbox, http, make_whatsapp_fields(sandbox, receiver, **changes))
+        assert answered == 201
+        await sandbox.outbox.drain()
+        [form] = [dict(parse_qsl(request.body.decode())) for request in receiver.requests]
+        assert (form["MessageStatus"], form["ErrorCode"]) == (status, code)
+        [entry] = sandbox.truth.entries
+        assert entry.signals["failed"].code == code
+
+
+async def test_template_is_shown_with_its_variables_and_its_approval(
+    make_settings: Callable[..., SandboxSettings], receiver: Receiver, http: aiohttp.ClientSession
+) -> None:
+    paused = "HX" + "2" * 32
+    settings = make_settings(templates={CONTENT_SID: ("1", "2"), paused: ()}, template_statuses={paused: "PAUSED"})
+    async with Sandbox(settings) as sandbox:
+        headers = authorize(settings.account_sid, settings.auth_token)
+
+        async def get(path: str, **options: Any) -> tuple[int, dict[str, Any]]:
+            async with http.get(f"{sandbox.url}/v1/Content/{path}", **{"headers": headers, **options}) as response:
+                return response.status, await response.json()
+
+        status, shown = await get(CONTENT_SID)
+        assert (status, shown["language"], [*shown["variables"]]) == (200, "en_US", ["1", "2"])
+        for sid, approval in ((CONTENT_SID, "approved"), (paused, "paused")):
+            status, shown = await get(f"{sid}/ApprovalRequests")
+            assert (status, shown["whatsapp"]["status"]) == (200, approval)
+        unknown = "HX" + "3" * 32
+        assert [(await get(path))[0] for path in (unknown, f"{unknown}/ApprovalRequests")] == [404, 404]
+        assert (await get(CONTENT_SID, headers={}))[0] == 401
+        refused, answer = await post(sandbox, http, make_whatsapp_fields(sandbox, receiver, ContentSid=unknown))
+        assert (refused, answer["code"]) == (400, 21655)
+
+
+async def test_fault_of_whatsapp_strikes_no_text(sandbox: Sandbox, receiver: Receiver, http: aiohttp.ClientSession) -> None:
+    sandbox.faults.set(Fault(channel="whatsapp", mode="429"))
+    assert (await post(sandbox, http, make_fields(sandbox, receiver)))[0] == 201
+    status, answer = await post(sandbox, http, make_whatsapp_fields(sandbox, receiver))
+    assert (status, answer["code"]) == (429, 20429)

@@ -17,7 +17,7 @@ from .faults import Fault, Faults
 from .meta import Meta
 from .push import Push
 from .truth import Truth
-from .twilio import Twilio
+from .twilio import WHATSAPP, Twilio
 from .webhooks import Outbox
 
 _LONGEST_DRAIN = 600.0
@@ -115,8 +115,12 @@ class Control:
         if inbound.preference is not None:
             self._meta.prefer(inbound.address, inbound.preference)
             return True
-        receiver = self._twilio if inbound.channel == "sms" else self._meta
-        return receiver.receive(inbound.address, inbound.text)
+        if inbound.channel == "sms":
+            return self._twilio.receive(inbound.address, inbound.text)
+        # Whoever wrote to them; a server has one provider for WhatsApp.
+        return self._meta.receive(inbound.address, inbound.text) or self._twilio.receive(
+            f"{WHATSAPP}{inbound.address}", inbound.text
+        )
 
     async def _set_webhook(self, request: Request) -> Response:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -82,6 +83,11 @@ class SandboxSettings:
     sender: str = "+15005550006"
     """The one number that may be given as ``From``."""
 
+    whatsapp_provider: Literal["meta", "twilio"] = "meta"
+    """Through whose API a server reaches people on WhatsApp; both answer in any case."""
+    whatsapp_sender: str = "+14155238886"
+    """The one WhatsApp number that may be given to Twilio as ``From``, after ``whatsapp:``."""
+
     phone_number_id: str = "106540352242922"
     display_phone_number: str = "15550783881"
     business_account_id: str = "102290129340398"
@@ -90,8 +96,8 @@ class SandboxSettings:
     verify_token: str = field(default="sandbox-verify-token", repr=False)
     whatsapp_webhook_url: str | None = None
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The approved templates and the names of their body parameters ("1", "2", … if positional). Empty: every template is
-    approved and takes what it is given."""
+    """The approved templates, for Twilio by their ContentSid, and the names of their body parameters ("1", "2", … if
+    positional). Empty: every template is approved and takes what it is given."""
 
     template_statuses: Mapping[str, str] = field(default_factory=dict)
     """Of those that are not ``APPROVED`` after all, as it is listed."""
@@ -141,6 +147,15 @@ class SandboxSettings:
             "AFTERTOUCH_PUSH_VAPID_SUBJECT": "mailto:sandbox@example.com",
             "AFTERTOUCH_PUSH_ALLOW_INSECURE_LOOPBACK": "true",
         }
+        if self.whatsapp_provider == "twilio":
+            environment |= {
+                "AFTERTOUCH_WHATSAPP_PROVIDER": "twilio",
+                "AFTERTOUCH_WHATSAPP_ACCOUNT_SID": self.account_sid,
+                "AFTERTOUCH_WHATSAPP_AUTH_TOKEN": self.auth_token,
+                "AFTERTOUCH_WHATSAPP_SENDER": self.whatsapp_sender,
+                "AFTERTOUCH_WHATSAPP_TWILIO_API_URL": url,
+                "AFTERTOUCH_WHATSAPP_TWILIO_CONTENT_URL": url,
+            }
         if self.templates:
             environment["AFTERTOUCH_WHATSAPP_BUSINESS_ACCOUNT_ID"] = self.business_account_id
         if self.vapid_private_key is not None:

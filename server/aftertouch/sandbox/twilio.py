@@ -1,4 +1,4 @@
-"""Twilio's Programmable Messaging: sending, fetching, and signed status callbacks.
+"""Twilio's Programmable Messaging, for SMS and WhatsApp: sending, fetching, templates, and signed status callbacks.
 
 As strict as the real one about forms, fields and credentials; error codes and shapes are Twilio's
 (https://www.twilio.com/docs/api/errors), the signature is https://www.twilio.com/docs/usage/security.
@@ -32,7 +32,11 @@ from .settings import SandboxSettings
 from .truth import Decision, Entry, Truth
 from .webhooks import CONNECT_FAILED, READ_FAILED, Outbox, Request, Stream
 
+WHATSAPP = "whatsapp:"
+"""What stands before a number that is one on WhatsApp."""
+
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}")
+_CONTENT_SID = re.compile(r"HX[0-9a-fA-F]{32}")
 _HOST = re.compile(r"[a-z0-9.:-]+")
 _LONGEST_BODY = 1600
 _LONGEST_VALIDITY = 36_000
@@ -69,13 +73,23 @@ _MESSAGES = {
     21612: "Message cannot be sent with the current combination of 'To' and 'From' parameters",
     21614: "The 'To' number is not a valid mobile number",
     21617: f"The concatenated message body exceeds the {_LONGEST_BODY} character limit",
+    21655: "The 'ContentSid' is invalid",
     21656: "The 'ContentVariables' parameter is invalid",
     21701: "The messaging service was not found",
+    21910: "Invalid 'From' and 'To' pair. 'From' and 'To' should be of the same channel",
+    30003: "Unreachable destination handset",
+    63007: "Twilio could not find a Channel with the specified From address",
+    63014: "The message failed to send because it was blocked by a user action",
+    63016: "Failed to send freeform message because you are outside the allowed window. Please use a Message Template.",
+    63024: "Invalid message recipient",
+    63049: "Meta chose not to deliver this marketing message",
 }
 _STATUSES = {20003: 401, 20404: 404, 20415: 415, 20429: 429, 20500: 500, 20503: 503, 21408: 403, 21611: 429, 21701: 404}
 _FAULT_CODES = {"429": 20429, "429_retry_after": 20429, "500": 20500, "503": 20503, "expired_token": 20003}
 
-_RANKS = {"accepted": 0, "queued": 1, "sent": 2, "undelivered": 3, "delivered": 4}
+_RANKS = {"accepted": 0, "queued": 1, "sent": 2, "failed": 3, "undelivered": 3, "delivered": 4, "read": 5}
+
+_CHANNEL_INSTALL = "XE5a4db0c05a4db0c05a4db0c05a4db0c0"
 
 _GSM_7 = frozenset(
     "@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !\"#¤%&'()*+,-./0123456789:;<=>?¡ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÑÜ§¿"
@@ -104,7 +118,17 @@ class _Text:
     @property
     def is_sent(self) -> bool:
         """True from when it has a date on which it was sent."""
-        return self.status in ("sent", "delivered", "undelivered")
+        return self.status in ("sent", "delivered", "undelivered", "read")
+
+    @property
+    def is_whatsapp(self) -> bool:
+        """True of a message to somebody on WhatsApp."""
+        return self.fields["To"].startswith(WHATSAPP)
+
+    def find_sender(self, settings: SandboxSettings) -> str:
+        """Who it is from; a Messaging Service chooses."""
+        chosen = f"{WHATSAPP}{settings.whatsapp_sender}" if self.is_whatsapp else settings.sender
+        return self.fields.get("From", chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +155,7 @@ class _Callbacks(Stream[_Report]):
             "SmsStatus": report.status,
             "MessageStatus": report.status,
             "To": text.fields["To"],
-            "From": text.fields.get("From", self.settings.sender),
+            "From": text.find_sender(self.settings),
             "MessageSid": text.sid,
             "AccountSid": self.settings.account_sid,
         }
@@ -139,7 +163,13 @@ class _Callbacks(Stream[_Report]):
             parameters["MessagingServiceSid"] = text.fields["MessagingServiceSid"]
         if report.error_code is not None:
             parameters["ErrorCode"] = str(report.error_code)
-        if report.status in ("delivered", "undelivered"):
+        if text.is_whatsapp:
+            parameters |= {"ChannelInstallSid": _CHANNEL_INSTALL, "ChannelPrefix": "whatsapp"}
+            if report.status == "read":
+                parameters["EventType"] = "READ"
+            if report.error_code is not None:
+                parameters["ChannelStatusMessage"] = "refused"
+        elif report.status in ("delivered", "undelivered"):
             parameters["RawDlrDoneDate"] = f"{datetime.now(UTC):%y%m%d%H%M}"
         # Plus signs of phone numbers are all there is to escape, and urlencode is a quarter of a callback's cost.
         form = "&".join(f"{name}={value}" for name, value in parameters.items()).replace("+", "%2B")
@@ -163,6 +193,8 @@ class _Inbound:
 
     text: _Text
     body: str
+    button: str | None = None
+    """The payload of the button that they pressed instead."""
 
 
 class _Inbox(Stream[_Inbound]):
@@ -185,7 +217,7 @@ class _Inbox(Stream[_Inbound]):
             "SmsSid": sid,
             "SmsStatus": "received",
             "Body": inbound.body,
-            "To": fields.get("From", self.settings.sender),
+            "To": inbound.text.find_sender(self.settings),
             "NumSegments": str(count_segments(inbound.body)),
             "MessageSid": sid,
             "AccountSid": self.settings.account_sid,
@@ -194,6 +226,19 @@ class _Inbox(Stream[_Inbound]):
         }
         if "MessagingServiceSid" in fields:
             parameters["MessagingServiceSid"] = fields["MessagingServiceSid"]
+        if inbound.text.is_whatsapp:
+            del parameters["ToCountry"]
+            person = inbound.text.entry.person
+            digits = fields["To"].removeprefix(f"{WHATSAPP}+")
+            parameters |= {"ProfileName": (person.first_name if person else "") or digits, "WaId": digits, "MessageType": "text"}
+            if inbound.button is not None:
+                parameters |= {
+                    "MessageType": "button",
+                    "ButtonText": inbound.body,
+                    "ButtonPayload": inbound.button,
+                    "OriginalRepliedMessageSid": inbound.text.sid,
+                    "OriginalRepliedMessageSender": parameters["To"],
+                }
         return _sign_request(self.settings, url, parameters, urlencode(parameters))
 
     def acknowledge(self, items: Sequence[_Inbound]) -> None:
@@ -262,6 +307,8 @@ class Twilio:
             Route("/2010-04-01/Accounts/{account}/Messages.json", self._create, methods=["POST"]),
             Route("/2010-04-01/Accounts/{account}/Messages.json", self._list, methods=["GET"]),
             Route("/2010-04-01/Accounts/{account}/Messages/{sid}.json", self._fetch, methods=["GET"]),
+            Route("/v1/Content/{content}", self._show_content, methods=["GET"]),
+            Route("/v1/Content/{content}/ApprovalRequests", self._show_approval, methods=["GET"]),
         ]
 
     def clear(self) -> None:
@@ -271,10 +318,13 @@ class Twilio:
         self._stopped.clear()
 
     def receive(self, address: str, body: str) -> bool:
-        """Let a person write, to whoever wrote to them last; False when nobody did."""
+        """Let a person write, to whoever wrote to them last; False when nobody did.
+
+        Twilio acts on STOP and START of texts only: on WhatsApp it leaves them to its customer.
+        """
         if address not in self._texts_to:
             return False
-        word = body.strip().upper()
+        word = "" if address.startswith(WHATSAPP) else body.strip().upper()
         if word == "STOP":
             self._stopped.add(address)
         elif word == "START":
@@ -283,12 +333,14 @@ class Twilio:
         return True
 
     async def _create(self, request: HttpRequest) -> Response:
-        fault = self._faults.strike("sms")
+        body = await request.body()
+        # The form is read where the provider would; which of its channels has trouble shows in it.
+        fault = self._faults.strike("whatsapp" if b"To=whatsapp%3A" in body else "sms")
         if fault and not fault.taken:
             return self._answer_fault(fault)
         try:
             self._authenticate(request)
-            text = self._take(await _read_form(request))
+            text = self._take(_read_form(request, body))
         except _Refused as refused:
             return _answer_error(refused.code)
         return self._answer_fault(fault) if fault else JSONResponse(self._describe(text), 201)
@@ -300,6 +352,45 @@ class Twilio:
             return _answer_error(refused.code)
         text = self._texts.get(request.path_params["sid"])
         return JSONResponse(self._describe(text)) if text else _answer_error(20404)
+
+    async def _show_content(self, request: HttpRequest) -> Response:
+        """A template of the account (https://www.twilio.com/docs/content/content-api-resources)."""
+        try:
+            parameters = self._find_content(request)
+        except _Refused as refused:
+            return _answer_error(refused.code)
+        sid = request.path_params["content"]
+        placeholders = "".join(f" {{{{{name}}}}}" for name in parameters or ())
+        return JSONResponse(
+            {
+                "account_sid": self._settings.account_sid,
+                "sid": sid,
+                "friendly_name": sid,
+                "language": "en_US",
+                "variables": None if parameters is None else dict.fromkeys(parameters, "example"),
+                "types": {"twilio/text": {"body": f"Hello{placeholders}"}},
+                "links": {"approval_fetch": f"https://content.twilio.com/v1/Content/{sid}/ApprovalRequests"},
+            }
+        )
+
+    async def _show_approval(self, request: HttpRequest) -> Response:
+        """What WhatsApp said of it."""
+        try:
+            self._find_content(request)
+        except _Refused as refused:
+            return _answer_error(refused.code)
+        sid = request.path_params["content"]
+        status = self._settings.template_statuses.get(sid, "approved").lower()
+        approval = {"type": "whatsapp", "name": "template", "category": "MARKETING", "status": status, "rejection_reason": ""}
+        return JSONResponse({"sid": sid, "account_sid": self._settings.account_sid, "whatsapp": approval})
+
+    def _find_content(self, request: HttpRequest) -> Sequence[str] | None:
+        """The names of a template's variables; None where every template takes what it is given."""
+        self._check_credentials(request)
+        sid = request.path_params["content"]
+        if not _CONTENT_SID.fullmatch(sid) or (self._settings.templates and sid not in self._settings.templates):
+            raise _Refused(20404)
+        return self._settings.templates.get(sid)
 
     async def _list(self, request: HttpRequest) -> Response:
         """The messages of the account that match, the newest first, a page at a time."""
@@ -337,7 +428,7 @@ class Twilio:
     def _find_texts(self, query: Mapping[str, str]) -> list[_Text]:
         found: Iterable[_Text] = self._texts_to[query["To"]] if "To" in query else self._texts.values()
         if "From" in query:
-            found = [text for text in found if text.fields.get("From", self._settings.sender) == query["From"]]
+            found = [text for text in found if text.find_sender(self._settings) == query["From"]]
         for name in ("DateSent", "DateSent<", "DateSent>"):
             if name in query:
                 # A message that has no date yet matches none.
@@ -349,6 +440,11 @@ class Twilio:
         return self._faults.keep_silent(fault) if code is None else _answer_error(code, fault.retry_headers)
 
     def _authenticate(self, request: HttpRequest) -> None:
+        self._check_credentials(request)
+        if request.path_params["account"] != self._settings.account_sid:
+            raise _Refused(20404)
+
+    def _check_credentials(self, request: HttpRequest) -> None:
         scheme, _, encoded = request.headers.get("authorization", "").partition(" ")
         try:
             given = b64decode(encoded, validate=True)
@@ -357,18 +453,18 @@ class Twilio:
         known = f"{self._settings.account_sid}:{self._settings.auth_token}".encode()
         if scheme.lower() != "basic" or not hmac.compare_digest(given, known):
             raise _Refused(20003)
-        if request.path_params["account"] != self._settings.account_sid:
-            raise _Refused(20404)
 
     def _take(self, fields: Mapping[str, str]) -> _Text:
         _check_recipient(fields)
         self._check_sender(fields)
-        _check_content(fields)
+        _check_content(fields, self._settings.templates)
         _check_options(fields)
+        return self._take_whatsapp(fields) if fields["To"].startswith(WHATSAPP) else self._take_text(fields)
 
+    def _take_text(self, fields: Mapping[str, str]) -> _Text:
         address = fields["To"]
         person = self._population.find_phone(address)
-        token = parse_qs(urlsplit(fields.get("StatusCallback", "")).query).get("t", [""])[0]
+        token = _read_token(fields)
         content = fields.get("Body") or {name: fields[name] for name in ("ContentSid", "ContentVariables") if name in fields}
         title = fields.get("Body") or fields.get("ContentSid", "")
         shares = self._settings.shares
@@ -381,15 +477,9 @@ class Twilio:
 
         sid = f"SM{uuid4().hex}"
         entry = self._truth.record("sms", address, person, token=token, message_id=sid, title=title, content=content)
-        has_service = "MessagingServiceSid" in fields
-        text = _Text(sid, fields, entry, datetime.now(UTC), "accepted" if has_service else "queued")
-        self._texts[sid] = text
-        self._texts_to[address].append(text)
+        text = self._keep(sid, fields, entry)
         number = self._truth.count_earlier("sms", address, token)
         chance, answer = draw_numbers(self._settings.seed, "sms", address, number)[:2]
-        if has_service:
-            # The first status is never called back, and that is "queued" only without a Messaging Service.
-            self._report(text, "queued", 0.0, 0.1)
         self._report(text, "sent", 0.05, 0.6)
         if chance < shares.sms_unreachable:
             self._report(text, "undelivered", 0.2, 1.2, 30003)
@@ -400,12 +490,69 @@ class Twilio:
                 self._outbox.schedule(self._inbox, _Inbound(text, "Tell me more"), 0.3, 1.8)
         return text
 
+    def _take_whatsapp(self, fields: Mapping[str, str]) -> _Text:
+        """Take a message to somebody on WhatsApp; whatever Meta says of it comes later, in a callback."""
+        address = fields["To"].removeprefix(WHATSAPP)
+        person, token = self._population.find_phone(address), _read_token(fields)
+        content = {name: fields[name] for name in ("ContentSid", "ContentVariables", "Body") if name in fields}
+        title = fields.get("ContentSid") or fields["Body"]
+        sid = f"{'MM' if 'ContentSid' in fields else 'SM'}{uuid4().hex}"
+        entry = self._truth.record("whatsapp", address, person, token=token, message_id=sid, title=title, content=content)
+        text = self._keep(sid, fields, entry)
+        shares = self._settings.shares
+        trait = draw_numbers(self._settings.seed, "whatsapp", address)[0]
+        number = self._truth.count_earlier("whatsapp", address, token)
+        fate, read, order, _, answer = draw_numbers(self._settings.seed, "whatsapp", address, number)[:5]
+        if "ContentSid" not in fields:
+            # Free-form text needs an inbound message within 24 hours, and nobody writes to a sandbox first.
+            code: int | None = 63016
+        elif trait < shares.whatsapp_gone or (person is not None and "whatsapp" not in person.channels):
+            code = 63024
+        elif trait < shares.whatsapp_gone + shares.whatsapp_opted_out:
+            code = 63014
+        elif fate < shares.whatsapp_capped or address.startswith("+1"):
+            # Meta has not delivered marketing templates to +1 numbers since 2025-04-01.
+            code = 63049
+        else:
+            code = None
+        if code is not None:
+            self._report(text, "failed" if code == 63016 else "undelivered", 0.05, 0.8, code)
+            return text
+        self._report(text, "sent", 0.0, 0.5)
+        if fate < shares.whatsapp_capped + shares.whatsapp_switched_off:
+            return text
+        is_read = read < shares.whatsapp_read
+        if not is_read or order >= shares.whatsapp_read_only:
+            self._report(text, "delivered", 0.1, 1.0)
+        if is_read:
+            self._report(text, "read", 0.3, 1.8)
+            if answer < shares.whatsapp_replied:
+                entry.signals["replied"] = Decision()
+                self._outbox.schedule(self._inbox, _Inbound(text, "Tell me more", button="more"), 0.4, 1.8)
+        return text
+
+    def _keep(self, sid: str, fields: Mapping[str, str], entry: Entry) -> _Text:
+        has_service = "MessagingServiceSid" in fields
+        text = _Text(sid, fields, entry, datetime.now(UTC), "accepted" if has_service else "queued")
+        self._texts[sid] = text
+        self._texts_to[fields["To"]].append(text)
+        if has_service:
+            # The first status is never called back, and that is "queued" only without a Messaging Service.
+            self._report(text, "queued", 0.0, 0.1)
+        return text
+
     def _check_sender(self, fields: Mapping[str, str]) -> None:
         service, sender = fields.get("MessagingServiceSid"), fields.get("From")
         if not service and not sender:
             raise _Refused(21603)
         if service and service != self._settings.messaging_service_sid:
             raise _Refused(21701)
+        if sender and sender.startswith(WHATSAPP) != fields["To"].startswith(WHATSAPP):
+            raise _Refused(21910)
+        if sender and sender.startswith(WHATSAPP):
+            if sender != f"{WHATSAPP}{self._settings.whatsapp_sender}":
+                raise _Refused(63007)
+            return
         if sender and sender in _MAGIC_SENDERS:
             raise _Refused(_MAGIC_SENDERS[sender])
         if sender and sender != self._settings.sender:
@@ -431,8 +578,8 @@ class Twilio:
             "date_updated": written,
             "direction": "outbound-api",
             "error_code": text.error_code,
-            "error_message": None if text.error_code is None else "Unreachable destination handset",
-            "from": fields.get("From", self._settings.sender) if has_sender else None,
+            "error_message": None if text.error_code is None else _MESSAGES[text.error_code],
+            "from": text.find_sender(self._settings) if has_sender else None,
             "messaging_service_sid": fields.get("MessagingServiceSid"),
             "num_media": "0",
             "num_segments": str(count_segments(body)) if has_sender else "0",
@@ -467,11 +614,15 @@ def _matches_date(name: str, sent: datetime, given: str) -> bool:
             return sent.date() == day
 
 
-async def _read_form(request: HttpRequest) -> dict[str, str]:
+def _read_token(fields: Mapping[str, str]) -> str:
+    return parse_qs(urlsplit(fields.get("StatusCallback", "")).query).get("t", [""])[0]
+
+
+def _read_form(request: HttpRequest, body: bytes) -> dict[str, str]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
         raise _Refused(20415)
     try:
-        return dict(parse_qsl((await request.body()).decode()))
+        return dict(parse_qsl(body.decode()))
     except UnicodeDecodeError:
         raise _Refused(20001) from None
 
@@ -482,11 +633,11 @@ def _check_recipient(fields: Mapping[str, str]) -> None:
         raise _Refused(21604)
     if to in _MAGIC_RECIPIENTS:
         raise _Refused(_MAGIC_RECIPIENTS[to])
-    if not _E164.fullmatch(to):
+    if not _E164.fullmatch(to.removeprefix(WHATSAPP)):
         raise _Refused(21211)
 
 
-def _check_content(fields: Mapping[str, str]) -> None:
+def _check_content(fields: Mapping[str, str], templates: Mapping[str, Sequence[str]]) -> None:
     if not (fields.get("Body") or fields.get("ContentSid")):
         raise _Refused(21602)
     if len(fields.get("Body", "")) > _LONGEST_BODY:
@@ -495,8 +646,11 @@ def _check_content(fields: Mapping[str, str]) -> None:
         variables = json.loads(fields.get("ContentVariables", "{}"))
     except json.JSONDecodeError:
         raise _Refused(21656) from None
-    if not isinstance(variables, dict):
+    if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
         raise _Refused(21656)
+    sid = fields.get("ContentSid")
+    if sid and (not _CONTENT_SID.fullmatch(sid) or (templates and sid not in templates)):
+        raise _Refused(21655)
 
 
 def _check_options(fields: Mapping[str, str]) -> None:
