@@ -43,10 +43,10 @@ bench-console: .venv/dev ## Measure the console's pages of a campaign to 10 mill
 browser: ## Install Debian's Chromium where there is none: the console's tests and screenshots need it.
 	command -v chromium || (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium)
 
-peers: ## Install what others wrote in JavaScript, to hold the channels against: Prism, Twilio's node library and more.
+peers: ## Install what tests need of JavaScript: what others wrote for the channels to be held against, and the TypeScript client.
 	command -v npm || (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends nodejs npm)
-	cmp -s tests/peers/package-lock.json tests/peers/node_modules/installed || \
-	  (cd tests/peers && npm ci && cp package-lock.json node_modules/installed)
+	for folder in tests/peers clients/typescript; do (cd $$folder && { cmp -s package-lock.json node_modules/installed || \
+	  { npm ci && cp package-lock.json node_modules/installed; }; }) || exit 1; done
 
 screenshots: .venv/dev browser ## Take the pictures of the console in docs/images again; look at each.
 	$(BIN)/python -m tests.house.screenshots
