@@ -7,9 +7,11 @@ import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 from sqlalchemy import text, update
 
+from aftertouch.client import read_reason
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
 from aftertouch.store.engine import transaction
@@ -161,6 +163,29 @@ async def give_content(world: World, wave: Any) -> Any:
     content = (await world.create_campaign(wave.channel)).content
     changed = campaigns_pb2.Campaign(name=wave.name, content=content)
     return await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=changed))
+
+
+async def test_waves_that_are_launched_at_once_message_nobody_twice(shared_world: World) -> None:
+    """Two people launch the same wave, from two windows: each launch has to see whom the other took."""
+    source = "apps/acme/campaigns/source-sms"
+    waves = [await give_content(shared_world, await retarget(shared_world, select(source, "sent"), "push")) for _ in range(3)]
+    update_campaign, launch = shared_world.client.campaigns.UpdateCampaign, shared_world.client.campaigns.LaunchCampaign
+    for wave in waves:
+        # Slow enough to be sending still when the next one looks.
+        slowed = campaigns_pb2.Campaign(name=wave.name, messages_per_second=1)
+        await update_campaign(campaigns_pb2.UpdateCampaignRequest(campaign=slowed))
+    expected = (await preview(shared_world, select(source, "sent"), "push")).audience_count
+    answers = await asyncio.gather(
+        *(launch(campaigns_pb2.LaunchCampaignRequest(name=wave.name)) for wave in waves), return_exceptions=True
+    )
+    launched = [answer for answer in answers if isinstance(answer, campaigns_pb2.Campaign)]
+    try:
+        assert len(launched) == 1
+        assert [read_reason(answer)[0] for answer in answers if isinstance(answer, grpc.aio.AioRpcError)] == ["AUDIENCE_EMPTY"] * 2
+        assert len(await shared_world.read_recipients(launched[0].name)) == expected > 1
+    finally:
+        for wave in launched:
+            await shared_world.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=wave.name))
 
 
 async def test_waves_of_waves_keep_the_root_and_add_to_the_name(shared_world: World) -> None:
