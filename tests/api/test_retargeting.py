@@ -181,7 +181,9 @@ async def test_waves_that_are_launched_at_once_message_nobody_twice(shared_world
     launched = [answer for answer in answers if isinstance(answer, campaigns_pb2.Campaign)]
     try:
         assert len(launched) == 1
-        assert [read_reason(answer)[0] for answer in answers if isinstance(answer, grpc.aio.AioRpcError)] == ["AUDIENCE_EMPTY"] * 2
+        assert [read_reason(answer)[0] for answer in answers if isinstance(answer, grpc.aio.AioRpcError)] == [
+            "AUDIENCE_EMPTY"
+        ] * 2
         assert len(await shared_world.read_recipients(launched[0].name)) == expected > 1
     finally:
         for wave in launched:

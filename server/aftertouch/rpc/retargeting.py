@@ -13,7 +13,7 @@ from aftertouch.delivery.follow_ups import plan_follow_up
 from aftertouch.errors import FieldsInvalid, NotFound, SelectionUnsettled, Violation
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.audiences import Prepared, filter_selection, prepare_selection
-from aftertouch.retargeting.chains import REACHED, Comparison, Link, Tally, find_chain, report_chain
+from aftertouch.retargeting.chains import REACHED, Comparison, Costs, Link, Tally, find_chain, report_chain
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.funnel import Funnel, Reason
 from aftertouch.retargeting.matching import ActionCount, count_matrix
@@ -205,6 +205,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             ),
             campaigns=[_to_chain_campaign(call, link) for link in report.links],
             people=_to_chain_counts(report.people),
+            costs=_to_costs(report.costs),
             comparisons=[_to_comparison(call, comparison) for comparison in report.comparisons],
             as_of_time=to_timestamp(as_of_time),
         )
@@ -311,7 +312,15 @@ def _to_chain_campaign(call: Call, link: Link) -> retargeting_pb2.ChainCampaign:
         people=_to_chain_counts(link.people),
         added=_to_chain_counts(link.added),
         holdout_count=campaign.holdout_count,
+        costs=_to_costs(link.costs),
     )
+
+
+def _to_costs(costs: Costs) -> list[retargeting_pb2.Cost]:
+    return [
+        retargeting_pb2.Cost(currency=currency, amount=f"{cost.amount.normalize():f}", recipient_count=cost.recipients)
+        for currency, cost in costs.items()
+    ]
 
 
 def _to_comparison(call: Call, comparison: Comparison) -> retargeting_pb2.HoldoutComparison:
