@@ -575,10 +575,13 @@ class CreateFollowUpsRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """The campaign that the first step asks, launched or not: `apps/{app}/campaigns/{campaign}`."""
     request_id: _builtins.str
     """A UUID that makes a repeat within 24 hours return the same answer."""
+    require_settled: _builtins.bool
+    """Refuse steps that wait for less time than their "did not" takes to be known, instead of only saying so."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___FollowUpStep]:
         """1 to 10 steps; each asks the people of the one before it."""
@@ -589,10 +592,11 @@ class CreateFollowUpsRequest(_message.Message):
         source: _builtins.str = ...,
         steps: _abc.Iterable[Global___FollowUpStep] | None = ...,
         request_id: _builtins.str = ...,
+        require_settled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "source", b"source", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "require_settled", b"require_settled", "source", b"source", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
