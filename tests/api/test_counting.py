@@ -10,9 +10,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import pytest
 from sqlalchemy import text
 
 from aftertouch.client import EventStream
+from aftertouch.retargeting import matching
+from aftertouch.rolls.chunks import CHUNK_BYTES
 from aftertouch.rolls.sql import read_roll
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
@@ -113,7 +116,9 @@ def count(flags: Flags) -> int:
     return int(np.count_nonzero(flags))
 
 
-async def test_every_answer_is_of_one_moment_while_events_stream_in(world: World) -> None:
+async def test_every_answer_is_of_one_moment_while_events_stream_in(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that people are counted in several stretches, as those of a large campaign are.
+    monkeypatch.setattr(matching, "STRETCH_BYTES", CHUNK_BYTES)
     source = await launch_quietly(world, "busy", PEOPLE, launch_time=datetime.now(UTC))
     async with transaction(world.core.engine) as conn:
         app_id = (await conn.execute(text("SELECT app_id FROM apps WHERE app = 'acme'"))).scalar_one()
@@ -134,9 +139,9 @@ async def test_every_answer_is_of_one_moment_while_events_stream_in(world: World
             expect, found = await ask()
             after = len(history.batches)
             ends = zip(range(before, after + 1), history.replay(before, after), strict=True)
-            matching = [number for number, true in ends if expect(true) == found]
-            assert matching, f"{ask.__name__} answered what was true after none of the batches {before} to {after}"
-            moments.append(matching[0])
+            agreeing = [number for number, true in ends if expect(true) == found]
+            assert agreeing, f"{ask.__name__} answered what was true after none of the batches {before} to {after}"
+            moments.append(agreeing[0])
             while stream.committed == before:  # noqa: ASYNC110 - there is nothing to wait on but what is durable
                 await asyncio.sleep(0.01)
         done.set()
