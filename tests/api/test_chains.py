@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from aftertouch.retargeting import settling
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.engine import transaction
@@ -296,6 +297,22 @@ async def test_follow_ups_are_made_once_by_one_request_id(shared_world: World) -
     step = make_step("read", "push", 3600)
     answers = [await follow_up(shared_world, "apps/acme/campaigns/root", step, **fields) for _ in range(2)]
     assert answers[0] == answers[1]
+
+
+async def test_follow_up_that_waits_for_less_than_its_signal_takes_is_told(
+    shared_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A day is assumed, however many events other tests have brought.
+    monkeypatch.setattr(settling, "FEWEST_EVENTS", 1 << 30)
+    draft = await create(shared_world, "whatsapp")
+    steps = [make_step("not_read", "sms", 3600), make_step("not_delivered", "sms", 86_400), make_step("delivered", "push", 60)]
+    made = await follow_up(shared_world, draft.name, *steps)
+    assert [[(found.source, found.signal) for found in wave.unsettled] for wave in made] == [[(draft.name, "read")], [], []]
+    refusal = await refuse(follow_up(shared_world, draft.name, steps[0], require_settled=True))
+    assert (refusal.reason, refusal.metadata["signal"]) == ("SELECTION_UNSETTLED", "read")
+    patient = make_step("not_read", "sms", 86_400 + 60)
+    (settled,) = await follow_up(shared_world, draft.name, patient, require_settled=True)
+    assert not settled.unsettled
 
 
 # The schedule

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from datetime import UTC, timedelta
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ import pytest
 from sqlalchemy import text, update
 
 from aftertouch.client import read_reason
+from aftertouch.retargeting import settling
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
 from aftertouch.store.engine import transaction
@@ -496,7 +498,13 @@ async def test_nobody_to_freeze_is_refused(shared_world: World) -> None:
 # Asked too early
 
 
-async def test_did_not_is_warned_of_until_the_channel_has_settled(shared_world: World) -> None:
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day is assumed, however many events other tests have brought."""
+    monkeypatch.setattr(settling, "FEWEST_EVENTS", 1 << 30)
+
+
+async def test_did_not_is_warned_of_until_the_channel_has_settled(shared_world: World, unmeasured: None) -> None:
     source = "apps/acme/campaigns/source-whatsapp"
     shown = await preview(shared_world, select(source, "not_read"), "sms")
     (unsettled,) = shown.unsettled
@@ -516,6 +524,31 @@ async def test_did_not_is_warned_of_until_the_channel_has_settled(shared_world: 
         assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "SELECTION_UNSETTLED")
         assert refusal.metadata["signal"] == "read"
         assert refusal.metadata["delay_seconds"] == str(unsettled.delay.seconds + 86400 * (not unsettled.delay.seconds))
+
+
+async def test_launch_that_asks_too_early_says_so_or_is_refused(shared_world: World, unmeasured: None) -> None:
+    """What is evaluated at the launch is asked then, whenever the draft was made."""
+    source = "apps/acme/campaigns/source-whatsapp"
+    launch = shared_world.client.campaigns.LaunchCampaign
+    settled = (await preview(shared_world, select(source, "not_read"), "sms")).unsettled[0].settle_time.ToDatetime(UTC)
+    late, frozen = [
+        await give_content(shared_world, await retarget(shared_world, select(source, "not_read"), "sms", evaluation=evaluation))
+        for evaluation in (campaigns_pb2.Audience.AT_SEND, campaigns_pb2.Audience.AT_CREATION)
+    ]
+    for validate_only in (True, False):
+        request = campaigns_pb2.LaunchCampaignRequest(name=late.name, validate_only=validate_only, require_settled=True)
+        refusal = await refuse(launch(request))
+        assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "SELECTION_UNSETTLED")
+        assert (await shared_world.get_campaign(late.name)).state == campaigns_pb2.Campaign.State.DRAFT
+        assert await shared_world.read_recipients(late.name) == {}
+    request = campaigns_pb2.LaunchCampaignRequest(name=late.name, validate_only=True)
+    assert [(found.source, found.signal) for found in (await launch(request)).unsettled] == [(source, "read")]
+    request.schedule_time.FromDatetime(settled + timedelta(seconds=1))
+    request.require_settled = True
+    assert not (await launch(request)).unsettled
+    # It was asked when it was frozen.
+    request = campaigns_pb2.LaunchCampaignRequest(name=frozen.name, validate_only=True, require_settled=True)
+    assert not (await launch(request)).unsettled
 
 
 # The known mistakes of others
