@@ -37,13 +37,14 @@ from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
 from aftertouch.store.paces import count_messages
 from aftertouch.store.tables import apps, contact_counters, events, kinds
-from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
 
 CHANNELS = ("push", "sms", "whatsapp")
 STATES = ("active", "opted_out", "invalid")
 Selection = campaigns_pb2.RetargetSelection
+Explanation = contacts_pb2.ContactExplanation
 Known = frozenset[str]
 """What is known of one person in one campaign: signals, with what follows from them."""
 
@@ -537,6 +538,7 @@ async def compare(played: Played, oracle: Oracle) -> None:
     for (selection, percent), channel in zip(played.story.selections, itertools.cycle(CHANNELS), strict=False):
         await compare_recheck(played, oracle, selection)
         await compare_funnel(played, oracle, selection, channel, percent)
+    await compare_explanations(played, oracle, played.story.selections[0][0], CHANNELS[0])
 
 
 async def compare_actions(played: Played, oracle: Oracle, index: int) -> None:
@@ -627,6 +629,32 @@ async def compare_funnel(played: Played, oracle: Oracle, selection: Selection, c
     lasting = expected["AUDIENCE"] | expected["HELD"] | expected["OVER_FREQUENCY_CAP"] | expected["HELD_OUT"]
     if lasting:
         await compare_frozen(played, asked, channel, lasting)
+
+
+CHECKS = {
+    "NO_SUBSCRIPTION": {"REACHABLE"},
+    "OPTED_OUT": {"REACHABLE"},
+    "INVALID": {"REACHABLE"},
+    "HELD": {"NOT_HELD"},
+    "OVER_FREQUENCY_CAP": {"BELOW_FREQUENCY_CAP"},
+    "IN_OPEN_WAVE": {"NOT_IN_OPEN_WAVE"},
+    "HELD_OUT": {"NOT_HELD_OUT"},
+    "AUDIENCE": set[str](),
+}
+"""What an explanation says is not so, of somebody who drops out of the funnel."""
+
+
+async def compare_explanations(played: Played, oracle: Oracle, selection: Selection, channel: str) -> None:
+    """Everybody is told what the funnel says of them."""
+    question = contacts_pb2.RetargetQuestion(selection=played.address(selection), channel=channel)
+    reasons = {person: reason for reason, people in oracle.drop(selection, channel, 0).items() for person in people}
+    for person in range(played.story.people):
+        request = contacts_pb2.ExplainContactRequest(name=f"apps/{played.app}/contacts/p{person}", retarget=question)
+        told = await played.client.contacts.ExplainContact(request)
+        missed = [Explanation.Check.Name(step.check) for step in told.steps if not step.passed]
+        is_messaged = told.decision == Explanation.WOULD_BE_MESSAGED
+        assert is_messaged == (reasons.get(person) == "AUDIENCE"), told
+        assert set(missed[:1]) <= CHECKS.get(reasons.get(person, ""), {"IN_AUDIENCE", "RECIPIENT_OF_SOURCE"}), told
 
 
 async def compare_recheck(played: Played, oracle: Oracle, selection: Selection) -> None:

@@ -229,6 +229,16 @@ async def list_open_waves(conn: AsyncConnection, root_ids: Collection[int]) -> l
     return [_campaign(row) for row in await conn.execute(statement)]
 
 
+async def list_waves_at(conn: AsyncConnection, root_ids: Collection[int], at: datetime) -> list[Campaign]:
+    """The waves of these chains that were launched, and not sent yet, at a time that is past."""
+    statement = select(campaigns).where(
+        campaigns.c.root_id.in_(root_ids),
+        campaigns.c.launch_time < at,
+        func.coalesce(campaigns.c.finish_time, func.now()) > at,
+    )
+    return [_campaign(row) for row in await conn.execute(statement)]
+
+
 async def lock_chains(conn: AsyncConnection, root_ids: Collection[int]) -> None:
     """Until the transaction ends, have nobody else choose whom to launch a wave of these chains to."""
     for root_id in sorted(root_ids):
