@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from datetime import UTC, timedelta
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import text, update
 
 from aftertouch.client import read_reason
+from aftertouch.processes import run_command
 from aftertouch.retargeting import settling
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
@@ -323,6 +325,25 @@ async def test_source_from_before_the_plan_and_app_without_it_are_refused(shared
         assert refusal.reason == "SOURCE_BEFORE_PLAN"
         assert refusal.metadata == {"campaign": source, "retargetable_since": "2100-01-01T00:00:00+00:00"}
         assert (await refuse(shared_world.client.campaigns.LaunchCampaign(launch))).reason == "SOURCE_BEFORE_PLAN"
+    finally:
+        await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2020-01-01")
+
+
+async def test_plan_is_changed_by_command_and_begins_anew_when_it_is_put_in_again(shared_world: World, tmp_path: Path) -> None:
+    source, environment = "apps/acme/campaigns/source-sms", shared_world.make_worker_environment(tmp_path)
+
+    async def command(switch: str) -> str:
+        return await run_command("apps", "retargeting", "acme", switch, environment=environment)
+
+    try:
+        assert await command("--off") == "retargeting is off for acme\n"
+        assert (await refuse(list_actions(shared_world, source))).reason == "RETARGETING_NOT_ENABLED"
+        assert await command("--on") == "retargeting is on for acme\n"
+        since = (await refuse(list_actions(shared_world, source))).metadata["retargetable_since"]
+        # It was on already, so what was sent since then stays in.
+        await command("--on")
+        refusal = await refuse(list_actions(shared_world, source))
+        assert (refusal.reason, refusal.metadata["retargetable_since"]) == ("SOURCE_BEFORE_PLAN", since)
     finally:
         await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2020-01-01")
 
