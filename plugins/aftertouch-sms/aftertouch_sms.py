@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
@@ -30,6 +31,7 @@ from aftertouch.channels import (
     Message,
     NotTaken,
     Outcome,
+    Price,
     ReasonClass,
     Receipt,
     Refused,
@@ -89,7 +91,7 @@ class SmsSettings(Settings):
     messages_per_second: float = Field(default=0, ge=0, le=10_000)
     """Of the whole account; 0 leaves the pace to Twilio, which queues what is more than a sender may send."""
     price_per_segment: Decimal | None = Field(default=None, ge=0)
-    """What Twilio and the carriers take for a segment, for estimates; it differs from country to country."""
+    """What Twilio and the carriers take for a segment, for estimates and reports; it differs from country to country."""
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$")
     """Of that price."""
     timeout_seconds: float = Field(default=15, gt=0)
@@ -221,9 +223,18 @@ class SmsChannel(Channel):
 
     def estimate(self, content: Content) -> Estimate | None:
         segments = count_segments(cast("SmsContent", content).body)
-        price = self.settings.price_per_segment
-        cost = None if price is None else price * segments
-        return Estimate(units=segments, unit="segments", cost=cost, currency=self.settings.currency)
+        price = self._find_price(segments)
+        return Estimate(units=segments, unit="segments", cost=price.amount if price else None, currency=self.settings.currency)
+
+    def _find_price(self, segments: int) -> Price | None:
+        """What a message costs by the operator's word: Twilio's own is null until hours after the message was taken."""
+        each = self.settings.price_per_segment
+        return None if each is None else Price(amount=each * segments, currency=self.settings.currency)
+
+    def _price(self, outcome: Outcome, body: str) -> Outcome:
+        if isinstance(outcome, Accepted) and self.settings.price_per_segment is not None:
+            return replace(outcome, price=self._find_price(count_segments(body)))
+        return outcome
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)
@@ -235,7 +246,8 @@ class SmsChannel(Channel):
             return Refused(code="empty_text")
         if len(body) > MAX_BODY:
             return Refused(code="payload_too_large")
-        return await self._messages.create(self._http, message.token, {"To": message.address.phone, "Body": body})
+        outcome = await self._messages.create(self._http, message.token, {"To": message.address.phone, "Body": body})
+        return self._price(outcome, body)
 
     async def look_up(self, messages: Sequence[Message[Address, Content]], since: datetime) -> Sequence[Finding]:
         mine = cast("Sequence[Message[SmsAddress, SmsContent]]", messages)
@@ -258,7 +270,10 @@ class SmsChannel(Channel):
                 date = _parse_date(resource.get("date_created"))
                 if self._is_ours(resource) and (date is None or date >= since):
                     if resource.get("body") == message.content.body:
-                        return Accepted(message_id=str(resource.get("sid", "")))
+                        return Accepted(
+                            message_id=str(resource.get("sid", "")),
+                            price=self._find_price(count_segments(message.content.body)),
+                        )
                     # Perhaps this one: Twilio may have replaced characters, and whom we know may be called otherwise by now.
                     has_others = True
             following = page.get("next_page_uri")

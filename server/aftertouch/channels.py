@@ -176,6 +176,27 @@ class Limit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Price:
+    """What the provider takes for one message.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    amount: Decimal
+    """From 0 to less than a million; kept to a millionth."""
+    currency: str
+    """ISO 4217, as in ``USD``."""
+
+    def __post_init__(self) -> None:
+        """A wrong one would be met only when costs are added up."""
+        if not isinstance(self.amount, Decimal) or not (self.amount.is_finite() and 0 <= self.amount < 1_000_000):
+            raise ValueError(f"{self.amount!r} is not a Decimal from 0 to less than a million")
+        if not re.fullmatch("[A-Z]{3}", self.currency):
+            raise ValueError(f"{self.currency!r} is not a currency of three capitals")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Accepted:
     """The provider took the message."""
 
@@ -183,6 +204,8 @@ class Accepted:
     """The provider's name for it, at most 256 characters; empty where it has none."""
     signals: tuple[str, ...] = ()
     """Declared signals that are already known to be true, besides ``sent``."""
+    price: Price | None = None
+    """What it costs, where the provider's answer or the operator's settings say so. A chain's report adds it up."""
 
 
 @dataclass(frozen=True, kw_only=True)

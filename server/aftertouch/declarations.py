@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pydantic.errors import PydanticInvalidForJsonSchema
 
 from aftertouch.channels import Action, Address, Capabilities, Channel, Content, ReasonClass, Settings, Signal
-from aftertouch.signals import CORE_IMPLICATIONS, Expression, ExpressionError, close_implications, parse
+from aftertouch.signals import CORE_IMPLICATIONS, RESERVED, Expression, ExpressionError, close_implications, parse
 
 _CHANNEL_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -131,7 +131,7 @@ def _find_name_faults(channel: type[Channel]) -> Iterator[str]:
             if not member.label.strip():
                 yield f"{kind} {member.name!r} has an empty label"
     for signal in channel.signals:
-        if signal.name in CORE_IMPLICATIONS:
+        if signal.name in RESERVED:
             yield f"signal {signal.name!r} is the server's own and must not be declared"
         if isinstance(signal.implies, str):
             yield f"signal {signal.name!r} implies the text {signal.implies!r} where a tuple of names is expected"

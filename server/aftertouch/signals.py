@@ -20,6 +20,12 @@ CORE_IMPLICATIONS: Mapping[str, tuple[str, ...]] = {
 }
 """The signals that every channel has, and what they imply."""
 
+PRICED = "priced"
+"""No signal that anybody can ask for, but kept like one: what somebody's messages cost, as currency and amount."""
+
+RESERVED = frozenset({*CORE_IMPLICATIONS, "refused", PRICED})
+"""Names that no channel may give a signal of its own."""
+
 _TOKEN = re.compile(r"\s*(?:([a-z][a-z0-9_]*)|([&|~()]))")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from aftertouch.retargeting import settling
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.engine import transaction
@@ -298,6 +299,22 @@ async def test_follow_ups_are_made_once_by_one_request_id(shared_world: World) -
     assert answers[0] == answers[1]
 
 
+async def test_follow_up_that_waits_for_less_than_its_signal_takes_is_told(
+    shared_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A day is assumed, however many events other tests have brought.
+    monkeypatch.setattr(settling, "FEWEST_EVENTS", 1 << 30)
+    draft = await create(shared_world, "whatsapp")
+    steps = [make_step("not_read", "sms", 3600), make_step("not_delivered", "sms", 86_400), make_step("delivered", "push", 60)]
+    made = await follow_up(shared_world, draft.name, *steps)
+    assert [[(found.source, found.signal) for found in wave.unsettled] for wave in made] == [[(draft.name, "read")], [], []]
+    refusal = await refuse(follow_up(shared_world, draft.name, steps[0], require_settled=True))
+    assert (refusal.reason, refusal.metadata["signal"]) == ("SELECTION_UNSETTLED", "read")
+    patient = make_step("not_read", "sms", 86_400 + 60)
+    (settled,) = await follow_up(shared_world, draft.name, patient, require_settled=True)
+    assert not settled.unsettled
+
+
 # The schedule
 
 
@@ -391,6 +408,33 @@ async def test_report_of_a_chain_that_is_too_long_is_refused(shared_world: World
 
 
 # Explanations
+
+
+async def test_person_on_another_wave_that_is_still_being_sent_is_told(shared_world: World) -> None:
+    """Now, and ever after: at the launch of the one they were a recipient of the other."""
+    root = await create(shared_world, "whatsapp")
+    await shared_world.launch(root.name)
+    slow = await draft_wave(shared_world, root.name, "read", "push")
+    await change(shared_world, slow.name, messages_per_second=1)
+    wave = await draft_wave(shared_world, root.name, "not_replied", "push")
+    launch = shared_world.client.campaigns.LaunchCampaign
+    await launch(campaigns_pb2.LaunchCampaignRequest(name=slow.name))
+    person = min(await shared_world.read_recipients(slow.name))
+
+    async def explain() -> tuple[int, list[str], str]:
+        request = contacts_pb2.ExplainContactRequest(name=f"apps/acme/contacts/{person}", campaign=wave.name)
+        told = await shared_world.client.contacts.ExplainContact(request)
+        checks = contacts_pb2.ContactExplanation.Check
+        return told.decision, [checks.Name(step.check) for step in told.steps if not step.passed], told.text
+
+    other = f"a recipient of {slow.name.rpartition('/')[2]}, another wave of the chain that"
+    said = f"Would not be messaged now: is {other} is still being sent."
+    assert await explain() == (Decision.WOULD_NOT_BE_MESSAGED, ["NOT_IN_OPEN_WAVE"], said)
+    await launch(campaigns_pb2.LaunchCampaignRequest(name=wave.name))
+    await shared_world.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=slow.name))
+    decision, missed, text = await explain()
+    assert (decision, missed) == (Decision.NOT_IN_AUDIENCE, ["NOT_IN_OPEN_WAVE"])
+    assert text.endswith(f"was {other} was still being sent.")
 
 
 async def test_explanation_of_a_chain_follows_the_person_through_every_wave(shared_world: World) -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from datetime import UTC, timedelta
+from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from sqlalchemy import text, update
 
+from aftertouch.client import read_reason
+from aftertouch.processes import run_command
+from aftertouch.retargeting import settling
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
 from aftertouch.store.engine import transaction
@@ -163,6 +169,31 @@ async def give_content(world: World, wave: Any) -> Any:
     return await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=changed))
 
 
+async def test_waves_that_are_launched_at_once_message_nobody_twice(shared_world: World) -> None:
+    """Two people launch the same wave, from two windows: each launch has to see whom the other took."""
+    source = "apps/acme/campaigns/source-sms"
+    waves = [await give_content(shared_world, await retarget(shared_world, select(source, "sent"), "push")) for _ in range(3)]
+    update_campaign, launch = shared_world.client.campaigns.UpdateCampaign, shared_world.client.campaigns.LaunchCampaign
+    for wave in waves:
+        # Slow enough to be sending still when the next one looks.
+        slowed = campaigns_pb2.Campaign(name=wave.name, messages_per_second=1)
+        await update_campaign(campaigns_pb2.UpdateCampaignRequest(campaign=slowed))
+    expected = (await preview(shared_world, select(source, "sent"), "push")).audience_count
+    answers = await asyncio.gather(
+        *(launch(campaigns_pb2.LaunchCampaignRequest(name=wave.name)) for wave in waves), return_exceptions=True
+    )
+    launched = [answer for answer in answers if isinstance(answer, campaigns_pb2.Campaign)]
+    try:
+        assert len(launched) == 1
+        assert [read_reason(answer)[0] for answer in answers if isinstance(answer, grpc.aio.AioRpcError)] == [
+            "AUDIENCE_EMPTY"
+        ] * 2
+        assert len(await shared_world.read_recipients(launched[0].name)) == expected > 1
+    finally:
+        for wave in launched:
+            await shared_world.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=wave.name))
+
+
 async def test_waves_of_waves_keep_the_root_and_add_to_the_name(shared_world: World) -> None:
     root = "apps/acme/campaigns/source-whatsapp"
     first = await give_content(shared_world, await retarget(shared_world, select(root, "not_read"), "whatsapp"))
@@ -294,6 +325,25 @@ async def test_source_from_before_the_plan_and_app_without_it_are_refused(shared
         assert refusal.reason == "SOURCE_BEFORE_PLAN"
         assert refusal.metadata == {"campaign": source, "retargetable_since": "2100-01-01T00:00:00+00:00"}
         assert (await refuse(shared_world.client.campaigns.LaunchCampaign(launch))).reason == "SOURCE_BEFORE_PLAN"
+    finally:
+        await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2020-01-01")
+
+
+async def test_plan_is_changed_by_command_and_begins_anew_when_it_is_put_in_again(shared_world: World, tmp_path: Path) -> None:
+    source, environment = "apps/acme/campaigns/source-sms", shared_world.make_worker_environment(tmp_path)
+
+    async def command(switch: str) -> str:
+        return await run_command("apps", "retargeting", "acme", switch, environment=environment)
+
+    try:
+        assert await command("--off") == "retargeting is off for acme\n"
+        assert (await refuse(list_actions(shared_world, source))).reason == "RETARGETING_NOT_ENABLED"
+        assert await command("--on") == "retargeting is on for acme\n"
+        since = (await refuse(list_actions(shared_world, source))).metadata["retargetable_since"]
+        # It was on already, so what was sent since then stays in.
+        await command("--on")
+        refusal = await refuse(list_actions(shared_world, source))
+        assert (refusal.reason, refusal.metadata["retargetable_since"]) == ("SOURCE_BEFORE_PLAN", since)
     finally:
         await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2020-01-01")
 
@@ -469,7 +519,13 @@ async def test_nobody_to_freeze_is_refused(shared_world: World) -> None:
 # Asked too early
 
 
-async def test_did_not_is_warned_of_until_the_channel_has_settled(shared_world: World) -> None:
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day is assumed, however many events other tests have brought."""
+    monkeypatch.setattr(settling, "FEWEST_EVENTS", 1 << 30)
+
+
+async def test_did_not_is_warned_of_until_the_channel_has_settled(shared_world: World, unmeasured: None) -> None:
     source = "apps/acme/campaigns/source-whatsapp"
     shown = await preview(shared_world, select(source, "not_read"), "sms")
     (unsettled,) = shown.unsettled
@@ -489,6 +545,31 @@ async def test_did_not_is_warned_of_until_the_channel_has_settled(shared_world: 
         assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "SELECTION_UNSETTLED")
         assert refusal.metadata["signal"] == "read"
         assert refusal.metadata["delay_seconds"] == str(unsettled.delay.seconds + 86400 * (not unsettled.delay.seconds))
+
+
+async def test_launch_that_asks_too_early_says_so_or_is_refused(shared_world: World, unmeasured: None) -> None:
+    """What is evaluated at the launch is asked then, whenever the draft was made."""
+    source = "apps/acme/campaigns/source-whatsapp"
+    launch = shared_world.client.campaigns.LaunchCampaign
+    settled = (await preview(shared_world, select(source, "not_read"), "sms")).unsettled[0].settle_time.ToDatetime(UTC)
+    late, frozen = [
+        await give_content(shared_world, await retarget(shared_world, select(source, "not_read"), "sms", evaluation=evaluation))
+        for evaluation in (campaigns_pb2.Audience.AT_SEND, campaigns_pb2.Audience.AT_CREATION)
+    ]
+    for validate_only in (True, False):
+        request = campaigns_pb2.LaunchCampaignRequest(name=late.name, validate_only=validate_only, require_settled=True)
+        refusal = await refuse(launch(request))
+        assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "SELECTION_UNSETTLED")
+        assert (await shared_world.get_campaign(late.name)).state == campaigns_pb2.Campaign.State.DRAFT
+        assert await shared_world.read_recipients(late.name) == {}
+    request = campaigns_pb2.LaunchCampaignRequest(name=late.name, validate_only=True)
+    assert [(found.source, found.signal) for found in (await launch(request)).unsettled] == [(source, "read")]
+    request.schedule_time.FromDatetime(settled + timedelta(seconds=1))
+    request.require_settled = True
+    assert not (await launch(request)).unsettled
+    # It was asked when it was frozen.
+    request = campaigns_pb2.LaunchCampaignRequest(name=frozen.name, validate_only=True, require_settled=True)
+    assert not (await launch(request)).unsettled
 
 
 # The known mistakes of others

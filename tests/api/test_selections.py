@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,14 @@ from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
 from aftertouch.store.paces import count_messages
 from aftertouch.store.tables import apps, contact_counters, events, kinds
-from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
 
 CHANNELS = ("push", "sms", "whatsapp")
 STATES = ("active", "opted_out", "invalid")
 Selection = campaigns_pb2.RetargetSelection
+Explanation = contacts_pb2.ContactExplanation
 Known = frozenset[str]
 """What is known of one person in one campaign: signals, with what follows from them."""
 
@@ -60,6 +62,7 @@ REPORTED = {
     "sms": ("attempted", "sent", "delivered", "clicked", "replied", "scanned", "failed", "skipped"),
     "whatsapp": ("attempted", "sent", "delivered", "read", "clicked", "replied", "scanned", "failed", "skipped"),
 }
+PRICES = (("EUR", "0.07"), ("USD", "0.0079"), ("USD", "0.0158"))
 REASONS = (("transient", "500"), ("recipient_gone", "410"), ("recipient_gone", "404"))
 
 
@@ -105,6 +108,10 @@ ACTIONS: dict[str, dict[str, Words]] = {
         **ANSWERED,
     },
 }
+
+
+OVER_FAILURES = {"push": [], "sms": ["not_delivered"], "whatsapp": ["not_received", "failed"]}
+"""The actions that can be narrowed to reasons."""
 
 
 GAMMA, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
@@ -159,7 +166,7 @@ class Story:
     """Whether the app minds that."""
     campaigns: list[Drawn]
     events: list[tuple[int, int, str, tuple[str, str]]]
-    """Campaign, person, signal, reason; in the order of their arrival."""
+    """Campaign, person, signal, and its reason or its price; in the order of their arrival."""
     selections: list[tuple[Selection, int]]
     """With how many of 100 a wave of it would hold out."""
 
@@ -193,16 +200,23 @@ def draw_story(draw: st.DrawFn) -> Story:
             st.sampled_from(REPORTED[campaign.channel]),
             st.sampled_from(REASONS),
         )
-        happened += draw(st.lists(event, max_size=14))
+        price = st.tuples(st.just(index), st.sampled_from(campaign.members), st.just("priced"), st.sampled_from(PRICES))
+        happened += draw(st.lists(event, max_size=14)) + draw(st.lists(price, max_size=4))
 
     def ask(index: int) -> st.SearchStrategy[Selection]:
-        return st.builds(
-            Selection,
-            source=st.just(f"apps/aAPPLE/campaigns/{name_campaign(index)}"),
-            action=st.sampled_from(sorted(ACTIONS[drawn[index].channel])),
-            include_apart=st.booleans(),
-            leave_out_pending=st.booleans(),
-        )
+        question = {
+            "source": st.just(f"apps/aAPPLE/campaigns/{name_campaign(index)}"),
+            "include_apart": st.booleans(),
+            "leave_out_pending": st.booleans(),
+        }
+        channel = drawn[index].channel
+        narrowing = {
+            "action": st.sampled_from(OVER_FAILURES[channel]),
+            "reason_codes": st.lists(st.sampled_from(["500", "410", "1"]), max_size=2, unique=True),
+            "reason_classes": st.lists(st.sampled_from(["transient", "recipient_gone"]), max_size=1),
+        }
+        asked = st.builds(Selection, **question, action=st.sampled_from(sorted(ACTIONS[channel])))
+        return asked | st.builds(Selection, **question, **narrowing) if OVER_FAILURES[channel] else asked
 
     questions = st.one_of([ask(index) for index in range(len(drawn))])
     asked = st.recursive(
@@ -266,6 +280,10 @@ class Oracle:
     campaign_ids: list[int]
     heard: dict[tuple[int, int], set[str]] = field(default_factory=lambda: defaultdict(set))
     """Signals by campaign and person, as the log has them."""
+    reasons: dict[tuple[int, int], set[tuple[str, str]]] = field(default_factory=lambda: defaultdict(set))
+    """Of failures, by campaign and person."""
+    prices: dict[int, set[tuple[int, str, str]]] = field(default_factory=lambda: defaultdict(set))
+    """Person, currency and amount by campaign."""
 
     def know(self, campaign: int, person: int) -> Known:
         known = set(self.heard[campaign, person])
@@ -291,7 +309,16 @@ class Oracle:
         apart = self.ask(campaign, words.is_apart)
         meant = self.ask(campaign, words.is_meant)
         meant = meant | apart if selection.include_apart else meant - apart
-        return meant - self.ask(campaign, is_pending) if selection.leave_out_pending else meant
+        if selection.leave_out_pending:
+            meant -= self.ask(campaign, is_pending)
+        if selection.reason_codes or selection.reason_classes:
+            meant = {
+                person
+                for person in meant
+                for kind, code in self.reasons[campaign, person]
+                if kind in selection.reason_classes or code in selection.reason_codes
+            }
+        return meant
 
     def find_reachable(self, channel: str) -> set[int]:
         return {person for person in range(self.story.people) if "active" in self.story.subscriptions.get((person, channel), [])}
@@ -342,6 +369,15 @@ class Oracle:
             dropped[reason].add(person)
         return {reason: dropped[reason] for reason in (*REASON_NAMES, "AUDIENCE")}
 
+    def add_up(self, campaigns: list[int]) -> dict[str, tuple[Fraction, int]]:
+        """By currency: what messages cost, and of how many prices that is the sum."""
+        known = [(currency, Fraction(amount)) for index in campaigns for _, currency, amount in self.prices[index]]
+        return {
+            currency: (sum(amounts, Fraction()), len(amounts))
+            for currency in sorted({currency for currency, _ in known})
+            if (amounts := [amount for other, amount in known if other == currency])
+        }
+
     def measure(self, index: int) -> dict[str, set[int]]:
         """A campaign's people by what is true of them; "" for who was reached, and "roll" for all."""
         measures = defaultdict(set, {"roll": set(self.story.campaigns[index].members)})
@@ -373,7 +409,7 @@ class Played:
         now = datetime.now(UTC)
         facts = []
         for campaign, person, signal, (reason_class, code) in happened:
-            kind = Kind(signal, reason_class, code) if signal in ("failed", "skipped") else Kind(signal)
+            kind = Kind(signal, reason_class, code) if signal in ("failed", "skipped", "priced") else Kind(signal)
             position = self.story.campaigns[campaign].members.index(person)
             facts.append(Fact(self.campaigns[campaign], position, kind, now))
         await self.world.core.ledger.record(facts + facts[::2])
@@ -384,13 +420,19 @@ class Played:
         by_id = {campaign.campaign_id: index for index, campaign in enumerate(self.campaigns)}
         async with transaction(self.world.core.engine) as conn:
             rows = await conn.execute(
-                select(events.c.slot, events.c.position, kinds.c.signal)
+                select(events.c.slot, events.c.position, kinds.c.signal, kinds.c.reason_class, kinds.c.reason_code)
                 .join(kinds, kinds.c.kind == events.c.kind)
                 .where(events.c.slot.in_([campaign_id << 20 for campaign_id in by_id]))
             )
-            for slot, position, signal in rows:
-                if (index := by_id.get(slot >> 20)) is not None:
-                    oracle.heard[index, self.story.campaigns[index].members[position]].add(signal)
+            for slot, position, signal, *reason in rows:
+                index = by_id[slot >> 20]
+                person = self.story.campaigns[index].members[position]
+                if signal == "priced":
+                    oracle.prices[index].add((person, *reason))
+                    continue
+                oracle.heard[index, person].add(signal)
+                if signal == "failed":
+                    oracle.reasons[index, person].add(tuple(reason))
         return oracle
 
     def name(self, index: int) -> str:
@@ -496,6 +538,7 @@ async def compare(played: Played, oracle: Oracle) -> None:
     for (selection, percent), channel in zip(played.story.selections, itertools.cycle(CHANNELS), strict=False):
         await compare_recheck(played, oracle, selection)
         await compare_funnel(played, oracle, selection, channel, percent)
+    await compare_explanations(played, oracle, played.story.selections[0][0], CHANNELS[0])
 
 
 async def compare_actions(played: Played, oracle: Oracle, index: int) -> None:
@@ -534,7 +577,9 @@ async def compare_report(played: Played, oracle: Oracle, index: int) -> None:
         assert count_people(link.added) == {name: count for name, count in added.items() if count}
         for name, who in measures.items():
             so_far[name] |= who
+        assert count_costs(link.costs) == oracle.add_up([member])
     assert count_people(report.people) == {name: len(who) for name, who in so_far.items() if who}
+    assert count_costs(report.costs) == oracle.add_up(chain)
     compared = [member for member in chain if played.story.campaigns[member].held_out]
     assert [comparison.campaign for comparison in report.comparisons] == [played.name(member) for member in compared]
     for comparison, member in zip(report.comparisons, compared, strict=True):
@@ -550,6 +595,10 @@ async def compare_report(played: Played, oracle: Oracle, index: int) -> None:
             share = found.recipient_count / comparison.recipients - found.holdout_count / comparison.holdout_count
             assert found.difference == pytest.approx(share)
             assert -1 <= found.lower_bound <= found.difference <= found.upper_bound <= 1
+
+
+def count_costs(costs: Iterable[retargeting_pb2.Cost]) -> dict[str, tuple[Fraction, int]]:
+    return {cost.currency: (Fraction(cost.amount), cost.recipient_count) for cost in costs}
 
 
 def count_people(counts: retargeting_pb2.ChainCounts) -> dict[str, int]:
@@ -582,6 +631,32 @@ async def compare_funnel(played: Played, oracle: Oracle, selection: Selection, c
         await compare_frozen(played, asked, channel, lasting)
 
 
+CHECKS = {
+    "NO_SUBSCRIPTION": {"REACHABLE"},
+    "OPTED_OUT": {"REACHABLE"},
+    "INVALID": {"REACHABLE"},
+    "HELD": {"NOT_HELD"},
+    "OVER_FREQUENCY_CAP": {"BELOW_FREQUENCY_CAP"},
+    "IN_OPEN_WAVE": {"NOT_IN_OPEN_WAVE"},
+    "HELD_OUT": {"NOT_HELD_OUT"},
+    "AUDIENCE": set[str](),
+}
+"""What an explanation says is not so, of somebody who drops out of the funnel."""
+
+
+async def compare_explanations(played: Played, oracle: Oracle, selection: Selection, channel: str) -> None:
+    """Everybody is told what the funnel says of them."""
+    question = contacts_pb2.RetargetQuestion(selection=played.address(selection), channel=channel)
+    reasons = {person: reason for reason, people in oracle.drop(selection, channel, 0).items() for person in people}
+    for person in range(played.story.people):
+        request = contacts_pb2.ExplainContactRequest(name=f"apps/{played.app}/contacts/p{person}", retarget=question)
+        told = await played.client.contacts.ExplainContact(request)
+        missed = [Explanation.Check.Name(step.check) for step in told.steps if not step.passed]
+        is_messaged = told.decision == Explanation.WOULD_BE_MESSAGED
+        assert is_messaged == (reasons.get(person) == "AUDIENCE"), told
+        assert set(missed[:1]) <= CHECKS.get(reasons.get(person, ""), {"IN_AUDIENCE", "RECIPIENT_OF_SOURCE"}), told
+
+
 async def compare_recheck(played: Played, oracle: Oracle, selection: Selection) -> None:
     """Asked again before sending, in two batches, everybody of the app gets the same answer."""
     numbers = np.arange(played.story.people) + played.story.offset
@@ -603,6 +678,8 @@ def understand(selection: Selection) -> selections.Selection:
     return selections.Question(
         selection.source.rpartition("/")[2],
         selection.action,
+        tuple(selection.reason_codes),
+        tuple(selection.reason_classes),
         include_apart=selection.include_apart,
         leave_out_pending=selection.leave_out_pending,
     )

@@ -4,6 +4,9 @@ Client, server and database are processes of this machine. The campaign's roll i
 was delivered to, read or failed by chance, and two thirds are subscribed elsewhere. The row model is plain SQL over a table in
 the same database, asked for the same numbers in the same run: written as well as it can be, one narrow row for each delivery with
 a time for each signal, freshly vacuumed, all actions in one scan. Every count is compared, between the two and with numpy's.
+
+Then the same is asked again while a million events a minute stream into the campaign, reads of people all over its roll; and
+every answer has to be that after one of the batches that were under way.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import numpy as np
 from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from aftertouch.client import Client
+from aftertouch.client import Client, EventStream
+from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.rolls.chunks import CHUNK, CHUNK_BYTES, SLOT_SHIFT, BitRows, Numbers, byte_length, count_chunks, slot_range
 from aftertouch.rolls.sql import SetChange, change_sets, upsert_receipts, write_roll
 from aftertouch.store.campaigns import create_campaign, update_campaign
@@ -31,13 +35,16 @@ from aftertouch.store.contacts import STANDINGS, standing_set
 from aftertouch.store.engine import driver, transaction
 from aftertouch.store.kinds import Kind, intern_kinds, load_kinds
 from aftertouch.store.tables import contact_counters
-from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+from aftertouch.v1 import campaigns_pb2, events_pb2, retargeting_pb2
 from tests.bench.ingest import open_bench
 
 LARGE = 10_000_000
 SPREAD = 1.25
 """Contacts of the app for each person of the large campaign."""
 ROUNDS = 7
+IN_A_BATCH = 1_000
+A_MINUTE = 1_000_000
+"""Events that stream in meanwhile."""
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -81,6 +88,8 @@ async def make_campaign(engine: AsyncEngine, app_id: int, name: str, people: int
     signals = {
         "delivered": fate < 0.8,
         "read": fate < 0.5,
+        "clicked": fate < 0.1,
+        "replied": (fate >= 0.08) & (fate < 0.12),
         "failed/transient": (fate >= 0.8) & (fate < 0.9),
         "failed/recipient_gone": (fate >= 0.9) & (fate < 0.95),
         "sent": fate < 0.9,
@@ -110,7 +119,8 @@ async def make_campaign(engine: AsyncEngine, app_id: int, name: str, people: int
 async def make_rows(engine: AsyncEngine, made: Made) -> None:
     """The same campaign in a table with a row for each delivery."""
     failed = made.signals["failed/transient"] | made.signals["failed/recipient_gone"]
-    times = {"sent": made.signals["sent"], "delivered": made.signals["delivered"], "read": made.signals["read"], "failed": failed}
+    names = ("sent", "delivered", "read", "clicked", "replied")
+    times = {name: made.signals[name] for name in names} | {"failed": failed}
     async with transaction(engine) as conn:
         columns = "".join(f", {name} timestamptz" for name in times)
         await conn.execute(text(f"CREATE TABLE deliveries (campaign_id bigint, contact bigint{columns})"))
@@ -145,6 +155,10 @@ ROW_ACTIONS = {
     "not_received": "(failed IS NOT NULL OR sent IS NOT NULL) AND delivered IS NULL",
     "read": "read IS NOT NULL",
     "failed": "failed IS NOT NULL AND delivered IS NULL",
+    "replied": "replied IS NOT NULL",
+    "not_replied": "delivered IS NOT NULL AND replied IS NULL",
+    "clicked": "clicked IS NOT NULL",
+    "not_clicked": "delivered IS NOT NULL AND clicked IS NULL",
 }
 """WhatsApp's actions as a table of rows is asked for them."""
 
@@ -168,29 +182,29 @@ class Questions:
     """What is asked, through gRPC."""
 
     def __init__(self, client: Client) -> None:
-        self._client = client
+        self.client = client
 
     async def list_actions(self, made: Made) -> dict[str, int]:
-        answer = await self._client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=made.name))
+        answer = await self.client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=made.name))
         return {counted.action.action: counted.count for counted in answer.actions}
 
     async def get_matrix(self, made: Made) -> dict[tuple[str, str], int]:
-        answer = await self._client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=made.name))
+        answer = await self.client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=made.name))
         return {(row.action_count.action.action, cell.channel): cell.reachable_count for row in answer.rows for cell in row.cells}
 
     async def preview(self, made: Made) -> Any:
         request = retargeting_pb2.PreviewRetargetRequest(selection=select_unread(made), channel="sms")
-        return await self._client.retargeting.PreviewRetarget(request)
+        return await self.client.retargeting.PreviewRetarget(request)
 
     async def create(self, made: Made) -> Any:
         """Freeze half the people as the audience of a wave on another channel."""
         request = retargeting_pb2.CreateRetargetRequest(
             selection=select_half(made), channel="sms", evaluation=campaigns_pb2.Audience.AT_CREATION, allow_duplicate=True
         )
-        return await self._client.retargeting.CreateRetarget(request)
+        return await self.client.retargeting.CreateRetarget(request)
 
     async def delete(self, draft: Any) -> None:
-        await self._client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=draft.name))
+        await self.client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=draft.name))
 
 
 def select_unread(made: Made) -> campaigns_pb2.RetargetSelection:
@@ -228,6 +242,10 @@ def expect_actions(made: Made) -> dict[str, Flags]:
         "not_received": (failed | made.signals["sent"]) & ~delivered,
         "read": read,
         "failed": failed & ~delivered,
+        "replied": made.signals["replied"],
+        "not_replied": delivered & ~made.signals["replied"],
+        "clicked": made.signals["clicked"],
+        "not_clicked": delivered & ~made.signals["clicked"],
     }
 
 
@@ -242,6 +260,83 @@ async def measure_create(questions: Questions, made: Made, active: Flags) -> flo
         assert draft.audience.frozen.count == expected, (draft.audience.frozen.count, expected)
         await questions.delete(draft)
     return median(taken[1:])
+
+
+class Readers:
+    """People who read one after the other, batch by batch, those of whom nobody knew it before."""
+
+    def __init__(self, made: Made, active: dict[str, Flags]) -> None:
+        unread = np.flatnonzero(made.signals["delivered"] & ~made.signals["read"])
+        self.positions = np.random.default_rng(9).permutation(unread)
+        self.sent = 0
+        """Batches."""
+        self._reached = {channel: np.cumsum(flags[made.roll[self.positions]]) for channel, flags in active.items()}
+
+    async def pour(self, stream: EventStream, tokens: Sequence[str], done: asyncio.Event) -> float:
+        """Stream a million events a minute until it is enough; returned is how many it were in fact."""
+        began = time.perf_counter()
+        while not done.is_set():
+            await asyncio.sleep(began + self.sent * IN_A_BATCH * 60 / A_MINUTE - time.perf_counter())
+            first = self.sent * IN_A_BATCH
+            batch = self.positions[first : first + IN_A_BATCH].tolist()
+            self.sent += 1
+            await stream.send([events_pb2.Event(token=tokens[position], signal="read") for position in batch])
+        await stream.flush()
+        return self.sent * IN_A_BATCH / (time.perf_counter() - began) * 60
+
+    def count_reached(self, channel: str, readers: int) -> int:
+        """How many of the first readers can be reached on a channel."""
+        return int(self._reached[channel][readers - 1]) if readers else 0
+
+
+async def measure_busy(
+    questions: Questions, codec: TokenCodec, made: Made, active: dict[str, Flags], quiet: dict[str, float]
+) -> dict[str, float]:
+    """The same questions while events stream in, each answer held to what was true after one of the batches under way."""
+    readers, done = Readers(made, active), asyncio.Event()
+    tokens = codec.make(made.campaign_id, np.arange(len(made.roll)))
+    counts = {action: int(np.count_nonzero(flags)) for action, flags in expect_actions(made).items()}
+    unread = {
+        channel: int(np.count_nonzero(expect_actions(made)["not_read"] & flags[made.roll])) for channel, flags in active.items()
+    }
+    taken: dict[str, list[float]] = {name: [] for name in quiet}
+
+    async with questions.client.stream_events("readers") as stream, asyncio.TaskGroup() as group:
+        pouring = group.create_task(readers.pour(stream, tokens, done))
+
+        async def ask(name: str, work: Callable[[Made], Awaitable[Any]]) -> tuple[Any, int, int]:
+            before, began = stream.committed, time.perf_counter()
+            answer = await work(made)
+            taken[name].append((time.perf_counter() - began) * 1e3)
+            return answer, before * IN_A_BATCH, readers.sent * IN_A_BATCH
+
+        for _ in range(ROUNDS):
+            found, before, after = await ask("actions", questions.list_actions)
+            new = found["read"] - counts["read"]
+            assert before <= new <= after, (before, new, after)
+            assert not new % IN_A_BATCH, new
+            assert found == counts | {"read": counts["read"] + new, "not_read": counts["not_read"] - new}
+            cells, before, after = await ask("matrix", questions.get_matrix)
+            matching = [
+                readers_so_far
+                for readers_so_far in range(before, after + 1, IN_A_BATCH)
+                if all(
+                    cells["not_read", channel] == unread[channel] - readers.count_reached(channel, readers_so_far)
+                    for channel in active
+                )
+            ]
+            assert matching, (before, after)
+            shown, before, after = await ask("funnel", questions.preview)
+            new = counts["not_read"] - shown.matched_count
+            assert before <= new <= after, (before, new, after)
+            assert shown.audience_count == unread["sms"] - readers.count_reached("sms", new)
+            draft, _, _ = await ask("create", questions.create)
+            reached = made.signals["delivered"] & active["sms"][made.roll]
+            assert draft.audience.frozen.count == np.count_nonzero(reached)
+            await questions.delete(draft)
+        done.set()
+        rate = await pouring
+    return {"events_a_minute": round(rate)} | {name: round(median(times) / quiet[name], 2) for name, times in taken.items()}
 
 
 async def measure(people: int) -> dict[str, Any]:
@@ -281,6 +376,8 @@ async def measure(people: int) -> dict[str, Any]:
             assert shown.audience_count == cells["not_read", "sms"]
             create = await measure_create(questions, large, active["sms"])
             create_small = await measure_create(questions, small, active["sms"])
+            quiet = {"actions": actions, "matrix": matrix, "funnel": funnel, "create": create}
+            busy = await measure_busy(questions, bench.codec, large, active, quiet)
     return {
         "bench": "retarget",
         "one_set_select_ms": round(one_set, 2),
@@ -291,6 +388,7 @@ async def measure(people: int) -> dict[str, Any]:
         "create_per_contact_growth": round(create / people / (create_small / (people // 10)), 2),
         "row_model_ms": round(rows),
         "first_question_ms": round(first_ms),
+        "busy_to_quiet": busy,
         "ratios": {"actions_to_one_set": round(actions / one_set, 1), "row_model_to_actions": round(rows / actions)},
     }
 

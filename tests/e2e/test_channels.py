@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from aftertouch.sandbox import SandboxSettings
 from aftertouch.sandbox.control import Inbound
 from aftertouch.store.contacts import hash_address, set_states
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import campaigns_pb2, contacts_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
 from tests.fix_world import CONTENT, OpenWorld, World
 from tests.refusals import refuse
 from tests.sandbox.conftest import CERTAIN
@@ -293,6 +295,44 @@ async def test_estimate_tells_segments_and_cost_before_the_launch(open_world: Op
             campaigns_pb2.LaunchCampaignRequest(name=whatsapp.name, validate_only=True)
         )
         assert not checked.HasField("estimate")
+
+
+async def test_report_of_a_chain_tells_what_its_messages_cost(open_world: OpenWorld) -> None:
+    async with open_world(read_settings(40), environment={"AFTERTOUCH_SMS_PRICE_PER_SEGMENT": "0.0079"}) as world:
+        await world.import_people()
+        root = await world.create_campaign("sms", track_links=False)
+        root.content.update({"body": "{% if external_id contains '1' %}" + "x" * 161 + "{% else %}short{% endif %}"})
+        await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=root))
+        await world.launch(root.name)
+        selection = campaigns_pb2.RetargetSelection(source=root.name, action="delivered")
+        made = {}
+        for channel in ("sms", "push"):
+            wave = await world.client.retargeting.CreateRetarget(
+                retargeting_pb2.CreateRetargetRequest(selection=selection, channel=channel)
+            )
+            changed = campaigns_pb2.Campaign(name=wave.name, content=to_struct(CONTENT[channel]))
+            await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=changed))
+            await world.launch(wave.name)
+            made[channel] = wave.name
+        taken = {
+            name: [person for person, found in (await world.read_recipients(name)).items() if "sent" in found.signals]
+            for name in (root.name, made["sms"])
+        }
+        segments = {root.name: sum(2 if "1" in person else 1 for person in taken[root.name])}
+        segments[made["sms"]] = len(taken[made["sms"]])
+        assert all(segments.values())
+        report = await world.client.retargeting.GetChainReport(retargeting_pb2.GetChainReportRequest(name=root.name))
+        each = Decimal("0.0079")
+        # Push costs nothing that anybody would tell us.
+        assert {link.campaign: read_costs(link.costs) for link in report.campaigns} == {
+            **{name: [("USD", each * count, len(taken[name]))] for name, count in segments.items()},
+            made["push"]: [],
+        }
+        assert read_costs(report.costs) == [("USD", each * sum(segments.values()), sum(map(len, taken.values())))]
+
+
+def read_costs(costs: Iterable[retargeting_pb2.Cost]) -> list[tuple[str, Decimal, int]]:
+    return [(cost.currency, Decimal(cost.amount), cost.recipient_count) for cost in costs]
 
 
 async def test_launch_asks_for_an_approved_template_first(open_world: OpenWorld) -> None:

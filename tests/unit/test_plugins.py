@@ -156,6 +156,7 @@ def test_allow_list_leaves_the_others_out(install: Install) -> None:
         ('implies=("sent",)', 'implies=("sen",)', "signals: implied but not declared: sen"),
         ('implies=("sent",)', 'implies="sent"', "implies the text 'sent'"),
         ('name="delivered"', 'name="sent"', "signal 'sent' is the server's own"),
+        ('name="delivered"', 'name="refused"', "signal 'refused' is the server's own"),
         ('expression="sent"', 'expression="~sent"', "action 'sent': '~sent' is true of people who were never sent to"),
         ('expression="sent"', 'expression="read"', "names the signal 'read'"),
         ('expression="sent"', 'expression="sent", apart="sent"', "needs both apart and apart_label"),

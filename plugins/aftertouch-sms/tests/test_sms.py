@@ -31,6 +31,7 @@ from aftertouch.channels import (
     Message,
     NotTaken,
     Outcome,
+    Price,
     ReasonClass,
     Receipt,
     Refused,
@@ -355,6 +356,16 @@ def test_estimate_has_a_cost_where_the_price_is_known() -> None:
     assert make_channel().estimate(content) == Estimate(units=2, unit="segments", currency="USD")
     known = make_channel(price_per_segment="0.0079", currency="EUR").estimate(content)
     assert known == Estimate(units=2, unit="segments", cost=Decimal("0.0158"), currency="EUR")
+
+
+async def test_message_that_was_taken_has_its_price_where_the_operator_told_it() -> None:
+    price = Price(amount=Decimal("0.0158"), currency="EUR")
+    told = {"price_per_segment": "0.0079", "currency": "EUR"}
+    async with run_twilio(create) as twilio, make_channel(api_url=twilio.url, **told) as channel:
+        outcomes = await channel.send([make_message("x" * 161), make_message("")])
+    assert outcomes == [Accepted(message_id=SID, price=price), Refused(code="empty_text")]
+    found = await look_up_one(list_pages([list_message()]), **{**told, "price_per_segment": "0.0158"})
+    assert found == Accepted(message_id=SID, price=price)
 
 
 # Looking up what was taken

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import structlog
 
-from aftertouch.channels import Accepted, Address, Channel, Content, Finding, Message, NotTaken, Outcome, Refused, Unclear
+from aftertouch.channels import Accepted, Address, Channel, Content, Finding, Message, NotTaken, Outcome, Price, Refused, Unclear
 
 log = structlog.get_logger()
 
@@ -63,7 +63,7 @@ async def _call(
 def _is_outcome(answer: object) -> bool:
     """True for an outcome whose fields are what they are declared as; a dataclass does not check that itself."""
     match answer:
-        case Accepted(message_id=str(), signals=tuple() as signals):
+        case Accepted(message_id=str(), signals=tuple() as signals, price=None | Price()):
             return all(isinstance(signal, str) for signal in signals)
         case Refused(code=str(), retry_after=None | timedelta(), limit=str()) | Unclear():
             return True

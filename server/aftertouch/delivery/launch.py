@@ -35,7 +35,7 @@ from aftertouch.retargeting.selections import Combination, Question, find_roots,
 from aftertouch.rolls.chunks import Numbers, count_chunks, holdout_of, list_numbers
 from aftertouch.rolls.sql import delete_roll, read_roll, write_roll
 from aftertouch.store.apps import App, read_app
-from aftertouch.store.campaigns import Campaign, lock_due_campaign, update_campaign
+from aftertouch.store.campaigns import Campaign, lock_chains, lock_due_campaign, update_campaign
 from aftertouch.store.units import create_units, wake_workers
 
 log = structlog.get_logger()
@@ -106,6 +106,8 @@ async def _find_people(
     audience, is_frozen = decode_audience(stored), decode_frozen(stored) is not None
     if isinstance(audience, Question | Combination):
         sources = await find_sources(conn, app, registry.types, audience, "audience.retarget", at)
+        # Of two waves that are launched at once, each has to see whom the other took, and whom it held out.
+        await lock_chains(conn, find_roots(sources))
         if is_frozen:
             return await read_roll(conn, campaign.campaign_id), find_roots(sources)
         funnel = await filter_selection(conn, Copies(), app, sources, audience, campaign.channel, campaign)

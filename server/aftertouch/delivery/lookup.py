@@ -9,7 +9,7 @@ import structlog
 from aftertouch.channels import Accepted, Channel, NotTaken, ReasonClass
 from aftertouch.delivery.calls import LONGEST_CALL, look_up_messages
 from aftertouch.delivery.drafts import Drafter, Sending
-from aftertouch.delivery.outcomes import may_try_again
+from aftertouch.delivery.outcomes import list_prices, may_try_again
 from aftertouch.delivery.progress import Progress
 from aftertouch.ingest.ledger import Fact, Ledger, Tried
 from aftertouch.store.kinds import Kind
@@ -60,8 +60,9 @@ async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: S
         tried: list[Tried] = []
         for draft in drafts:
             own = [next(findings) for _ in draft.messages]
-            if any(isinstance(finding, Accepted) for finding in own):
-                facts.append(Fact(campaign, draft.position, Kind("sent"), now))
+            if accepted := [finding for finding in own if isinstance(finding, Accepted)]:
+                kinds = [Kind("sent"), *map(ledger.lookups.bound_kind, list_prices(accepted))]
+                facts += [Fact(campaign, draft.position, kind, now) for kind in kinds]
             elif all(isinstance(finding, NotTaken) for finding in own):
                 # A provider that loses every message is asked no longer than one that refuses it.
                 may_try = may_try_again(ReasonClass.TRANSIENT, draft.tries, in_trouble=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 
 from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass, Refused, Unclear
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.drafts import Draft
+from aftertouch.signals import PRICED
 from aftertouch.store.kinds import Kind
 
 MOST_TRIES = 10
@@ -39,12 +42,13 @@ _SENT = Verdict((_KIND_SENT,))
 
 def judge(channel_type: ChannelType, outcomes: Sequence[Outcome], tries: int, *, in_trouble: bool) -> Verdict:
     """What became of a person, from the outcomes of each of their addresses: one that was reached is enough."""
-    if len(outcomes) == 1 and isinstance(outcomes[0], Accepted) and not outcomes[0].signals:
+    if len(outcomes) == 1 and isinstance(outcomes[0], Accepted) and not outcomes[0].signals and outcomes[0].price is None:
         return _SENT
     accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
     if accepted:
         extra = frozenset.intersection(*(frozenset(outcome.signals) for outcome in accepted))
-        return Verdict((Kind("sent"), *(Kind(signal) for signal in sorted(extra & channel_type.evidence.keys()))))
+        declared = (Kind(signal) for signal in sorted(extra & channel_type.evidence.keys()))
+        return Verdict((_KIND_SENT, *declared, *list_prices(accepted)))
     refused = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
     if len(refused) < len(outcomes):
         return Verdict()
@@ -54,6 +58,15 @@ def judge(channel_type: ChannelType, outcomes: Sequence[Outcome], tries: int, *,
             return Verdict((Kind("refused", reason_class, str(tries)),), outcome, reason_class)
     reason_class, outcome = classified[0]
     return Verdict((Kind("failed", reason_class, outcome.code[:64]),), None, reason_class)
+
+
+def list_prices(accepted: Iterable[Accepted]) -> list[Kind]:
+    """What a person's messages cost, one kind for each currency: of two that cost the same, bits would keep one."""
+    amounts: dict[str, Decimal] = defaultdict(Decimal)
+    for outcome in accepted:
+        if outcome.price is not None:
+            amounts[outcome.price.currency] += outcome.price.amount
+    return [Kind(PRICED, currency, f"{round(amount, 6).normalize():f}") for currency, amount in sorted(amounts.items())]
 
 
 def may_try_again(reason_class: ReasonClass, tries: int, *, in_trouble: bool) -> bool:

@@ -27,7 +27,7 @@ from aftertouch.store.campaigns import Campaign, find_campaigns, read_campaigns
 from aftertouch.store.contacts import count_contacts, find_numbers, page_numbers
 from aftertouch.store.engine import transaction
 from aftertouch.store.erasures import list_erased
-from aftertouch.store.kinds import Kind, intern_kinds
+from aftertouch.store.kinds import OTHER, Kind, intern_kinds
 
 MOST_CAMPAIGNS = 10_000
 MOST_IDENTITIES = 2_000_000
@@ -218,4 +218,4 @@ class Lookups:
         """The kind itself, or the one for the rest of its class when there are too many."""
         if kind in self._kinds or len(self._kinds) < MOST_KINDS or not kind.reason_class:
             return kind
-        return Kind(kind.signal, kind.reason_class, "other")
+        return Kind(kind.signal, kind.reason_class, OTHER)

@@ -7,8 +7,9 @@ not in it. Campaigns are taken in the order of their launch, one at a time, so t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import reduce
 
 import numpy as np
@@ -24,9 +25,10 @@ from aftertouch.retargeting.matching import count_blocks
 from aftertouch.retargeting.selections import Combination, Question, list_questions, root_of
 from aftertouch.rolls.chunks import CHUNK_BYTES, Bits, count_bits, holdout_of, set_numbers, spread
 from aftertouch.rolls.sql import read_roll
+from aftertouch.signals import PRICED
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign, list_chain
-from aftertouch.store.kinds import load_kinds
+from aftertouch.store.kinds import OTHER, Kind, load_kinds
 
 MOST_CAMPAIGNS = 200
 """In one report."""
@@ -50,6 +52,19 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What providers took for messages."""
+
+    amount: Decimal
+    recipients: int
+    """Whose messages have a price; of the others it is not known."""
+
+
+Costs = Mapping[str, Cost]
+"""By currency, sorted."""
+
+
+@dataclass(frozen=True)
 class Link:
     """A campaign of a chain."""
 
@@ -59,6 +74,7 @@ class Link:
     people: Tally
     added: Tally
     """Of them, those of whom the same was true in no campaign before."""
+    costs: Costs
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,8 @@ class Report:
 
     links: Sequence[Link]
     people: Tally
+    costs: Costs
+    """Of all campaigns; who is in several counts in each."""
     comparisons: Sequence[Comparison]
 
 
@@ -113,38 +131,57 @@ async def report_chain(
     links = []
     for campaign in campaigns:
         people = added = Tally()
+        costs: Costs = {}
         if campaign.launch_time is not None:
-            members, truths = await _read_truths(conn, copies, channels, campaign, blocks)
+            members, truths, costs = await _read_truths(conn, copies, channels, campaign, blocks)
             before = {name: known.get(name, nobody) for name in truths}
             people = _count(members, truths)
             added = _count(members & ~everybody, {name: bits & ~before[name] for name, bits in truths.items()})
             everybody = everybody | members
             known |= {name: bits | before[name] for name, bits in truths.items()}
-        links.append(Link(campaign, _list_sources(campaign), people, added))
+        links.append(Link(campaign, _list_sources(campaign), people, added, costs))
     comparisons = [await _compare(conn, copies, campaign, known, blocks) for campaign in campaigns if campaign.holdout_count]
-    return Report(links, _count(everybody, known), comparisons)
+    costs = _add_up(item for link in links for item in link.costs.items())
+    return Report(links, _count(everybody, known), costs, comparisons)
 
 
 async def _read_truths(
     conn: AsyncConnection, copies: Copies, channels: Mapping[str, ChannelType], campaign: Campaign, blocks: int
-) -> tuple[Bits, _Truths]:
-    """A campaign's people, and what is true of them."""
+) -> tuple[Bits, _Truths, Costs]:
+    """A campaign's people, what is true of them, and what their messages cost."""
     evidence = find_evidence(channels, campaign)
     proving = {**evidence, REACHED: frozenset[str]().union(*(evidence.get(signal, ()) for signal in _ARRIVED))}
-    wanted = frozenset[str]().union(*proving.values())
+    wanted = frozenset((PRICED,)).union(*proving.values())
     numbered = await load_kinds(conn)
     roll = await copies.read_roll(conn, campaign)
     found = await copies.read_receipts(conn, campaign, [number for number, kind in numbered.items() if kind.signal in wanted])
 
-    def carry_over() -> tuple[Bits, _Truths]:
+    def carry_over() -> tuple[Bits, _Truths, Costs]:
         truths = {}
         for name, signals in proving.items():
             parts = [bits for number, bits in found.items() if numbered[number].signal in signals and bits.any()]
             if parts:
                 truths[name] = spread(reduce(np.bitwise_or, parts), roll, blocks)
-        return set_numbers(roll, blocks), truths
+        prices = [(numbered[number], bits) for number, bits in found.items() if numbered[number].signal == PRICED and bits.any()]
+        return set_numbers(roll, blocks), truths, _add_up(_price(kind, count_bits(bits)) for kind, bits in prices)
 
     return await asyncio.to_thread(carry_over)
+
+
+def _price(kind: Kind, people: int) -> tuple[str, Cost]:
+    """What so many people's messages cost together."""
+    if kind.reason_code == OTHER:
+        # Of more prices than are told apart.
+        return kind.reason_class, Cost(Decimal(), 0)
+    return kind.reason_class, Cost(Decimal(kind.reason_code) * people, people)
+
+
+def _add_up(costs: Iterable[tuple[str, Cost]]) -> Costs:
+    sums: dict[str, Cost] = {}
+    for currency, cost in costs:
+        so_far = sums.get(currency, Cost(Decimal(), 0))
+        sums[currency] = Cost(so_far.amount + cost.amount, so_far.recipients + cost.recipients)
+    return dict(sorted(sums.items()))
 
 
 def _list_sources(campaign: Campaign) -> tuple[str, ...]:

@@ -32,15 +32,15 @@ from aftertouch.retargeting.selections import (
     Question,
     Selection,
     find_root,
-    find_roots,
     find_sources,
+    list_questions,
     root_of,
 )
 from aftertouch.rolls.chunks import count_chunks, find_members, holdout_of
 from aftertouch.rolls.sql import read_sets
 from aftertouch.signals import Expression
 from aftertouch.store.apps import App
-from aftertouch.store.campaigns import Campaign, find_campaign
+from aftertouch.store.campaigns import Campaign, find_campaign, find_campaigns, list_open_waves, list_waves_at
 from aftertouch.store.contacts import STANDINGS, Contact
 from aftertouch.store.kinds import Kind, load_kinds
 from aftertouch.store.lists import find_list
@@ -120,16 +120,19 @@ async def explain_campaign(
             reason = f": {campaign.state_reason}" if campaign.state_reason else ""
             text = f"Not messaged: the campaign is {campaign.state}, and was never launched{reason}."
             return Explanation(campaign, "WOULD_NOT_BE_MESSAGED", text)
-        roots: frozenset[int] = frozenset()
+        roots, asked = await _find_chains(conn, app, audience)
         if isinstance(audience, Question | Combination):
-            roots = find_roots(await find_sources(conn, app, channels, audience, "audience.retarget"))
+            await find_sources(conn, app, channels, audience, "audience.retarget")
+        waves: list[Campaign] = []
         if campaign.audience and (frozen := decode_frozen(campaign.audience)):
             is_in = bool(await find_places(conn, contact.number, [campaign.campaign_id]))
             text = f"is {'' if is_in else 'not '}one of {frozen.count:,} people as of {_tell(frozen.as_of_time)}"
             steps = [Step("IN_AUDIENCE", is_in, text), _ask_standing(contact, campaign.channel)]
         else:
             steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
+            waves = await list_open_waves(conn, roots)
         steps += await _ask_pace(conn, app, campaign.channel, contact, transactional=campaign.transactional)
+        steps += await _ask_waves(conn, waves, asked | {campaign.campaign_id}, contact, "is")
         steps += await _ask_holdout(conn, roots, root_of(campaign), campaign.holdout_percent, contact)
         return Explanation(campaign, *_foretell(steps), steps)
     places = await find_places(conn, contact.number, [campaign.campaign_id])
@@ -140,6 +143,8 @@ async def explain_campaign(
         text = f"Not messaged: was in the audience at the launch at {_tell(campaign.launch_time)}, and was held out."
         return Explanation(campaign, "HELD_OUT", text, [Step("NOT_HELD_OUT", False, _HELD_OUT)])
     steps = await _ask_audience(conn, app, channels, audience, campaign.channel, contact)
+    roots, asked = await _find_chains(conn, app, audience)
+    steps += await _ask_waves(conn, await list_waves_at(conn, roots, campaign.launch_time), asked, contact, "was")
     if contact.create_time is not None and contact.create_time > campaign.launch_time:
         text = f"was made at {_tell(contact.create_time)}, after the launch at {_tell(campaign.launch_time)}"
         steps.insert(0, Step("CONTACT_MADE_IN_TIME", False, text))
@@ -148,6 +153,8 @@ async def explain_campaign(
         text = f"Not messaged: was not in the audience at the launch at {_tell(campaign.launch_time)}, and now {missed.text}."
         if missed.check == "CONTACT_MADE_IN_TIME":
             text = f"Not messaged: {missed.text}."
+        elif missed.check == "NOT_IN_OPEN_WAVE":
+            text = f"Not messaged: at the launch at {_tell(campaign.launch_time)} {missed.text}."
     else:
         text = (
             f"Not messaged: was not in the audience at the launch at {_tell(campaign.launch_time)}. By what is true now the"
@@ -193,7 +200,9 @@ async def explain_retarget(
     source = next(iter(sources.values())).campaign
     steps = await _ask_audience(conn, app, channels, selection, target, contact)
     steps += await _ask_pace(conn, app, target, contact, transactional=False)
-    steps += await _ask_holdout(conn, find_roots(sources), find_root(sources), 0, contact)
+    roots, asked = await _find_chains(conn, app, selection)
+    steps += await _ask_waves(conn, await list_open_waves(conn, roots), asked, contact, "is")
+    steps += await _ask_holdout(conn, roots, find_root(sources), 0, contact)
     places = await find_places(conn, contact.number, [source.campaign_id])
     findings = await _look_up(conn, channels, source, places[0], LONGEST_LOOK) if places else Findings()
     return Explanation(source, *_foretell(steps), steps, findings)
@@ -383,6 +392,33 @@ async def _ask_pace(conn: AsyncConnection, app: App, channel: str, contact: Cont
             text = f"has had {had}; the next may go out at {_tell(full_until)}"
             steps.append(Step("BELOW_FREQUENCY_CAP", False, text))
     return steps
+
+
+async def _find_chains(conn: AsyncConnection, app: App, audience: Audience | None) -> tuple[frozenset[int], frozenset[int]]:
+    """The roots of the chains that a selection asks, and the campaigns; of another audience nothing."""
+    if not isinstance(audience, Question | Combination):
+        return frozenset(), frozenset()
+    names = sorted({question.source for question, _ in list_questions(audience)})
+    found = (await find_campaigns(conn, app.app_id, names)).values()
+    return frozenset(map(root_of, found)), frozenset(campaign.campaign_id for campaign in found)
+
+
+async def _ask_waves(
+    conn: AsyncConnection, waves: Collection[Campaign], asked: Collection[int], contact: Contact, verb: str
+) -> list[Step]:
+    """Whether somebody is on the way in another wave of a chain; nothing where they are not.
+
+    Args:
+        waves: those that are still being sent, or were.
+        asked: campaigns that are not in the way.
+        verb: "is" or "was".
+    """
+    others = {wave.campaign_id: wave.campaign for wave in waves if wave.campaign_id not in asked}
+    places = await find_places(conn, contact.number, list(others))
+    if not places:
+        return []
+    text = f"{verb} a recipient of {others[places[0].campaign_id]}, another wave of the chain that {verb} still being sent"
+    return [Step("NOT_IN_OPEN_WAVE", False, text)]
 
 
 async def _ask_holdout(conn: AsyncConnection, roots: Collection[int], root: int, percent: int, contact: Contact) -> list[Step]:

@@ -45,16 +45,20 @@ class Unsettled:
 
 
 async def find_unsettled(
-    conn: AsyncConnection, app: App, sources: Sources, selection: Selection, at: datetime
+    conn: AsyncConnection, app: App, sources: Sources, selection: Selection, now: datetime, at: datetime | None = None
 ) -> list[Unsettled]:
-    """Where a selection says "did not" sooner than the channel's own delay."""
+    """Where a selection says "did not" sooner than the channel's own delay.
+
+    Args:
+        at: when it is asked; now, by default.
+    """
     numbered = await load_kinds(conn)
     found = []
     for name, signal in sorted(list_denied(selection, sources)):
         source = sources[name].campaign
-        delay, measured = await _measure_delay(conn, app, source, signal, numbered, at)
-        settle_time = (source.finish_time or at) + delay
-        if at < settle_time:
+        delay, measured = await _measure_delay(conn, app, source, signal, numbered, now)
+        settle_time = (source.finish_time or now) + delay
+        if (at or now) < settle_time:
             found.append(Unsettled(source, signal, delay, measured, settle_time))
     return found
 

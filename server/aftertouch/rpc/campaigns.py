@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from google.protobuf import json_format
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.struct_pb2 import Struct
 from pydantic import ValidationError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Accepted, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
@@ -34,12 +36,14 @@ from aftertouch.retargeting.audiences import (
 )
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.report import count_campaign, list_recipients
+from aftertouch.retargeting.selections import Combination, Question, find_sources
+from aftertouch.retargeting.settling import Unsettled, find_unsettled
 from aftertouch.rolls.chunks import Numbers
 from aftertouch.rolls.sql import delete_roll, write_roll
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
-from aftertouch.rpc.selections import read_selection, to_selection
+from aftertouch.rpc.selections import check_settled, read_selection, to_selection, to_unsettled
 from aftertouch.rpc.values import read_timestamp, to_struct, to_timestamp
 from aftertouch.store import campaigns as store
 from aftertouch.store.engine import snapshot, transaction
@@ -162,12 +166,27 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             bill = await estimate_campaign(conn, self._context, call.app, campaign, declared, channel, people.roll)
             if bill is not None:
                 message.estimate.CopyFrom(_to_estimate(bill))
-            return message
-        if schedule_time is not None:
-            launched = await schedule(conn, self._registry, call.app, campaign, schedule_time, send_by_time)
+        elif schedule_time is not None:
+            message = await to_campaign(
+                call, await schedule(conn, self._registry, call.app, campaign, schedule_time, send_by_time)
+            )
         else:
-            launched = await launch(conn, self._registry, call.app, campaign, send_by_time)
-        return await to_campaign(call, launched)
+            message = await to_campaign(call, await launch(conn, self._registry, call.app, campaign, send_by_time))
+        unsettled = await self._find_unsettled(conn, call, campaign, schedule_time)
+        # What was done above is undone by a refusal.
+        check_settled(call, unsettled, is_required=request.require_settled)
+        message.unsettled.extend(to_unsettled(call, unsettled))
+        return message
+
+    async def _find_unsettled(
+        self, conn: AsyncConnection, call: Call, campaign: store.Campaign, at: datetime | None
+    ) -> list[Unsettled]:
+        """Where a launch asks too early; of a frozen audience that was said when it was frozen."""
+        audience = decode_audience(campaign.audience) if campaign.audience else None
+        if campaign.audience is None or not isinstance(audience, Question | Combination) or decode_frozen(campaign.audience):
+            return []
+        sources = await find_sources(conn, call.app, self._registry.types, audience, "audience.retarget", at)
+        return await find_unsettled(conn, call.app, sources, audience, datetime.now(UTC), at)
 
     async def UnscheduleCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.UnscheduleCampaignRequest, call: Call

@@ -19,6 +19,7 @@ from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.reports import MOST_EVENTS, read_batch, read_reports
 from aftertouch.rpc.validation import check_message
 from aftertouch.rpc.values import to_timestamp
+from aftertouch.signals import PRICED
 from aftertouch.store.activity import read_activity
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import load_kinds
@@ -171,7 +172,8 @@ class Events(events_pb2_grpc.EventsServicer):
         numbered = await load_kinds(conn)
         counts: dict[str, dict[datetime, int]] = defaultdict(lambda: defaultdict(int))
         for time, kind, count in found:
-            counts[numbered[kind].signal][time] += count
+            if numbered[kind].signal != PRICED:
+                counts[numbered[kind].signal][time] += count
         answer = events_pb2.Activity(start_time=to_timestamp(start), end_time=to_timestamp(end))
         answer.bucket.FromTimedelta(bucket)
         for signal in sorted(counts):

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.delivery.follow_ups import plan_follow_up
-from aftertouch.errors import FieldsInvalid, NotFound, SelectionUnsettled, Violation
+from aftertouch.errors import FieldsInvalid, NotFound, Violation
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.audiences import Prepared, filter_selection, prepare_selection
-from aftertouch.retargeting.chains import REACHED, Comparison, Link, Tally, find_chain, report_chain
+from aftertouch.retargeting.chains import REACHED, Comparison, Costs, Link, Tally, find_chain, report_chain
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.funnel import Funnel, Reason
 from aftertouch.retargeting.matching import ActionCount, count_matrix
 from aftertouch.retargeting.selections import Question, Selection, Source, Sources, find_source, find_sources, root_of, title_wave
-from aftertouch.retargeting.settling import Unsettled, find_unsettled
+from aftertouch.retargeting.settling import find_unsettled
 from aftertouch.rolls.chunks import Bits, count_bits, list_numbers
 from aftertouch.rpc.campaigns import create_draft, find, read_content, to_campaign
 from aftertouch.rpc.channels import to_action
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import read_name
 from aftertouch.rpc.pages import make_page_token, read_page_token
-from aftertouch.rpc.selections import read_selection
+from aftertouch.rpc.selections import check_settled, read_selection, to_unsettled
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store import campaigns as store
 from aftertouch.store.contacts import find_external_ids
@@ -93,7 +94,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
         async with snapshot(call.engine) as (conn, as_of_time):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
             unsettled = await find_unsettled(conn, call.app, sources, selection, as_of_time)
-            _check_settled(call, unsettled, is_required=request.require_settled)
+            check_settled(call, unsettled, is_required=request.require_settled)
             funnel = await self._filter(conn, call, request, sources, selection)
         return _Response(
             matched_count=count_bits(funnel.matched),
@@ -104,7 +105,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             audience_count=count_bits(funnel.audience),
             as_of_time=to_timestamp(as_of_time),
             display_name=title_wave(selection, sources),
-            unsettled=_to_unsettled(call, unsettled),
+            unsettled=to_unsettled(call, unsettled),
         )
 
     async def ListRetargetContacts(  # type: ignore[override]
@@ -142,7 +143,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
         async with snapshot(call.engine) as (conn, now):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
             unsettled = await find_unsettled(conn, call.app, sources, selection, now)
-            _check_settled(call, unsettled, is_required=request.require_settled)
+            check_settled(call, unsettled, is_required=request.require_settled)
             prepared = await prepare_selection(
                 conn,
                 self._copies,
@@ -163,7 +164,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             draft = await create_draft(call, request.campaign_id, values | prepared.values, prepared.roll)
         message = await to_campaign(call, draft)
         message.existing = is_existing
-        message.unsettled.extend(_to_unsettled(call, unsettled))
+        message.unsettled.extend(to_unsettled(call, unsettled))
         return message
 
     async def CreateFollowUps(  # type: ignore[override]
@@ -186,8 +187,15 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             if step.display_name:
                 values["display_name"] = step.display_name
             draft = await create_draft(call, step.campaign_id, values)
+            now = datetime.now(UTC)
+            asked = {source.campaign: Source(source, self._registry.types[source.channel])}
+            at = (source.finish_time or now) + delay
+            unsettled = await find_unsettled(conn, call.app, asked, question, now, max(at, now))
+            check_settled(call, unsettled, is_required=request.require_settled)
             source = await store.update_campaign(conn, draft.campaign_id, state="SCHEDULED")
-            made.append(await to_campaign(call, source))
+            message = await to_campaign(call, source)
+            message.unsettled.extend(to_unsettled(call, unsettled))
+            made.append(message)
         return retargeting_pb2.CreateFollowUpsResponse(campaigns=made)
 
     async def GetChainReport(  # type: ignore[override]
@@ -205,6 +213,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             ),
             campaigns=[_to_chain_campaign(call, link) for link in report.links],
             people=_to_chain_counts(report.people),
+            costs=_to_costs(report.costs),
             comparisons=[_to_comparison(call, comparison) for comparison in report.comparisons],
             as_of_time=to_timestamp(as_of_time),
         )
@@ -271,18 +280,6 @@ def _read_step(call: Call, step: retargeting_pb2.FollowUpStep, source: store.Cam
     return question
 
 
-def _check_settled(call: Call, unsettled: Sequence[Unsettled], *, is_required: bool) -> None:
-    if is_required and unsettled:
-        worst = max(unsettled, key=lambda found: found.settle_time)
-        raise SelectionUnsettled(
-            f"{call.app.name}/campaigns/{worst.source.campaign}",
-            worst.signal,
-            worst.delay,
-            worst.measured_events,
-            worst.settle_time.isoformat(),
-        )
-
-
 def _choose_group(funnel: Funnel, request: retargeting_pb2.ListRetargetContactsRequest) -> Bits:
     if request.group != _Request.DROPPED:
         if request.reason:
@@ -311,7 +308,15 @@ def _to_chain_campaign(call: Call, link: Link) -> retargeting_pb2.ChainCampaign:
         people=_to_chain_counts(link.people),
         added=_to_chain_counts(link.added),
         holdout_count=campaign.holdout_count,
+        costs=_to_costs(link.costs),
     )
+
+
+def _to_costs(costs: Costs) -> list[retargeting_pb2.Cost]:
+    return [
+        retargeting_pb2.Cost(currency=currency, amount=f"{cost.amount.normalize():f}", recipient_count=cost.recipients)
+        for currency, cost in costs.items()
+    ]
 
 
 def _to_comparison(call: Call, comparison: Comparison) -> retargeting_pb2.HoldoutComparison:
@@ -340,17 +345,3 @@ def _to_action_count(source: Source, counted: ActionCount) -> retargeting_pb2.Ac
         apart_count=counted.apart_count,
         pending_count=counted.pending_count,
     )
-
-
-def _to_unsettled(call: Call, unsettled: Sequence[Unsettled]) -> list[campaigns_pb2.Unsettled]:
-    messages = []
-    for found in unsettled:
-        message = campaigns_pb2.Unsettled(
-            source=f"{call.app.name}/campaigns/{found.source.campaign}",
-            signal=found.signal,
-            measured_events=found.measured_events,
-            settle_time=to_timestamp(found.settle_time),
-        )
-        message.delay.FromTimedelta(found.delay)
-        messages.append(message)
-    return messages

@@ -1,13 +1,15 @@
-"""Retarget selections as messages: read with every name checked, and written back."""
+"""Retarget selections as messages: read with every name checked, and written back; and where they were asked too early."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from aftertouch.errors import FieldsInvalid, Violation
+from aftertouch.errors import FieldsInvalid, SelectionUnsettled, Violation
 from aftertouch.retargeting.selections import DEEPEST, MOST_QUESTIONS, Combination, Question, Selection, list_questions
+from aftertouch.retargeting.settling import Unsettled
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import read_name
+from aftertouch.rpc.values import to_timestamp
 from aftertouch.v1 import campaigns_pb2
 
 _QUESTION_FIELDS = ("source", "action", "reason_codes", "reason_classes", "include_apart", "leave_out_pending")
@@ -95,3 +97,31 @@ def to_selection(call: Call, selection: Selection) -> campaigns_pb2.RetargetSele
         case "all_but":
             all_but = campaigns_pb2.RetargetSelection.AllBut(all=operands[0], but=operands[1])
             return campaigns_pb2.RetargetSelection(all_but=all_but)
+
+
+def check_settled(call: Call, unsettled: Sequence[Unsettled], *, is_required: bool) -> None:
+    """Raise ``SelectionUnsettled`` where nothing unsettled is wanted."""
+    if is_required and unsettled:
+        worst = max(unsettled, key=lambda found: found.settle_time)
+        raise SelectionUnsettled(
+            f"{call.app.name}/campaigns/{worst.source.campaign}",
+            worst.signal,
+            worst.delay,
+            worst.measured_events,
+            worst.settle_time.isoformat(),
+        )
+
+
+def to_unsettled(call: Call, unsettled: Sequence[Unsettled]) -> list[campaigns_pb2.Unsettled]:
+    """What was asked too early, as messages."""
+    messages = []
+    for found in unsettled:
+        message = campaigns_pb2.Unsettled(
+            source=f"{call.app.name}/campaigns/{found.source.campaign}",
+            signal=found.signal,
+            measured_events=found.measured_events,
+            settle_time=to_timestamp(found.settle_time),
+        )
+        message.delay.FromTimedelta(found.delay)
+        messages.append(message)
+    return messages

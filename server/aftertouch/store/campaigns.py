@@ -62,6 +62,8 @@ class Campaign:
 
 _DRAFTS = 1
 """The class of the advisory locks on drafts of a chain."""
+_LAUNCHES = 2
+"""Of those on launches in a chain."""
 _OVER = ("SENT", "CANCELED", "FAILED")
 """States from which nothing more comes."""
 
@@ -225,6 +227,22 @@ async def list_open_waves(conn: AsyncConnection, root_ids: Collection[int]) -> l
         campaigns.c.root_id.in_(root_ids), campaigns.c.state.in_(("SCHEDULED", "SENDING", "PAUSED")), campaigns.c.recipients > 0
     )
     return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def list_waves_at(conn: AsyncConnection, root_ids: Collection[int], at: datetime) -> list[Campaign]:
+    """The waves of these chains that were launched, and not sent yet, at a time that is past."""
+    statement = select(campaigns).where(
+        campaigns.c.root_id.in_(root_ids),
+        campaigns.c.launch_time < at,
+        func.coalesce(campaigns.c.finish_time, func.now()) > at,
+    )
+    return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def lock_chains(conn: AsyncConnection, root_ids: Collection[int]) -> None:
+    """Until the transaction ends, have nobody else choose whom to launch a wave of these chains to."""
+    for root_id in sorted(root_ids):
+        await conn.execute(select(func.pg_advisory_xact_lock(_LAUNCHES, func.hashint8(root_id))))
 
 
 async def list_sent_since(conn: AsyncConnection, app_id: int, channel: str, since: datetime, limit: int) -> list[Campaign]:

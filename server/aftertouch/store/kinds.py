@@ -11,6 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.store.tables import kinds
 
+OTHER = "other"
+"""The code of whatever has a reason that was met after too many others."""
+
 
 class Kind(NamedTuple):
     """A signal and, for a failure or a skip, why; a tuple, since one is made and looked up for every message."""

@@ -180,7 +180,7 @@ class Campaign(_message.Message):
 
     @_builtins.property
     def unsettled(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unsettled]:
-        """Where its selection was asked too early; only from CreateRetarget."""
+        """Where its selection was asked too early, or will be; only from CreateRetarget, CreateFollowUps and LaunchCampaign."""
 
     @_builtins.property
     def follow_up(self) -> Global___FollowUp:
@@ -977,6 +977,7 @@ class LaunchCampaignRequest(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     SCHEDULE_TIME_FIELD_NUMBER: _builtins.int
     SEND_BY_TIME_FIELD_NUMBER: _builtins.int
+    REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/campaigns/{campaign}`."""
     etag: _builtins.str
@@ -985,6 +986,10 @@ class LaunchCampaignRequest(_message.Message):
     """A UUID that makes a repeat within 24 hours return the same answer."""
     validate_only: _builtins.bool
     """Check everything and count the recipients, but send nothing and change nothing."""
+    require_settled: _builtins.bool
+    """Refuse a "did not" that is asked too early, instead of only saying so. Of a frozen audience that was said when it was
+    frozen.
+    """
     @_builtins.property
     def schedule_time(self) -> _timestamp_pb2.Timestamp:
         """When to launch, at most 366 days ahead; now when it is not set."""
@@ -1002,10 +1007,11 @@ class LaunchCampaignRequest(_message.Message):
         validate_only: _builtins.bool = ...,
         schedule_time: _timestamp_pb2.Timestamp | None = ...,
         send_by_time: _timestamp_pb2.Timestamp | None = ...,
+        require_settled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schedule_time", b"schedule_time", "send_by_time", b"send_by_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id", "require_settled", b"require_settled", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

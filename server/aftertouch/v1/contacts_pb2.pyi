@@ -742,6 +742,10 @@ class ContactExplanation(_message.Message):
         """The provider does not ask to leave the person alone for now. Told only when it does."""
         BELOW_FREQUENCY_CAP: ContactExplanation._Check.ValueType  # 6
         """The person has had fewer messages than the app's frequency cap. Told only when it was as many."""
+        NOT_IN_OPEN_WAVE: ContactExplanation._Check.ValueType  # 7
+        """The person is not a recipient of another wave of the chain that is still being sent, or was when this one was launched.
+        Told only when they are.
+        """
         NOT_HELD_OUT: ContactExplanation._Check.ValueType  # 40
         """The person is not held out of the chain. Told only when they are."""
 
@@ -762,6 +766,10 @@ class ContactExplanation(_message.Message):
     """The provider does not ask to leave the person alone for now. Told only when it does."""
     BELOW_FREQUENCY_CAP: ContactExplanation.Check.ValueType  # 6
     """The person has had fewer messages than the app's frequency cap. Told only when it was as many."""
+    NOT_IN_OPEN_WAVE: ContactExplanation.Check.ValueType  # 7
+    """The person is not a recipient of another wave of the chain that is still being sent, or was when this one was launched.
+    Told only when they are.
+    """
     NOT_HELD_OUT: ContactExplanation.Check.ValueType  # 40
     """The person is not held out of the chain. Told only when they are."""
 

@@ -575,10 +575,13 @@ class CreateFollowUpsRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """The campaign that the first step asks, launched or not: `apps/{app}/campaigns/{campaign}`."""
     request_id: _builtins.str
     """A UUID that makes a repeat within 24 hours return the same answer."""
+    require_settled: _builtins.bool
+    """Refuse steps that wait for less time than their "did not" takes to be known, instead of only saying so."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___FollowUpStep]:
         """1 to 10 steps; each asks the people of the one before it."""
@@ -589,10 +592,11 @@ class CreateFollowUpsRequest(_message.Message):
         source: _builtins.str = ...,
         steps: _abc.Iterable[Global___FollowUpStep] | None = ...,
         request_id: _builtins.str = ...,
+        require_settled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "source", b"source", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "require_settled", b"require_settled", "source", b"source", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -709,6 +713,7 @@ class ChainReport(_message.Message):
     PEOPLE_FIELD_NUMBER: _builtins.int
     COMPARISONS_FIELD_NUMBER: _builtins.int
     AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
     root: _builtins.str
     """`apps/{app}/campaigns/{campaign}`: the chain's root; empty when it was deleted."""
     @_builtins.property
@@ -727,6 +732,10 @@ class ChainReport(_message.Message):
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
         """The moment of which the counts are true."""
 
+    @_builtins.property
+    def costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cost]:
+        """What the messages of all its campaigns cost, for each currency; only where a channel tells prices."""
+
     def __init__(
         self,
         *,
@@ -735,14 +744,47 @@ class ChainReport(_message.Message):
         people: Global___ChainCounts | None = ...,
         comparisons: _abc.Iterable[Global___HoldoutComparison] | None = ...,
         as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        costs: _abc.Iterable[Global___Cost] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "people", b"people"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "campaigns", b"campaigns", "comparisons", b"comparisons", "people", b"people", "root", b"root"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "campaigns", b"campaigns", "comparisons", b"comparisons", "costs", b"costs", "people", b"people", "root", b"root"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChainReport: _TypeAlias = ChainReport  # noqa: Y015
+
+@_typing.final
+class Cost(_message.Message):
+    """What providers took for messages, in one currency."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    RECIPIENT_COUNT_FIELD_NUMBER: _builtins.int
+    currency: _builtins.str
+    """ISO 4217, as in "USD"."""
+    amount: _builtins.str
+    """Their sum, exact, as in "79.0158"."""
+    recipient_count: _builtins.int
+    """Recipients whose messages have a price in this currency; somebody who is in several campaigns counts in each. What the
+    messages of the others cost is not known.
+    """
+    def __init__(
+        self,
+        *,
+        currency: _builtins.str = ...,
+        amount: _builtins.str = ...,
+        recipient_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "currency", b"currency", "recipient_count", b"recipient_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cost: _TypeAlias = Cost  # noqa: Y015
 
 @_typing.final
 class ChainCampaign(_message.Message):
@@ -759,6 +801,7 @@ class ChainCampaign(_message.Message):
     PEOPLE_FIELD_NUMBER: _builtins.int
     ADDED_FIELD_NUMBER: _builtins.int
     HOLDOUT_COUNT_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
     campaign: _builtins.str
     """`apps/{app}/campaigns/{campaign}`."""
     display_name: _builtins.str
@@ -785,6 +828,10 @@ class ChainCampaign(_message.Message):
     def added(self) -> Global___ChainCounts:
         """Of those, people of whom the same was true in no campaign of the chain that was launched before."""
 
+    @_builtins.property
+    def costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cost]:
+        """What its messages cost, for each currency."""
+
     def __init__(
         self,
         *,
@@ -797,10 +844,11 @@ class ChainCampaign(_message.Message):
         people: Global___ChainCounts | None = ...,
         added: Global___ChainCounts | None = ...,
         holdout_count: _builtins.int = ...,
+        costs: _abc.Iterable[Global___Cost] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "launch_time", b"launch_time", "people", b"people"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "campaign", b"campaign", "channel", b"channel", "display_name", b"display_name", "holdout_count", b"holdout_count", "launch_time", b"launch_time", "people", b"people", "sources", b"sources", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "campaign", b"campaign", "channel", b"channel", "costs", b"costs", "display_name", b"display_name", "holdout_count", b"holdout_count", "launch_time", b"launch_time", "people", b"people", "sources", b"sources", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -126,7 +126,7 @@ class RetargetingServicer:
         nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
         "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
         CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
-        RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+        SELECTION_UNSETTLED, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

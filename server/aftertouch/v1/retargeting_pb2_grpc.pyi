@@ -63,7 +63,7 @@ class RetargetingStub:
     nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
     "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
     CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
-    RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+    SELECTION_UNSETTLED, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
     """
     GetChainReport: _grpc.UnaryUnaryMultiCallable[_retargeting_pb2.GetChainReportRequest, _retargeting_pb2.ChainReport]
     """Reports on a whole chain: people counted once however many waves they were in, what each wave added, and the difference
@@ -104,7 +104,7 @@ class RetargetingAsyncStub(RetargetingStub):
     nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
     "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
     CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
-    RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+    SELECTION_UNSETTLED, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
     """
     GetChainReport: _aio.UnaryUnaryMultiCallable[_retargeting_pb2.GetChainReportRequest, _retargeting_pb2.ChainReport]  # type: ignore[assignment]
     """Reports on a whole chain: people counted once however many waves they were in, what each wave added, and the difference
@@ -178,7 +178,7 @@ class RetargetingServicer(metaclass=_abc_1.ABCMeta):
         nobody matches, or its source was canceled, failed or was deleted, it becomes CANCELED, and its state_reason begins with
         "skipped". All steps are made or none. Reasons: FIELDS_INVALID, RESOURCE_NOT_FOUND, RETARGETING_NOT_ENABLED,
         CAMPAIGN_STATE_WRONG when the source was canceled or failed, SOURCE_BEFORE_PLAN, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE,
-        RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
+        SELECTION_UNSETTLED, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
