@@ -1,6 +1,7 @@
 """Which fixtures there are, and which PostgreSQL the tests run on: an embedded one, or the one of --dsn."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.fix_database", "tests.fix_world", "tests.fix_console"]
 
@@ -11,3 +12,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"postgresql: {'as given with --dsn' if config.getoption('--dsn') else 'embedded'}"
+
+
+# Whoever else uses the machine decides how long an example takes: neither the time nor the pace of drawing says that one is wrong.
+settings.register_profile("aftertouch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("aftertouch")
