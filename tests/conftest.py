@@ -14,6 +14,6 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"postgresql: {'as given with --dsn' if config.getoption('--dsn') else 'embedded'}"
 
 
-# Whoever else uses the machine decides how long an example takes: neither the time nor the pace of drawing says that one is wrong.
+# How long an example takes is up to whoever else uses the machine: it says of none that it is wrong.
 settings.register_profile("aftertouch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aftertouch")

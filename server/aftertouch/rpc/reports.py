@@ -218,9 +218,7 @@ def _read_labels(
     return labels, label_of, at + 2 + sizes
 
 
-def _read_times(
-    data: bytes, wire: NDArray[np.uint8], at: NDArray[np.int64], ends: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _read_times(data: bytes, wire: NDArray[np.uint8], at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Times: field 5, a Timestamp of seconds in field 1, five bytes as they have been since 1978, and maybe nanos in field 2."""
     _require(at + 8 <= ends)
     _require((wire[at] == 0x2A) & (at + 2 + wire[at + 1] == ends) & (wire[at + 2] == 0x08))
