@@ -225,6 +225,7 @@ def upgrade() -> None:
         sa.Column("bits", postgresql.BIT(varying=True), nullable=False, comment="one bit a position, rounded up to bytes"),
         sa.PrimaryKeyConstraint("slot", "kind", name=op.f("receipts_pkey")),
         comment="of whom it became true; only ever OR-ed",
+        postgresql_with={"fillfactor": 50},
     )
     op.create_table(
         "requests",
