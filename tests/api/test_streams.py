@@ -17,12 +17,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.client import Client, read_reason
+from aftertouch.client import Client, EventStream, read_reason
 from aftertouch.ingest import batcher
 from aftertouch.rolls.sql import write_roll
 from aftertouch.rpc import events as events_service
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
+from aftertouch.store.partitions import create_partitions
 from aftertouch.v1 import events_pb2, events_pb2_grpc
 from tests.fix_world import OpenWorld, World
 
@@ -594,6 +595,49 @@ async def test_client_that_pours_is_held_back_and_the_backlog_bounded(world: Wor
             await stream.read_until(1_000)
         await pouring
     assert events_service.WINDOW * 1_000 < batcher.LARGEST_BACKLOG or await count_log(world) == 1_000_000
+
+
+async def test_transactions_beside_each_other_lose_and_double_nothing_when_they_break(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections are ended and partitions made while two commits are under way, one of which waits for the other."""
+    monkeypatch.setattr(batcher, "LARGEST_COMMIT", 60)
+    tokens = await make_tokens(world, await launch_quietly(world, "sale"))
+    commits = world.core.ledger._batcher._commits
+    most = 0
+
+    async def trouble() -> None:
+        nonlocal most
+        for day in range(15):
+            async with asyncio.timeout(60):
+                while len(commits) < 2:  # noqa: ASYNC110 - the batcher wakes nobody
+                    await asyncio.sleep(0)
+            most = max(most, len(commits))
+            async with transaction(world.core.engine) as conn:
+                await create_partitions(conn, datetime.now(UTC).date() + timedelta(days=30 + 10 * day))
+            async with transaction(world.core.engine) as conn:
+                await conn.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                    )
+                )
+
+    async def pour(stream: EventStream) -> None:
+        nonlocal sent
+        while not troubling.done():
+            await stream.send(delivered([tokens[(sent + place) % PEOPLE] for place in range(20)]))
+            sent += 20
+
+    sent = 0
+    async with world.client.stream_events("one") as one, world.client.stream_events("other") as other:
+        troubling = asyncio.create_task(trouble())
+        await asyncio.gather(pour(one), pour(other), troubling)
+    assert most == 2
+    assert (await read_log(world)).total() == sent
+    async with transaction(world.core.engine) as conn:
+        assert (await conn.execute(text("SELECT sum(accepted) FROM producers"))).scalar_one() == sent
+        assert (await conn.execute(text("SELECT sum(events) FROM activity"))).scalar_one() == sent
 
 
 async def test_request_id_puts_events_into_the_log_once(world: World) -> None:
