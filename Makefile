@@ -15,7 +15,7 @@ demo: .venv/server ## Set up, then run the main job end to end on an embedded da
 test: .venv/dev ## Set up, then run all tests on an embedded database (ARGS='-k name' chooses, ARGS='--dsn URL' takes another).
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-test-faults: .venv/dev ## Kill and cut everything at random while events come in, for 3 minutes (ARGS='--seconds 600'); nothing may be missing.
+test-faults: .venv/dev ## Kill and cut everything at random while events come in, 3 minutes with one process and 3 with two (ARGS='--seconds 600'); nothing may be missing.
 	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: .venv/dev ## Check style, types, layers, and the protos with their stubs; changes nothing.

@@ -1,6 +1,7 @@
 """Which fixtures there are, and which PostgreSQL the tests run on: an embedded one, or the one of --dsn."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.fix_database", "tests.fix_world", "tests.fix_console"]
 
@@ -11,3 +12,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"postgresql: {'as given with --dsn' if config.getoption('--dsn') else 'embedded'}"
+
+
+# How long an example takes is up to whoever else uses the machine: it says of none that it is wrong.
+settings.register_profile("aftertouch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("aftertouch")

@@ -1,7 +1,8 @@
 """`make test-faults`: everything is killed and cut at random while events and webhooks come in, and then nothing is missing.
 
-Streams may lose nothing that was acknowledged and hold nothing twice; a webhook that was answered 2xx is in the receipts. The
-last line is a JSON object of what was done. The exit code is not 0 when the server's books differ from what was sent.
+Streams may lose nothing that was acknowledged and hold or count nothing twice; a webhook that was answered 2xx is in the
+receipts. First with one server process, then with two on the same ports. The last line of each run is a JSON object of what was
+done. The exit code is not 0 when the server's books differ from what was sent.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from aftertouch.server import migrate_new
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.engine import open_engine
 from aftertouch.web.server import bind
-from tests.e2e.producers import Producer, Target, launch_target, read_receipts, unite_people
+from tests.e2e.producers import Producer, Target, count_minutes, launch_target, read_minutes, read_receipts, unite_people
 
 SECRET_KEY = "a secret key of the faults, 32 characters or more"
 AUTH_TOKEN = "a Twilio auth token"
@@ -309,9 +310,12 @@ class Trouble:
 
 
 async def find_differences(engine: AsyncEngine, producers: list[Producer], streamed: Target) -> list[str]:
-    """In what the log and the receipts differ from what was streamed."""
+    """In what the log, the receipts and the counts by minute differ from what was streamed."""
     differences = [line for producer in producers for line in await producer.find_differences(engine)]
     differences += compare("streamed", unite_people(producers), await read_receipts(engine, streamed))
+    counted, expected = await read_minutes(engine, streamed), count_minutes(producers)
+    if counted != expected:
+        differences.append(f"counts by minute: {(expected - counted).total()} missing, {(counted - expected).total()} too many")
     return differences
 
 
@@ -408,9 +412,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=180.0, help="how long faults are made")
     parser.add_argument("--seed", type=int, default=None, help="of the faults, as printed by an earlier run")
-    parser.add_argument("--processes", type=int, default=1, help="of the server")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the server; a run for each number")
     given = parser.parse_args()
     seed_given = random.randrange(2**32) if given.seed is None else given.seed
-    with tempfile.TemporaryDirectory(prefix="aftertouch-faults-") as made:
-        Path(made).chmod(0o711)  # PostgreSQL runs as another user when we are root
-        sys.exit(asyncio.run(main(Path(made), given.seconds, seed_given, given.processes)))
+    for processes_given in given.processes:
+        with tempfile.TemporaryDirectory(prefix="aftertouch-faults-") as made:
+            Path(made).chmod(0o711)  # PostgreSQL runs as another user when we are root
+            if asyncio.run(main(Path(made), given.seconds, seed_given, processes_given)):
+                sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from itertools import count, islice
@@ -195,7 +196,8 @@ class EventStream:
 
     Batches are kept until the server has said that they are durable. After a broken connection the stream is opened again, and
     those after the position that the server answers are sent again. Leaving the context waits until everything is durable,
-    unless an exception leaves it. A refusal, STREAM_SUPERSEDED among them, ends the stream: every method then raises it.
+    unless an exception leaves it. A refusal, STREAM_SUPERSEDED among them, ends the stream: every method then raises it. Going on
+    after a broken connection never takes the name back from a stream that was opened since.
     """
 
     def __init__(
@@ -209,9 +211,14 @@ class EventStream:
         """The last position that is durable."""
         self.rejections: list[events_pb2.RejectedBatch] = []
         """Events that were left out, unless a callback is told. What was left out just before a connection broke is not said
-        again."""
+        again, but counted."""
+        self.accepted_count = 0
+        """Events of the producer that were stored, up to ``committed``, since its first stream."""
+        self.rejected_count = 0
+        """Those that were left out."""
         self._stub = stub
-        self._open = events_pb2.StreamEventsRequest(open=events_pb2.OpenStream(parent=parent, producer=producer))
+        opening = events_pb2.OpenStream(parent=parent, producer=producer, session=str(uuid.uuid4()))
+        self._open = events_pb2.StreamEventsRequest(open=opening)
         self._on_rejected = on_rejected or self.rejections.append
         self._is_opened = False
         self._unacknowledged: deque[events_pb2.StreamEventsRequest] = deque()
@@ -276,8 +283,9 @@ class EventStream:
                 try:
                     await self._exchange()
                 except grpc.aio.AioRpcError as error:
-                    if not (self._is_opened and _may_pass(error)):
+                    if not (self._is_opened and (_may_pass(error) or _is_unexplained(error))):
                         raise
+                self._open.open.resume = True
                 await asyncio.sleep(RECONNECT_SECONDS)
         except Exception as error:
             self._failure = error
@@ -319,6 +327,7 @@ class EventStream:
         while self.committed < position:
             self._unacknowledged.popleft()
             self.committed += 1
+        self.accepted_count, self.rejected_count = response.accepted_count, response.rejected_count
         for rejected in response.rejections:
             self._on_rejected(rejected)
 
@@ -348,3 +357,9 @@ async def _each(
 def _may_pass(error: grpc.aio.AioRpcError) -> bool:
     """True when the connection broke or the server is away; nothing was refused."""
     return error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def _is_unexplained(error: grpc.aio.AioRpcError) -> bool:
+    """True when gRPC itself says INTERNAL: a write that fails hides why the stream ended (grpc issue 36066), be it a connection
+    that broke or a refusal. Opening the stream again tells."""
+    return error.code() == grpc.StatusCode.INTERNAL and not read_reason(error)[0]

@@ -54,6 +54,8 @@ from aftertouch.web.server import mount, serve_http
 log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 3600.0
+LEDGER_CONNECTIONS = 4
+"""To the database, and as many more while there is much to do."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ async def open_core(
         for name, obstacles in registry.obstacles.items():
             log.warning("a channel cannot send", action="load_plugins", channel=name, obstacles=list(obstacles))
         secret_key = read_secret_key(config)
-        ledger = Ledger(engine, registry.types, TokenCodec(secret_key))
+        # Connections of its own: calls that hold one of the others wait for the ledger's look-ups and commits, never the reverse.
+        own = await stack.enter_async_context(open_engine(database_url, pool_size=LEDGER_CONNECTIONS))
+        ledger = Ledger(own, registry.types, TokenCodec(secret_key))
         await stack.enter_async_context(ledger)
         _spare_collections()
         yield Core(engine, registry, ledger, MessageContext(Vault(secret_key), public_url))

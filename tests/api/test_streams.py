@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,12 +17,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.client import Client, read_reason
+from aftertouch.client import Client, EventStream, read_reason
 from aftertouch.ingest import batcher
 from aftertouch.rolls.sql import write_roll
 from aftertouch.rpc import events as events_service
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
+from aftertouch.store.partitions import create_partitions
 from aftertouch.v1 import events_pb2, events_pb2_grpc
 from tests.fix_world import OpenWorld, World
 
@@ -328,6 +330,147 @@ async def test_superseded_stream_ends_however_much_it_has_sent(world: World) -> 
     assert await count_log(world) == 1
 
 
+async def test_client_that_pours_into_a_superseded_stream_is_told_so(world: World) -> None:
+    """gRPC's client may say INTERNAL when it was writing as the refusal came; ours opens the stream again to learn the reason."""
+    tokens = await make_tokens(world, await launch_quietly(world, "sale"))
+
+    async def pour() -> None:
+        async with world.client.stream_events("importer") as older, connect(world) as newer:
+            await newer.open()
+            for _ in range(600):
+                await older.send(delivered(tokens[:50]))
+
+    for _ in range(5):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pour()
+        assert (caught.value.code(), read_reason(caught.value)[0]) == (grpc.StatusCode.ABORTED, "STREAM_SUPERSEDED")
+    assert await count_log(world) == 0
+
+
+def reopening(session: str, *, resume: bool = True) -> events_pb2.StreamEventsRequest:
+    opening = events_pb2.OpenStream(parent="apps/acme", producer="importer", session=session, resume=resume)
+    return events_pb2.StreamEventsRequest(open=opening)
+
+
+async def test_stream_is_resumed_by_its_own_session_only(world: World) -> None:
+    """Two that went on after every broken connection took the name from each other for ever."""
+    tokens = await make_tokens(world, await launch_quietly(world, "sale"))
+    mine, theirs = "6c1d3c86-74c1-4b8f-9a53-0242ac120002", "6c1d3c86-74c1-4b8f-9a53-0242ac120003"
+    for session in (mine, theirs):
+        async with connect(world) as stream:
+            await stream.send(reopening(session, resume=False))
+            position = (await stream.read()).committed_position
+            await stream.send(batch(position + 1, delivered(tokens[:1])))
+            await stream.read_until(position + 1)
+    async with connect(world) as stream:
+        await stream.send(reopening(mine))
+        assert await stream.fail() == (grpc.StatusCode.ABORTED, "STREAM_SUPERSEDED")
+    for _ in range(2):
+        async with connect(world) as stream:
+            await stream.send(reopening(theirs))
+            assert (await stream.read()).committed_position == 2
+    async with connect(world) as stream:
+        await stream.send(reopening(mine, resume=False))
+        assert (await stream.read()).committed_position == 2
+
+
+@pytest.mark.parametrize("session", ["", "x"])
+async def test_stream_is_resumed_with_a_session_that_is_one(world: World, session: str) -> None:
+    async with connect(world) as stream:
+        await stream.send(reopening(session))
+        assert await stream.fail() == (grpc.StatusCode.INVALID_ARGUMENT, "FIELDS_INVALID")
+
+
+async def test_batch_after_one_that_could_not_be_stored_is_not_stored_either(world: World) -> None:
+    """The position went past what was lost, and the client, told so when it opened the stream again, never sent it again."""
+    tokens = await make_tokens(world, await launch_quietly(world, "sale"))
+    async with transaction(world.core.engine) as conn:
+        # What a full disk would do, to the second batch only.
+        await conn.execute(text("ALTER TABLE events ADD CONSTRAINT broken CHECK (position <> 1)"))
+    ledger = world.core.ledger
+    async with connect(world) as stream:
+        await stream.open()
+        await stream.send(batch(1, delivered(tokens[:1])))
+        await stream.read_until(1)
+        async with transaction(world.core.engine) as conn:
+            # Whoever writes an event waits; so what comes meanwhile is not of the same transaction.
+            await conn.execute(text("LOCK TABLE events IN SHARE MODE"))
+            await stream.send(batch(2, delivered(tokens[1:2])))
+            await wait_until(lambda: len(ledger._batcher._commits) == 1)
+            await stream.send(batch(3, delivered(tokens[2:3])), batch(4, delivered(tokens[3:4])))
+            await wait_until(lambda: ledger._batcher._backlog == 3)
+        assert await stream.fail() == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    await wait_until(lambda: ledger._batcher._backlog == 0)
+    async with connect(world) as stream:
+        assert await stream.open() == 1
+        await stream.send(batch(2, delivered(tokens[2:4])))
+        await stream.read_until(2)
+    assert await count_log(world) == 3
+
+
+async def wait_until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not holds():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+async def test_events_left_out_are_told_in_answers_that_clients_take(world: World) -> None:
+    """Those of 30 batches in one answer were more than the 4 MB that a client takes, which ended the stream."""
+    nothing = [events_pb2.Event()] * 10_000
+    async with connect(world) as stream:
+        await stream.open()
+        sending = asyncio.create_task(stream.send(*(batch(place, nothing) for place in range(1, 31))))
+        answers = await stream.read_until(30)
+        await sending
+        found = [rejected for answer in answers for rejected in answer.rejections]
+    assert [rejected.position for rejected in found] == list(range(1, 31))
+    assert all(len(rejected.events) == 10_000 for rejected in found)
+    assert (answers[-1].accepted_count, answers[-1].rejected_count) == (0, 300_000)
+
+
+async def test_client_that_reads_no_rejections_keeps_few_of_them_in_the_server(world: World) -> None:
+    nothing = [events_pb2.Event()] * 10_000
+    ledger = world.core.ledger
+    async with connect(world) as stream:
+        await stream.open()
+        pouring = asyncio.create_task(stream.send(*(batch(place, nothing) for place in range(1, 1_001))))
+        seen = -1
+        while seen != (position := await read_position(world)) or not position:
+            seen = position
+            await asyncio.sleep(1)
+        # What fills gRPC's windows for answers, of 650 kB each, what waits here, and what is in hand.
+        assert position < 50
+        assert ledger._batcher._backlog == 0
+        pouring.cancel()
+        await asyncio.gather(pouring, return_exceptions=True)
+
+
+async def read_position(world: World) -> int:
+    async with transaction(world.core.engine) as conn:
+        return int((await conn.execute(text("SELECT position FROM producers"))).scalar_one())
+
+
+async def test_events_are_counted_with_the_position_over_all_streams_of_a_producer(world: World) -> None:
+    tokens = await make_tokens(world, await launch_quietly(world, "sale"))
+    good, bad = delivered(tokens[:7]), delivered(["wrong"])
+    async with connect(world) as stream:
+        await stream.open()
+        await stream.send(batch(1, good), batch(2, [*good, *bad, *bad]), batch(3, []))
+        *_, last = await stream.read_until(3)
+        assert (last.accepted_count, last.rejected_count) == (14, 2)
+    async with connect(world) as stream:
+        await stream.send(opening())
+        first = await stream.read()
+        assert (first.committed_position, first.accepted_count, first.rejected_count) == (3, 14, 2)
+        await stream.send(batch(4, bad))
+        (last,) = await stream.read_until(4)
+        assert (last.accepted_count, last.rejected_count) == (14, 3)
+    async with world.client.stream_events("importer") as own:
+        await own.send(good)
+        await own.flush()
+        assert (own.accepted_count, own.rejected_count) == (21, 3)
+
+
 async def test_superseded_client_that_leaves_takes_nobody_with_it(world: World) -> None:
     """Its future was cancelled by then; the batcher stumbled over it, and the process took no event any more."""
     tokens = await make_tokens(world, await launch_quietly(world, "sale"))
@@ -454,6 +597,49 @@ async def test_client_that_pours_is_held_back_and_the_backlog_bounded(world: Wor
     assert events_service.WINDOW * 1_000 < batcher.LARGEST_BACKLOG or await count_log(world) == 1_000_000
 
 
+async def test_transactions_beside_each_other_lose_and_double_nothing_when_they_break(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections are ended and partitions made while two commits are under way, one of which waits for the other."""
+    monkeypatch.setattr(batcher, "LARGEST_COMMIT", 60)
+    tokens = await make_tokens(world, await launch_quietly(world, "sale"))
+    commits = world.core.ledger._batcher._commits
+    most = 0
+
+    async def trouble() -> None:
+        nonlocal most
+        for day in range(15):
+            async with asyncio.timeout(60):
+                while len(commits) < 2:  # noqa: ASYNC110 - the batcher wakes nobody
+                    await asyncio.sleep(0)
+            most = max(most, len(commits))
+            async with transaction(world.core.engine) as conn:
+                await create_partitions(conn, datetime.now(UTC).date() + timedelta(days=30 + 10 * day))
+            async with transaction(world.core.engine) as conn:
+                await conn.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                    )
+                )
+
+    async def pour(stream: EventStream) -> None:
+        nonlocal sent
+        while not troubling.done():
+            await stream.send(delivered([tokens[(sent + place) % PEOPLE] for place in range(20)]))
+            sent += 20
+
+    sent = 0
+    async with world.client.stream_events("one") as one, world.client.stream_events("other") as other:
+        troubling = asyncio.create_task(trouble())
+        await asyncio.gather(pour(one), pour(other), troubling)
+    assert most == 2
+    assert (await read_log(world)).total() == sent
+    async with transaction(world.core.engine) as conn:
+        assert (await conn.execute(text("SELECT sum(accepted) FROM producers"))).scalar_one() == sent
+        assert (await conn.execute(text("SELECT sum(events) FROM activity"))).scalar_one() == sent
+
+
 async def test_request_id_puts_events_into_the_log_once(world: World) -> None:
     tokens = await make_tokens(world, await launch_quietly(world, "sale"))
     request = events_pb2.IngestEventsRequest(
@@ -465,6 +651,16 @@ async def test_request_id_puts_events_into_the_log_once(world: World) -> None:
     assert first.accepted_count == 5
     assert [(rejected.index, rejected.reason) for rejected in first.rejections] == [(5, Reason.TOKEN_INVALID)]
     assert await count_log(world) == 5
+
+
+async def test_calls_with_a_request_id_do_not_wait_for_each_other(world: World) -> None:
+    """Each held a connection and wanted another to look messages up; with as many calls as connections all failed."""
+    events = [events_pb2.Event(message={"channel": "sms", "message_id": "SM0"}, signal="delivered")]  # type: ignore[arg-type]
+    requests = [
+        events_pb2.IngestEventsRequest(parent="apps/acme", events=events, request_id=str(uuid.uuid4())) for _ in range(60)
+    ]
+    answers = await asyncio.gather(*map(world.client.events.IngestEvents, requests))
+    assert {rejected.reason for answer in answers for rejected in answer.rejections} == {Reason.MESSAGE_UNKNOWN}
 
 
 async def test_repeat_without_a_request_id_changes_no_receipt(world: World) -> None:

@@ -147,6 +147,41 @@ async def test_token_in_the_middle_of_a_transaction_goes_on_there(
     assert seen == ids[:60]
 
 
+@pytest.mark.parametrize("span", [1, 3, 1 << 20])
+async def test_watch_that_is_far_behind_reads_on_in_parts(
+    world: World, campaign: str, monkeypatch: pytest.MonkeyPatch, span: int
+) -> None:
+    """Every answer looked through all that had happened since."""
+    monkeypatch.setattr(watch, "LARGEST_SPAN", span)
+    monkeypatch.setattr(watch, "READ", 8)
+    monkeypatch.setattr(watch, "PAGE", 5)
+    tokens = await make_tokens(world, campaign, 60)
+    ids = await read_ids(world)
+    async with watching(world.client) as watcher:
+        token = watcher.resume_token
+    for start, end in ((0, 1), (1, 25), (25, 26), (26, 34), (34, 60)):
+        await ingest(world, tokens[start:end])
+        async with transaction(world.core.engine) as conn:
+            # Transactions of which there is nothing to tell.
+            for _ in range(5):
+                async with conn.begin_nested():
+                    await conn.execute(text("SELECT pg_current_xact_id()"))
+    async with watching(world.client, resume_token=token) as watcher:
+        assert await watcher.read_people(60) == ids[:60]
+        token = watcher.resume_token
+    await ingest(world, tokens[:1])
+    async with watching(world.client, resume_token=token) as watcher:
+        assert await watcher.read_people(1) == ids[:1]
+
+
+async def test_token_of_another_database_is_refused(world: World) -> None:
+    """After a restore into a new cluster, where transactions are counted from the beginning, it waited for ever."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await anext(world.client.watch_events(resume_token=watch.encode_resume_token(1 << 40, 0)))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "is not of this database" in str(caught.value)
+
+
 async def test_transaction_that_commits_late_is_not_skipped(world: World, campaign: str) -> None:
     """An older transaction is still open while a newer one is durable: the token must not pass it."""
     tokens = await make_tokens(world, campaign, 3)

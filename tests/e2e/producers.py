@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -206,6 +207,23 @@ async def read_receipts(engine: AsyncEngine, target: Target) -> dict[str, set[in
             people = np.flatnonzero(np.frombuffer(row.bits.encode(), "u1") == ord("1")) + (row.chunk << 13)
             found.setdefault(row.signal, set()).update(people.tolist())
     return found
+
+
+async def read_minutes(engine: AsyncEngine, target: Target) -> Counter[tuple[str, int]]:
+    """How many events were counted, by signal and minute since 1970."""
+    statement = (
+        "SELECT signal, (extract(epoch FROM minute) / 60)::bigint AS minute, events FROM activity JOIN kinds USING (kind)"
+        " WHERE slot = :slot"
+    )
+    async with transaction(engine) as conn:
+        rows = await conn.execute(text(statement), {"slot": target.campaign_id << 20})
+        return Counter({(row.signal, row.minute): row.events for row in rows})
+
+
+def count_minutes(producers: Sequence[Producer]) -> Counter[tuple[str, int]]:
+    """What the counts have to be."""
+    events = np.concatenate([producer.events for producer in producers])
+    return Counter((SIGNALS[place], minute) for place, minute in zip(events[:, 1], events[:, 2] // 60_000_000, strict=True))
 
 
 def unite_people(producers: Sequence[Producer]) -> dict[str, set[int]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.rolls.chunks import (
     CHUNK,
     CHUNK_BITS,
     CHUNK_BYTES,
+    SLOT_SHIFT,
     Bits,
     byte_length,
     count_bits,
@@ -25,6 +29,7 @@ from aftertouch.rolls.chunks import (
     list_numbers,
     members_of,
     slot_of,
+    slot_range,
     unpack_positions,
 )
 from aftertouch.rolls.sql import (
@@ -41,6 +46,7 @@ from aftertouch.rolls.sql import (
 from aftertouch.signals import CORE_IMPLICATIONS, Expression, close_implications
 from aftertouch.store.contacts import Contact, Subscription, find_numbers, standing_set, upsert_contacts
 from aftertouch.store.engine import open_engine, transaction
+from aftertouch.store.logs import MICROSECONDS, EventBatch, store_events
 from tests.fix_database import clone_database
 from tests.receipts import count_by_kind
 
@@ -123,17 +129,83 @@ async def select_positions(
     return set(unpack_positions(matching).tolist())
 
 
+async def count_in_sql(conn: AsyncConnection, campaign_id: int, expression: Expression) -> int:
+    """Of how many an expression is true, as PostgreSQL computes it from the rows."""
+    columns = ", ".join(
+        f"coalesce(bit_or(bits) FILTER (WHERE kind = ANY(ARRAY{kinds or [0]})), bit_or(bits) # bit_or(bits)) AS {signal}"
+        for signal, kinds in KINDS.items()
+    )
+    start, end = slot_range(campaign_id)
+    statement = (
+        f"SELECT coalesce(sum(bit_count({expression.compile_sql(str)})), 0)"
+        f" FROM (SELECT {columns} FROM receipts WHERE slot >= {start} AND slot < {end} GROUP BY slot) AS slots"
+    )
+    return int((await conn.execute(text(statement))).scalar_one())
+
+
 @settings(max_examples=60, deadline=None)
 @given(history=draw_history(), asked=st.lists(expressions, min_size=1, max_size=4))
 async def test_expressions_are_selected_as_sets_say(rolls_engine: AsyncEngine, history: History, asked: list[Expression]) -> None:
+    """By numpy from the bits that were read, and by PostgreSQL itself."""
     campaign_id = await store(rolls_engine, history)
     await store(rolls_engine, History(history.size, {kind: set(range(history.size)) for kind in KIND_SIGNALS}))
     async with transaction(rolls_engine) as conn:
         for expression in asked:
             found = await select_positions(conn, campaign_id, history.size, KINDS, expression)
             assert found == history.match(expression)
+            assert await count_in_sql(conn, campaign_id, expression) == len(found)
         by_kind = await count_by_kind(conn, campaign_id)
     assert by_kind == {kind: len(positions) for kind, positions in history.positions.items() if positions}
+
+
+@st.composite
+def draw_deliveries(draw: st.DrawFn) -> tuple[History, list[list[list[tuple[int, int]]]]]:
+    """What happened, and how it is told: in any order, some of it again, cut into batches that come in two ways at once."""
+    history = draw(draw_history())
+    facts = [(kind, at) for kind, found in history.positions.items() for at in found]
+    told = draw(st.permutations(facts + (draw(st.lists(st.sampled_from(facts), max_size=40)) if facts else [])))
+    cuts = sorted(draw(st.lists(st.integers(0, len(told)), max_size=7)))
+    batches = [told[start:end] for start, end in itertools.pairwise([0, *cuts, len(told)])]
+    ways: list[list[list[tuple[int, int]]]] = [[], []]
+    for batch in batches:
+        ways[draw(st.integers(0, 1))].append(batch)
+    return history, ways
+
+
+@settings(max_examples=40, deadline=None)
+@given(deliveries=draw_deliveries())
+async def test_any_order_repeat_and_interleaving_gives_the_same_receipts(
+    rolls_engine: AsyncEngine, deliveries: tuple[History, list[list[list[tuple[int, int]]]]]
+) -> None:
+    history, ways = deliveries
+    campaign_id, now = next(_campaigns), int(datetime.now(UTC).timestamp()) * MICROSECONDS
+
+    async def deliver(batches: list[list[tuple[int, int]]]) -> None:
+        for batch in batches:
+            facts = np.array(batch, np.int64).reshape(-1, 2)
+            chunks = facts[:, 1] >> CHUNK_BITS
+            events = EventBatch(
+                slots=campaign_id << SLOT_SHIFT | chunks,
+                positions=(facts[:, 1] & (CHUNK - 1)).astype(np.int32),
+                members=members_of(history.size, chunks),
+                kinds=facts[:, 0].astype(np.int32),
+                times=np.full(len(facts), now),
+            )
+            async with transaction(rolls_engine) as conn:
+                await store_events(conn, events)
+
+    await asyncio.gather(*map(deliver, ways))
+    told = sum(len(batch) for way in ways for batch in way)
+    start, end = slot_range(campaign_id)
+    async with transaction(rolls_engine) as conn:
+        found: dict[int, set[int]] = {}
+        for chunk in range(count_chunks(history.size)):
+            for kind, bits in (await read_receipts(conn, start + chunk)).items():
+                found.setdefault(kind, set()).update((unpack_positions(bits) + chunk * CHUNK).tolist())
+        assert found == {kind: positions for kind, positions in history.positions.items() if positions}
+        for statement in ("SELECT count(*) FROM events", "SELECT coalesce(sum(events), 0) FROM activity"):
+            counted = await conn.execute(text(f"{statement} WHERE slot >= {start} AND slot < {end}"))
+            assert counted.scalar_one() == told
 
 
 async def test_campaign_without_receipts_counts_nobody(rolls_engine: AsyncEngine) -> None:

@@ -3,22 +3,24 @@
 Only after its commit are the submitters answered, so an answer means durable. Receipts are only ever OR-ed, so a submitter
 that never got its answer simply submits again; a stream's position is stored in the same transaction, so its batches go into
 the log exactly once whatever is sent again.
+
+While one transaction writes receipts and commits, the next may already write its part of the log, where nobody meets anybody.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from aftertouch.errors import DatabaseUnavailable, ServerStopping, StreamSuperseded
+from aftertouch.errors import AftertouchError, DatabaseUnavailable, PositionOutOfOrder, ServerStopping, StreamSuperseded
 from aftertouch.store.engine import transaction
-from aftertouch.store.logs import Attempt, EventBatch, join_batches, store_attempts, store_events
-from aftertouch.store.producers import Stream, lock_positions, set_positions
+from aftertouch.store.logs import Attempt, EventBatch, count_events, join_batches, log_events, store_attempts
+from aftertouch.store.producers import Progress, Stream, lock_positions, set_positions
 
 log = structlog.get_logger()
 
@@ -41,9 +43,37 @@ class Submission:
     stream: Stream | None = None
     position: int = 0
     """Of the batch in its stream."""
+    rejected: int = 0
+    """Events of the batch that were left out, to be counted with it."""
     is_patient: bool = False
     """Waits while the database is away, however long; others are told."""
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class _Stale(Exception):
+    """Some of a group must not be stored: they are durable already, or refused."""
+
+    def __init__(self, durable: Sequence[Submission], refused: Mapping[Stream, AftertouchError]) -> None:
+        super().__init__()
+        self.durable = durable
+        self.refused = refused
+
+
+class _Overtaken(Exception):
+    """The commit before did not go through at once; this one has to come after it all the same."""
+
+
+class _Commit:
+    """A group on its way, and what the one after it waits for."""
+
+    def __init__(self, group: list[Submission], before: _Commit | None) -> None:
+        self.group = group
+        self.before = before
+        self.is_logged = False
+        """Its part of the log is written: it holds every lock there that it will need."""
+        self.settled: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """Whether it went through at the first try."""
+        self.task: asyncio.Task[None] | None = None
 
 
 class Batcher:
@@ -53,6 +83,8 @@ class Batcher:
         self._engine = engine
         self._waiting: deque[Submission] = deque()
         self._backlog = 0
+        self._commits: deque[_Commit] = deque()
+        """One, or two when there is much to do."""
         self._changed = asyncio.Condition()
         self._is_closed = False
         self.is_patient = True
@@ -61,8 +93,10 @@ class Batcher:
     async def submit(self, submission: Submission) -> asyncio.Future[None]:
         """Take it when there is room, and return what is done when it is durable.
 
-        The future raises ``DatabaseUnavailable`` (it may or may not be durable: submit it again), ``StreamSuperseded`` (it is
-        not) or ``ServerStopping`` (likewise). Submissions of one stream are stored in the order in which they were taken.
+        The future raises ``DatabaseUnavailable`` (it may or may not be durable: submit it again), or that it is not:
+        ``StreamSuperseded``, or ``PositionOutOfOrder`` after one of its stream that could not be stored. ``submit`` itself raises
+        ``ServerStopping``. Submissions of one stream are stored in the order in which they were taken, and none without those
+        before it.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._is_closed or self._backlog < LARGEST_BACKLOG)
@@ -77,17 +111,31 @@ class Batcher:
         """Commit what is submitted until ``close``, then what is left."""
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._is_closed or bool(self._waiting))
+                await self._changed.wait_for(lambda: self._may_begin() or (self._is_closed and not self._waiting))
                 if not self._waiting:
-                    return
-            await asyncio.sleep(GATHER_SECONDS)
-            await self._commit(self._take())
+                    break
+            if not self._commits:
+                await asyncio.sleep(GATHER_SECONDS)
+            commit = _Commit(self._take(), self._commits[-1] if self._commits else None)
+            self._commits.append(commit)
+            commit.task = asyncio.create_task(self._commit(commit), name="commit events")
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._commits)
 
     async def close(self) -> None:
         """Take nothing more; ``run`` ends when all that was taken is durable, or the database is away."""
         async with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+    def _may_begin(self) -> bool:
+        """A second transaction takes part in the work when it will be a whole one; smaller ones gather more company."""
+        if not self._waiting or len(self._commits) > 1:
+            return False
+        if not self._commits:
+            return True
+        under_way = sum(len(submission.batch) for submission in self._commits[0].group)
+        return self._commits[0].is_logged and self._backlog - under_way >= LARGEST_COMMIT
 
     def _take(self) -> list[Submission]:
         group: list[Submission] = []
@@ -97,50 +145,107 @@ class Batcher:
             count += len(group[-1].batch)
         return group
 
-    async def _commit(self, group: list[Submission]) -> None:
-        try:
-            superseded = await self._store(group)
-        except DatabaseUnavailable as error:
-            is_kept = self.is_patient and not self._is_closed
-            kept = [submission for submission in group if submission.is_patient and is_kept]
-            self._waiting.extendleft(reversed(kept))
-            await self._answer([submission for submission in group if not (submission.is_patient and is_kept)], error)
-            await asyncio.sleep(RETRY_SECONDS)
-        except Exception as error:
-            # Every submitter gets the error and answers for it; the batcher itself goes on with the next group.
-            log.exception("events were not stored", action="commit_events")
-            await self._answer(group, error)
-        else:
-            for submission in superseded:
-                assert submission.stream is not None
-                _fail(submission, StreamSuperseded(submission.stream.producer))
-            await self._answer(group, None)
+    async def _commit(self, commit: _Commit) -> None:
+        while commit.group:
+            try:
+                await self._store(commit)
+            except _Overtaken:
+                assert commit.before is not None
+                assert commit.before.task is not None
+                await asyncio.wait({commit.before.task})
+                commit.before = None
+            except _Stale as stale:
+                _settle(commit, is_done=False)
+                await self._answer(commit, stale.durable, None)
+                for stream, error in stale.refused.items():
+                    await self._answer(commit, [s for s in commit.group if s.stream == stream], error)
+            except DatabaseUnavailable as error:
+                is_kept = self.is_patient and not self._is_closed
+                await self._answer(commit, [s for s in commit.group if not (s.is_patient and is_kept)], error)
+                _settle(commit, is_done=False)
+                await asyncio.sleep(RETRY_SECONDS)
+            except Exception as error:
+                # Every submitter gets the error and answers for it; the batcher itself goes on with the next group.
+                log.exception("events were not stored", action="commit_events")
+                await self._answer(commit, commit.group, error)
+            else:
+                await self._answer(commit, commit.group, None)
+        _settle(commit, is_done=True)
+        commit.before = None
+        async with self._changed:
+            self._commits.remove(commit)
+            self._changed.notify_all()
 
-    async def _answer(self, group: list[Submission], error: Exception | None) -> None:
-        for submission in group:
+    async def _answer(self, commit: _Commit, answered: Sequence[Submission], error: Exception | None) -> None:
+        for submission in answered:
             if error is not None:
                 _fail(submission, error)
             elif not submission.done.done():
                 submission.done.set_result(None)
+        gone = set(map(id, answered))
         async with self._changed:
-            self._backlog -= sum(len(submission.batch) for submission in group)
+            commit.group = [submission for submission in commit.group if id(submission) not in gone]
+            self._backlog -= sum(len(submission.batch) for submission in answered)
             self._changed.notify_all()
 
-    async def _store(self, group: list[Submission]) -> list[Submission]:
-        """Store the group in one transaction, without what is durable already, and return what a newer stream superseded."""
+    async def _store(self, commit: _Commit) -> None:
+        """Store the group in one transaction.
+
+        Raises:
+            _Stale, _Overtaken: nothing was stored.
+        """
+        batch = join_batches([submission.batch for submission in commit.group])
         async with transaction(self._engine) as conn:
-            streams = {submission.stream for submission in group if submission.stream is not None}
-            positions = await lock_positions(conn, streams) if streams else {}
-            superseded = [s for s in group if s.stream is not None and s.stream not in positions]
+            await log_events(conn, batch)
+            await store_attempts(conn, [attempt for submission in commit.group for attempt in submission.attempts])
+            async with self._changed:
+                commit.is_logged = True
+                self._changed.notify_all()
+            # The rest comes in turn. One that failed may need locks for its next try that others wait for behind this one.
+            if commit.before is not None and not await commit.before.settled:
+                raise _Overtaken
+            await self._move_positions(conn, commit.group)
+            await count_events(conn, batch)
+
+    async def _move_positions(self, conn: AsyncConnection, group: Sequence[Submission]) -> None:
+        """Store how far the streams are, unless something is in the group that must not be.
+
+        Raises:
+            _Stale.
+        """
+        streams: dict[Stream, list[Submission]] = {}
+        for submission in group:
+            if submission.stream is not None:
+                streams.setdefault(submission.stream, []).append(submission)
+        if not streams:
+            return
+        positions = await lock_positions(conn, streams.keys())
+        durable: list[Submission] = []
+        refused: dict[Stream, AftertouchError] = {}
+        for stream, own in streams.items():
+            if stream not in positions:
+                refused[stream] = StreamSuperseded(stream.producer)
+                continue
             # After a connection broke during COMMIT nobody knows whether it happened; the stored position does.
-            fresh = [s for s in group if s.stream is None or s.position > positions.get(s.stream, s.position)]
-            if fresh:
-                await store_events(conn, join_batches([submission.batch for submission in fresh]))
-                await store_attempts(conn, [attempt for submission in fresh for attempt in submission.attempts])
-            reached = {s.stream: s.position for s in fresh if s.stream is not None}
-            if reached:
-                await set_positions(conn, reached)
-        return superseded
+            durable += [submission for submission in own if submission.position <= positions[stream]]
+            after = min((s.position for s in own if s.position > positions[stream]), default=None)
+            if after is not None and after != positions[stream] + 1:
+                # What was between could not be stored: a client that reads of a later position would forget it.
+                refused[stream] = PositionOutOfOrder(stream.producer, positions[stream] + 1, after)
+        if durable or refused:
+            raise _Stale(durable, refused)
+        await set_positions(
+            conn,
+            {
+                stream: Progress(own[-1].position, sum(len(s.batch) for s in own), sum(s.rejected for s in own))
+                for stream, own in streams.items()
+            },
+        )
+
+
+def _settle(commit: _Commit, *, is_done: bool) -> None:
+    if not commit.settled.done():
+        commit.settled.set_result(is_done)
 
 
 def _fail(submission: Submission, error: Exception) -> None:

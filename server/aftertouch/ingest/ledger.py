@@ -124,12 +124,15 @@ class Ledger:
         """Whom a caller's events are about, and those that cannot be taken."""
         return await place_reports(self._engine, self.lookups, self.tokens, self._channels, app, reports)
 
-    async def append(self, stream: Stream, position: int, batch: EventBatch) -> asyncio.Future[None]:
+    async def append(self, stream: Stream, position: int, batch: EventBatch, rejected: int) -> asyncio.Future[None]:
         """Take the batch of a stream; the future is done when it is durable, and waits while the database is away.
+
+        Args:
+            rejected: how many of its events were left out, to be counted with it.
 
         The future raises ``StreamSuperseded`` when a newer stream was opened.
         """
-        return await self._batcher.submit(Submission(batch, stream=stream, position=position, is_patient=True))
+        return await self._batcher.submit(Submission(batch, stream=stream, position=position, rejected=rejected, is_patient=True))
 
     async def ingest_webhooks(self, channel: str, webhooks: Sequence[Webhook]) -> list[bool]:
         """Record what a provider reported on a channel, durably and at once, with what follows for the subscriptions.

@@ -34,6 +34,11 @@ CHECKPOINT_SECONDS = 15.0
 """An answer at least this often, so that idle proxies do not cut the stream."""
 PAGE = 1_000
 """Events in one answer at the most."""
+READ = 10_000
+"""Events that are read at once at the most: 5 MB for a watcher while its client takes them."""
+LARGEST_SPAN = 1 << 20
+"""Transactions that are looked through at once at the most. Half as many after a look that found too much to read at once, twice
+as many after any other: whoever goes on after a day costs what there is to tell, not as much for every answer."""
 _TOKEN = struct.Struct(">qq")
 _ALL_SLOTS = (0, (1 << 63) - 1)
 
@@ -88,21 +93,24 @@ async def watch_events(
     """Pages of an app's events, until ``stopping``; an empty one at the beginning, and every 15 seconds while nothing happens.
 
     Raises:
-        FieldsInvalid: the token is none.
+        FieldsInvalid: the token is none, or not of this database.
         ResumeTokenTooOld: its events are no longer kept.
         ServerStopping: they end, after whole pages.
     """
     slots = slot_range(campaign.campaign_id) if campaign else _ALL_SLOTS
     async with transaction(engine) as conn:
+        after = (await read_horizon(conn), 0)
         if resume_token:
-            after = decode_resume_token(resume_token)
+            horizon, after = after, decode_resume_token(resume_token)
+            if after > horizon:
+                text = "is not of this database, or was made before it was restored: list what you need, then watch without one"
+                raise FieldsInvalid([Violation("resume_token", text)])
             dropped = await read_last_dropped(conn)
             if dropped is not None and after[0] <= dropped[0]:
                 raise ResumeTokenTooOld(dropped[1].isoformat())
-        else:
-            after = (await read_horizon(conn), 0)
     # Without a token the first answer comes at once: whoever is cut off before the first event can still go on from here.
     silent_until = asyncio.get_running_loop().time() + (CHECKPOINT_SECONDS if resume_token else 0)
+    span = LARGEST_SPAN
     while not stopping.is_set():
         try:
             async with transaction(engine) as conn:
@@ -110,21 +118,28 @@ async def watch_events(
                 kinds = [number for number, kind in numbered.items() if not signals or kind.signal in signals]
                 # The horizon is read before the events: what commits in between has a number beyond it.
                 horizon = await read_horizon(conn)
-                rows = await read_events(conn, after, horizon, slots, kinds, PAGE)
+                until = min(horizon, after[0] + span)
+                rows = await read_events(conn, after, until, slots, kinds, READ)
         except DatabaseUnavailable:
             await _pause(stopping, 1)
             continue
-        if rows:
-            events = await _name_people(engine, lookups, app, [event for _, event in rows], numbered)
-            after = (rows[-1][1].commit_id, rows[-1][0])
+        for start in range(0, len(rows), PAGE):
+            page = rows[start : start + PAGE]
+            events = await _name_people(engine, lookups, app, [event for _, event in page], numbered)
+            after = (page[-1][1].commit_id, page[-1][0])
+            # The events of other apps move the token on, and are no reason to answer.
+            if events:
+                yield Page(events, encode_resume_token(*after))
+                silent_until = asyncio.get_running_loop().time() + CHECKPOINT_SECONDS
+        if len(rows) < READ:
+            after = max(after, (until, 0))
+            span = min(2 * span, LARGEST_SPAN)
         else:
-            events = []
-            after = max(after, (horizon, 0))
-        # The events of other apps move the token on, and are no reason to answer.
-        if events or asyncio.get_running_loop().time() >= silent_until:
-            yield Page(events, encode_resume_token(*after))
+            span = max(1, (until - after[0]) // 2)
+        if asyncio.get_running_loop().time() >= silent_until:
+            yield Page([], encode_resume_token(*after))
             silent_until = asyncio.get_running_loop().time() + CHECKPOINT_SECONDS
-        if len(rows) < PAGE:
+        if after[0] >= horizon:
             await _pause(stopping, POLL_SECONDS)
     raise ServerStopping
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,12 +23,16 @@ from aftertouch.signals import PRICED
 from aftertouch.store.activity import read_activity
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import load_kinds
-from aftertouch.store.producers import Stream, open_stream
+from aftertouch.store.producers import Progress, Stream, open_stream
 from aftertouch.v1 import events_pb2, events_pb2_grpc
 
 WINDOW = 256
 """Batches of one stream that may wait for their commit; then the client is held back by HTTP/2's flow control. With the
 usual 1,000 events in each a stream can fill two commits; the batcher bounds all streams of a process together."""
+MOST_REJECTIONS = 10_000
+"""Events left out that a stream's batches in the window may have before it takes no more: a client that reads no answers keeps
+no more of them here. An answer has no more either, or those of one batch: 10,000 take 650 kB of the 4 MB that gRPC's clients
+take by default."""
 
 MOST_BUCKETS = 2_000
 """In one answer about activity."""
@@ -72,41 +76,34 @@ class Events(events_pb2_grpc.EventsServicer):
             raise StreamNotOpened
         check_message(first)
         check_parent(call, first.open.parent)
+        opening = first.open
+        if opening.resume and not opening.session:
+            raise FieldsInvalid([Violation("open.session", "is needed to resume")])
         async with transaction(call.engine) as conn:
-            stream, position = await open_stream(conn, call.app.app_id, first.open.producer)
-        yield events_pb2.StreamEventsResponse(committed_position=position)
-        window: asyncio.Queue[_Pending | None] = asyncio.Queue(WINDOW)
-        reading = asyncio.create_task(self._read_batches(requests, call, stream, position, window))
+            stream, progress = await open_stream(
+                conn, call.app.app_id, opening.producer, opening.session, is_resumption=opening.resume
+            )
+        yield _to_progress(progress)
+        window = _Window()
+        reading = asyncio.create_task(self._read_batches(requests, call, stream, progress.position, window))
         self._readers.add(reading)
         reading.add_done_callback(self._readers.discard)
         try:
-            while ready := await _take_waiting(window):
+            while ready := await window.take():
                 for pending in ready:
                     await pending.durable
-                yield events_pb2.StreamEventsResponse(
-                    committed_position=ready[-1].position,
-                    rejections=[
-                        events_pb2.RejectedBatch(position=p.position, events=[_to_rejected(r) for r in p.rejections])
-                        for p in ready
-                        if p.rejections
-                    ],
-                )
+                    progress = Progress(
+                        pending.position, progress.accepted + pending.accepted, progress.rejected + len(pending.rejections)
+                    )
+                yield _to_progress(progress, ready)
             await reading
         finally:
             reading.cancel()
-            # The reader's last word needs room in the window, and nobody else takes from it any more.
-            while not window.empty():
-                if (left := window.get_nowait()) is not None:
-                    left.durable.cancel()
+            window.drop()
             await asyncio.gather(reading, return_exceptions=True)
 
     async def _read_batches(
-        self,
-        requests: AsyncIterator[bytes],
-        call: Call,
-        stream: Stream,
-        position: int,
-        window: asyncio.Queue[_Pending | None],
+        self, requests: AsyncIterator[bytes], call: Call, stream: Stream, position: int, window: _Window
     ) -> None:
         try:
             async for data in requests:
@@ -115,18 +112,14 @@ class Events(events_pb2_grpc.EventsServicer):
                 if given != position:
                     raise PositionOutOfOrder(stream.producer, position, given)
                 batch, rejections = await self._ledger.place(call.app, reports)
-                durable = await self._ledger.append(stream, position, batch)
-                await window.put(_Pending(position, durable, rejections))
-        except Exception:
-            await window.put(None)
-            raise
+                durable = await self._ledger.append(stream, position, batch, len(rejections))
+                await window.put(_Pending(position, durable, len(batch), rejections))
         except asyncio.CancelledError:
             if not self._stopping.is_set():
                 raise
-            await window.put(None)
             raise ServerStopping from None
-        # Not when cancelled: nobody takes from the window any more, and in a full one this would wait for ever.
-        await window.put(None)
+        finally:
+            window.close()
 
     async def WatchEvents(  # type: ignore[override]
         self, request: events_pb2.WatchEventsRequest, call: Call
@@ -216,26 +209,72 @@ def _parse_batch(call: Call, data: bytes) -> tuple[int, Reports]:
     return request.batch.position, read_reports(call.app.name, request.batch.events)
 
 
-async def _take_waiting(window: asyncio.Queue[_Pending | None]) -> list[_Pending]:
-    """The batches that wait now, one at least: they are acknowledged together. Empty when there will be no more."""
-    taken = []
-    while (pending := await window.get()) is not None:
-        taken.append(pending)
-        if window.empty():
-            return taken
-    if taken:
-        # For the next call to find; there is room, since it was taken from here.
-        window.put_nowait(None)
-    return taken
-
-
 @dataclass(frozen=True)
 class _Pending:
     """A batch on its way to being durable."""
 
     position: int
     durable: asyncio.Future[None]
+    accepted: int
     rejections: Sequence[Rejection]
+
+
+class _Window:
+    """The batches of a stream that wait for their commit, or for the client to read that they are durable."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Pending] = deque()
+        self._rejections = 0
+        self._is_closed = False
+        self._changed = asyncio.Event()
+
+    async def put(self, pending: _Pending) -> None:
+        """Add a batch when there is room."""
+        while len(self._waiting) >= WINDOW or self._rejections >= MOST_REJECTIONS:
+            await self._wait()
+        self._waiting.append(pending)
+        self._rejections += len(pending.rejections)
+        self._changed.set()
+
+    async def take(self) -> list[_Pending]:
+        """The batches that wait now, one at least: they are acknowledged together. Empty when there will be no more."""
+        while not self._waiting and not self._is_closed:
+            await self._wait()
+        taken: list[_Pending] = []
+        count = 0
+        while self._waiting and (not taken or count + len(self._waiting[0].rejections) <= MOST_REJECTIONS):
+            taken.append(self._waiting.popleft())
+            count += len(taken[-1].rejections)
+        self._rejections -= count
+        self._changed.set()
+        return taken
+
+    def close(self) -> None:
+        """Say that there will be no more."""
+        self._is_closed = True
+        self._changed.set()
+
+    def drop(self) -> None:
+        """Give up what waits."""
+        for pending in self._waiting:
+            pending.durable.cancel()
+
+    async def _wait(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+def _to_progress(progress: Progress, batches: Sequence[_Pending] = ()) -> events_pb2.StreamEventsResponse:
+    return events_pb2.StreamEventsResponse(
+        committed_position=progress.position,
+        accepted_count=progress.accepted,
+        rejected_count=progress.rejected,
+        rejections=[
+            events_pb2.RejectedBatch(position=batch.position, events=[_to_rejected(r) for r in batch.rejections])
+            for batch in batches
+            if batch.rejections
+        ],
+    )
 
 
 def _to_rejected(rejection: Rejection) -> events_pb2.RejectedEvent:

@@ -105,6 +105,12 @@ class _Irregular(Exception):
     """The bytes are not as expected; protobuf will say what they are."""
 
 
+def _view(data: bytes, width: int) -> NDArray[np.void]:
+    """The ``width`` bytes from each place on, overlapping: picking some of them copies whole, in a fifth of the time of single
+    bytes."""
+    return np.ndarray((max(0, len(data) - width + 1),), f"V{width}", data, 0, (1,))
+
+
 def _require(condition: NDArray[np.bool_] | np.bool_ | bool) -> None:
     if not np.all(condition):
         raise _Irregular
@@ -161,14 +167,14 @@ def _read_columns(app: str, data: bytes, wire: NDArray[np.uint8], starts: NDArra
         _require((wire[starts] == 0x0A) & (wire[starts + 1] == TOKEN_LENGTH))
         at = starts + 2 + TOKEN_LENGTH
         _require(at <= ends)
-        tokens = wire[starts[:, None] + np.arange(2, 2 + TOKEN_LENGTH)].tobytes()
+        tokens = _view(data, TOKEN_LENGTH)[starts + 2].tobytes()
         # Protobuf refuses a message with text that is not UTF-8; a token that is not even ASCII is left to it.
         _require(tokens.isascii())
         by_token = TokenTargets(everybody, tokens)
     else:
         by_name, at = _read_names(app, data, wire, starts, ends)
-    labels, label_of, at = _read_labels(wire, at, ends)
-    return Reports(labels, label_of, _read_times(wire, at, ends), by_token, by_name)
+    labels, label_of, at = _read_labels(data, wire, at, ends)
+    return Reports(labels, label_of, _read_times(data, wire, at, ends), by_token, by_name)
 
 
 def _read_names(
@@ -181,11 +187,12 @@ def _read_names(
     sizes = wire[after + 1].astype(np.int64)
     _require((wire[starts] == 0x12) & (wire[starts + 2] == 0x0A) & (wire[starts + 3] == length) & (0 < length <= 0x7F))
     _require((wire[after] == 0x12) & (sizes > 0) & (sizes <= 0x7F) & (wire[starts + 1] == 4 + length + sizes))
-    names = wire[starts[:, None] + np.arange(4, 4 + length)]
-    _require(names == names[0])
+    names = _view(data, length)[starts + 4].tobytes()
+    name = names[:length]
+    _require(names == name * len(starts))
     first, last = after + 2, after + 2 + sizes
     _require(last <= ends)
-    campaign = _read_campaign_id(app, names[0].tobytes().decode())
+    campaign = _read_campaign_id(app, name.decode())
     external_ids = [data[begin:end] for begin, end in zip(first.tolist(), last.tolist(), strict=True)]
     # Raises where one is not UTF-8, as protobuf would; the separator keeps halves of two from making a whole.
     b"\0".join(external_ids).decode()
@@ -193,7 +200,7 @@ def _read_names(
 
 
 def _read_labels(
-    wire: NDArray[np.uint8], at: NDArray[np.int64], ends: NDArray[np.int64]
+    data: bytes, wire: NDArray[np.uint8], at: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> tuple[list[tuple[str, str]], NDArray[np.int64], NDArray[np.int64]]:
     """Signals: field 3. The few that there are, and which each event has."""
     _require(at + 2 < ends)
@@ -204,19 +211,24 @@ def _read_labels(
     labels = []
     for place in range(len(distinct)):
         group = at[label_of == place]
-        texts = wire[group[:, None] + np.arange(2, 2 + int(distinct[place] >> 10))]
-        _require(texts == texts[0])
-        labels.append((texts[0].tobytes().decode(), ""))
+        size = int(distinct[place] >> 10)
+        texts = _view(data, size)[group + 2].tobytes()
+        _require(texts == texts[:size] * len(group))
+        labels.append((texts[:size].decode(), ""))
     return labels, label_of, at + 2 + sizes
 
 
-def _read_times(wire: NDArray[np.uint8], at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+def _read_times(data: bytes, wire: NDArray[np.uint8], at: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Times: field 5, a Timestamp of seconds in field 1, five bytes as they have been since 1978, and maybe nanos in field 2."""
     _require(at + 8 <= ends)
     _require((wire[at] == 0x2A) & (at + 2 + wire[at + 1] == ends) & (wire[at + 2] == 0x08))
-    digits = wire[at[:, None] + np.arange(3, 8)].astype(np.int64)
-    _require((digits[:, :4] >= 0x80) & (digits[:, 4:] < 0x80))
-    times: NDArray[np.int64] = (digits & 0x7F) @ (1 << np.arange(0, 35, 7)) * MICROSECONDS
+    digits = _view(data, 8)[at].view("<u8") >> 24
+    # The five bytes of the number are all that is left: four that go on, and the last, which does not.
+    _require(digits & 0x80_80_80_80_80 == 0x80_80_80_80)
+    times = np.zeros(len(at), np.int64)
+    for place in range(5):
+        times |= (digits >> 8 * place & 0x7F).astype(np.int64) << 7 * place
+    times *= MICROSECONDS
     exact = ends - at - 8
     if exact.any():
         has_nanos = np.flatnonzero(exact)

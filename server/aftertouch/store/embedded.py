@@ -48,7 +48,7 @@ SETTINGS = {
     "unix_socket_permissions": "0700",
     "fsync": "on",
     "synchronous_commit": "on",
-    "max_connections": "400",  # 16 server processes, the most there may be, with 20 in each one's pool and its listeners
+    "max_connections": "500",  # 16 server processes, the most there may be, with 28 in each one's pools and its listeners
     "shared_buffers": "256MB",
     "work_mem": "32MB",
     "maintenance_work_mem": "128MB",

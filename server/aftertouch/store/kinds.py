@@ -35,9 +35,8 @@ async def load_kinds(conn: AsyncConnection) -> dict[int, Kind]:
 
 
 async def intern_kinds(conn: AsyncConnection, wanted: Iterable[Kind]) -> dict[Kind, int]:
-    """The numbers of these kinds, made where they are new."""
+    """The numbers of all kinds, these among them, made where they are new."""
     rows = [{"signal": k.signal, "reason_class": k.reason_class, "reason_code": k.reason_code} for k in sorted(set(wanted))]
     if rows:
         await conn.execute(insert(kinds).values(rows).on_conflict_do_nothing())
-    found = {kind: number for number, kind in (await load_kinds(conn)).items()}
-    return {kind: found[kind] for kind in wanted}
+    return {kind: number for number, kind in (await load_kinds(conn)).items()}

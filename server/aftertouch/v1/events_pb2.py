@@ -29,7 +29,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61\x66tertouch/v1/events.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd7\x01\n\x05\x45vent\x12\x0f\n\x05token\x18\x01 \x01(\tH\x00\x12\x33\n\trecipient\x18\x02 \x01(\x0b\x32\x1e.aftertouch.v1.RecipientTargetH\x00\x12/\n\x07message\x18\x06 \x01(\x0b\x32\x1c.aftertouch.v1.MessageTargetH\x00\x12\x0e\n\x06signal\x18\x03 \x01(\t\x12\x13\n\x0breason_code\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\n\x06target\"8\n\x0fRecipientTarget\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x13\n\x0b\x65xternal_id\x18\x02 \x01(\t\"4\n\rMessageTarget\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\"\xc3\x02\n\rRejectedEvent\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.aftertouch.v1.RejectedEvent.Reason\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xd8\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n\rTOKEN_INVALID\x10\x01\x12\x14\n\x10\x43\x41MPAIGN_UNKNOWN\x10\x02\x12\x13\n\x0f\x43ONTACT_UNKNOWN\x10\x03\x12\x13\n\x0fNOT_A_RECIPIENT\x10\x04\x12\x12\n\x0eSIGNAL_UNKNOWN\x10\x05\x12\x15\n\x11TIME_OUT_OF_RANGE\x10\x06\x12\r\n\tMALFORMED\x10\x07\x12\x13\n\x0fMESSAGE_UNKNOWN\x10\x08\x12\x14\n\x10\x43\x41MPAIGN_TOO_OLD\x10\t\"\x81\x01\n\x13IngestEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x33\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.EventB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\x90N\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"`\n\x14IngestEventsResponse\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"|\n\x13StreamEventsRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.aftertouch.v1.OpenStreamH\x00\x12+\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1a.aftertouch.v1.EventsBatchH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"b\n\nOpenStream\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12>\n\x08producer\x18\x02 \x01(\tB,\xbaH)r\'2%^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$\"E\n\x0b\x45ventsBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12$\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.Event\"d\n\x14StreamEventsResponse\x12\x1a\n\x12\x63ommitted_position\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedBatch\"O\n\rRejectedBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12,\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"m\n\x12WatchEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x10\n\x08\x63\x61mpaign\x18\x02 \x01(\t\x12\x19\n\x07signals\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10 \x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"X\n\x13WatchEventsResponse\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.aftertouch.v1.WatchedEvent\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\xac\x01\n\x0cWatchedEvent\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontact\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61rrive_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd7\x02\n\x08\x41\x63tivity\x12.\n\x06series\x18\x01 \x03(\x0b\x32\x1e.aftertouch.v1.Activity.Series\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x1aI\n\x06Series\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12/\n\x07\x62uckets\x18\x02 \x03(\x0b\x32\x1e.aftertouch.v1.Activity.Bucket\x1aG\n\x06\x42ucket\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\xb5\x01\n\x12GetActivityRequest\x12\x16\n\x08\x63\x61mpaign\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2\xf9\x02\n\x06\x45vents\x12]\n\x0cIngestEvents\x12\".aftertouch.v1.IngestEventsRequest\x1a#.aftertouch.v1.IngestEventsResponse\"\x04\x88\xca*\x02\x12\x61\n\x0cStreamEvents\x12\".aftertouch.v1.StreamEventsRequest\x1a#.aftertouch.v1.StreamEventsResponse\"\x04\x88\xca*\x02(\x01\x30\x01\x12\\\n\x0bWatchEvents\x12!.aftertouch.v1.WatchEventsRequest\x1a\".aftertouch.v1.WatchEventsResponse\"\x04\x88\xca*\x01\x30\x01\x12O\n\x0bGetActivity\x12!.aftertouch.v1.GetActivityRequest\x1a\x17.aftertouch.v1.Activity\"\x04\x88\xca*\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61\x66tertouch/v1/events.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd7\x01\n\x05\x45vent\x12\x0f\n\x05token\x18\x01 \x01(\tH\x00\x12\x33\n\trecipient\x18\x02 \x01(\x0b\x32\x1e.aftertouch.v1.RecipientTargetH\x00\x12/\n\x07message\x18\x06 \x01(\x0b\x32\x1c.aftertouch.v1.MessageTargetH\x00\x12\x0e\n\x06signal\x18\x03 \x01(\t\x12\x13\n\x0breason_code\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\n\x06target\"8\n\x0fRecipientTarget\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x13\n\x0b\x65xternal_id\x18\x02 \x01(\t\"4\n\rMessageTarget\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\"\xc3\x02\n\rRejectedEvent\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.aftertouch.v1.RejectedEvent.Reason\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xd8\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n\rTOKEN_INVALID\x10\x01\x12\x14\n\x10\x43\x41MPAIGN_UNKNOWN\x10\x02\x12\x13\n\x0f\x43ONTACT_UNKNOWN\x10\x03\x12\x13\n\x0fNOT_A_RECIPIENT\x10\x04\x12\x12\n\x0eSIGNAL_UNKNOWN\x10\x05\x12\x15\n\x11TIME_OUT_OF_RANGE\x10\x06\x12\r\n\tMALFORMED\x10\x07\x12\x13\n\x0fMESSAGE_UNKNOWN\x10\x08\x12\x14\n\x10\x43\x41MPAIGN_TOO_OLD\x10\t\"\x81\x01\n\x13IngestEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x33\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.EventB\r\xe2\x41\x01\x02\xbaH\x06\x92\x01\x03\x10\x90N\x12\x1f\n\nrequest_id\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"`\n\x14IngestEventsResponse\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"|\n\x13StreamEventsRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.aftertouch.v1.OpenStreamH\x00\x12+\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1a.aftertouch.v1.EventsBatchH\x00\x42\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"\x90\x01\n\nOpenStream\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12>\n\x08producer\x18\x02 \x01(\tB,\xbaH)r\'2%^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$\x12\x1c\n\x07session\x18\x03 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x0e\n\x06resume\x18\x04 \x01(\x08\"E\n\x0b\x45ventsBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12$\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x14.aftertouch.v1.Event\"\x94\x01\n\x14StreamEventsResponse\x12\x1a\n\x12\x63ommitted_position\x18\x01 \x01(\x03\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedBatch\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x03 \x01(\x03\x12\x16\n\x0erejected_count\x18\x04 \x01(\x03\"O\n\rRejectedBatch\x12\x10\n\x08position\x18\x01 \x01(\x03\x12,\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1c.aftertouch.v1.RejectedEvent\"m\n\x12WatchEventsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x10\n\x08\x63\x61mpaign\x18\x02 \x01(\t\x12\x19\n\x07signals\x18\x03 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10 \x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"X\n\x13WatchEventsResponse\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.aftertouch.v1.WatchedEvent\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\xac\x01\n\x0cWatchedEvent\x12\x10\n\x08\x63\x61mpaign\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontact\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61rrive_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd7\x02\n\x08\x41\x63tivity\x12.\n\x06series\x18\x01 \x03(\x0b\x32\x1e.aftertouch.v1.Activity.Series\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x1aI\n\x06Series\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12/\n\x07\x62uckets\x18\x02 \x03(\x0b\x32\x1e.aftertouch.v1.Activity.Bucket\x1aG\n\x06\x42ucket\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\xb5\x01\n\x12GetActivityRequest\x12\x16\n\x08\x63\x61mpaign\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06\x62ucket\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2\xf9\x02\n\x06\x45vents\x12]\n\x0cIngestEvents\x12\".aftertouch.v1.IngestEventsRequest\x1a#.aftertouch.v1.IngestEventsResponse\"\x04\x88\xca*\x02\x12\x61\n\x0cStreamEvents\x12\".aftertouch.v1.StreamEventsRequest\x1a#.aftertouch.v1.StreamEventsResponse\"\x04\x88\xca*\x02(\x01\x30\x01\x12\\\n\x0bWatchEvents\x12!.aftertouch.v1.WatchEventsRequest\x1a\".aftertouch.v1.WatchEventsResponse\"\x04\x88\xca*\x01\x30\x01\x12O\n\x0bGetActivity\x12!.aftertouch.v1.GetActivityRequest\x1a\x17.aftertouch.v1.Activity\"\x04\x88\xca*\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,6 +49,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENSTREAM'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
   _globals['_OPENSTREAM'].fields_by_name['producer']._loaded_options = None
   _globals['_OPENSTREAM'].fields_by_name['producer']._serialized_options = b'\272H)r\'2%^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$'
+  _globals['_OPENSTREAM'].fields_by_name['session']._loaded_options = None
+  _globals['_OPENSTREAM'].fields_by_name['session']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_WATCHEVENTSREQUEST'].fields_by_name['parent']._loaded_options = None
   _globals['_WATCHEVENTSREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
   _globals['_WATCHEVENTSREQUEST'].fields_by_name['signals']._loaded_options = None
@@ -79,28 +81,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INGESTEVENTSRESPONSE']._serialized_end=1085
   _globals['_STREAMEVENTSREQUEST']._serialized_start=1087
   _globals['_STREAMEVENTSREQUEST']._serialized_end=1211
-  _globals['_OPENSTREAM']._serialized_start=1213
-  _globals['_OPENSTREAM']._serialized_end=1311
-  _globals['_EVENTSBATCH']._serialized_start=1313
-  _globals['_EVENTSBATCH']._serialized_end=1382
-  _globals['_STREAMEVENTSRESPONSE']._serialized_start=1384
-  _globals['_STREAMEVENTSRESPONSE']._serialized_end=1484
-  _globals['_REJECTEDBATCH']._serialized_start=1486
-  _globals['_REJECTEDBATCH']._serialized_end=1565
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1567
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1676
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1678
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1766
-  _globals['_WATCHEDEVENT']._serialized_start=1769
-  _globals['_WATCHEDEVENT']._serialized_end=1941
-  _globals['_ACTIVITY']._serialized_start=1944
-  _globals['_ACTIVITY']._serialized_end=2287
-  _globals['_ACTIVITY_SERIES']._serialized_start=2141
-  _globals['_ACTIVITY_SERIES']._serialized_end=2214
-  _globals['_ACTIVITY_BUCKET']._serialized_start=2216
-  _globals['_ACTIVITY_BUCKET']._serialized_end=2287
-  _globals['_GETACTIVITYREQUEST']._serialized_start=2290
-  _globals['_GETACTIVITYREQUEST']._serialized_end=2471
-  _globals['_EVENTS']._serialized_start=2474
-  _globals['_EVENTS']._serialized_end=2851
+  _globals['_OPENSTREAM']._serialized_start=1214
+  _globals['_OPENSTREAM']._serialized_end=1358
+  _globals['_EVENTSBATCH']._serialized_start=1360
+  _globals['_EVENTSBATCH']._serialized_end=1429
+  _globals['_STREAMEVENTSRESPONSE']._serialized_start=1432
+  _globals['_STREAMEVENTSRESPONSE']._serialized_end=1580
+  _globals['_REJECTEDBATCH']._serialized_start=1582
+  _globals['_REJECTEDBATCH']._serialized_end=1661
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1663
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1772
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1774
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1862
+  _globals['_WATCHEDEVENT']._serialized_start=1865
+  _globals['_WATCHEDEVENT']._serialized_end=2037
+  _globals['_ACTIVITY']._serialized_start=2040
+  _globals['_ACTIVITY']._serialized_end=2383
+  _globals['_ACTIVITY_SERIES']._serialized_start=2237
+  _globals['_ACTIVITY_SERIES']._serialized_end=2310
+  _globals['_ACTIVITY_BUCKET']._serialized_start=2312
+  _globals['_ACTIVITY_BUCKET']._serialized_end=2383
+  _globals['_GETACTIVITYREQUEST']._serialized_start=2386
+  _globals['_GETACTIVITYREQUEST']._serialized_end=2567
+  _globals['_EVENTS']._serialized_start=2570
+  _globals['_EVENTS']._serialized_end=2947
 # @@protoc_insertion_point(module_scope)

@@ -306,19 +306,29 @@ class OpenStream(_message.Message):
 
     PARENT_FIELD_NUMBER: _builtins.int
     PRODUCER_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """`apps/{app}`."""
     producer: _builtins.str
     """Who sends: one stream at a time for each name. Lower-case letters, digits, hyphens and dots, at most 63."""
+    session: _builtins.str
+    """A UUID of whoever holds the stream, the same each time that it is opened again after a broken connection."""
+    resume: _builtins.bool
+    """Opens the stream again after a broken connection, unless another session has opened one since: so two that use one name
+    by mistake do not take it from each other for ever. Needs a session.
+    """
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         producer: _builtins.str = ...,
+        session: _builtins.str = ...,
+        resume: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "producer", b"producer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "producer", b"producer", "resume", b"resume", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,10 +370,18 @@ class StreamEventsResponse(_message.Message):
 
     COMMITTED_POSITION_FIELD_NUMBER: _builtins.int
     REJECTIONS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_COUNT_FIELD_NUMBER: _builtins.int
+    REJECTED_COUNT_FIELD_NUMBER: _builtins.int
     committed_position: _builtins.int
     """All batches up to this position are durable. In the first message: the last position of earlier streams, 0 for a
     new producer.
     """
+    accepted_count: _builtins.int
+    """How many events of all batches up to this position were stored, since the producer's first stream. Kept with the
+    position, so it is exact after any crash.
+    """
+    rejected_count: _builtins.int
+    """How many were left out, likewise."""
     @_builtins.property
     def rejections(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedBatch]:
         """Events of batches up to this position that were left out, since the message before."""
@@ -373,10 +391,12 @@ class StreamEventsResponse(_message.Message):
         *,
         committed_position: _builtins.int = ...,
         rejections: _abc.Iterable[Global___RejectedBatch] | None = ...,
+        accepted_count: _builtins.int = ...,
+        rejected_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_position", b"committed_position", "rejections", b"rejections"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_count", b"accepted_count", "committed_position", b"committed_position", "rejected_count", b"rejected_count", "rejections", b"rejections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

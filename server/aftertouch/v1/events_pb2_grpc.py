@@ -75,7 +75,8 @@ class EventsServicer:
         stream for a producer, and the answer names the last position that is durable; batches follow with the positions
         after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
         position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
-        STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+        STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins). After an error
+        without a reason of ours the connection broke: resume.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,8 @@ class EventsStub:
     stream for a producer, and the answer names the last position that is durable; batches follow with the positions
     after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
     position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
-    STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+    STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins). After an error
+    without a reason of ours the connection broke: resume.
     """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_events_pb2.WatchEventsRequest, _events_pb2.WatchEventsResponse]
     """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
@@ -68,7 +69,8 @@ class EventsAsyncStub(EventsStub):
     stream for a producer, and the answer names the last position that is durable; batches follow with the positions
     after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
     position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
-    STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+    STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins). After an error
+    without a reason of ours the connection broke: resume.
     """
     WatchEvents: _aio.UnaryStreamMultiCallable[_events_pb2.WatchEventsRequest, _events_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
@@ -102,7 +104,8 @@ class EventsServicer(metaclass=_abc_1.ABCMeta):
         stream for a producer, and the answer names the last position that is durable; batches follow with the positions
         after it, one by one, and committed positions come back. After any crash open the stream again and go on after the
         position that it answers: nothing is lost, nothing is stored twice. Reasons: POSITION_OUT_OF_ORDER,
-        STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins).
+        STREAM_NOT_OPENED, STREAM_SUPERSEDED when the same producer opened a newer stream (the newer one wins). After an error
+        without a reason of ours the connection broke: resume.
         """
 
     @_abc_1.abstractmethod

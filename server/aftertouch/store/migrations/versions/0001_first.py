@@ -211,6 +211,9 @@ def upgrade() -> None:
         sa.Column("app_id", sa.BigInteger(), nullable=False),
         sa.Column("producer", sa.Text(), nullable=False),
         sa.Column("position", sa.BigInteger(), nullable=False, comment="of the last batch that is durable"),
+        sa.Column("accepted", sa.BigInteger(), nullable=False, comment="events of its batches that were stored"),
+        sa.Column("rejected", sa.BigInteger(), nullable=False, comment="and that were left out"),
+        sa.Column("session", sa.Text(), nullable=False, comment="whose the newest stream is, as the caller names it"),
         sa.Column("stream", sa.BigInteger(), nullable=False, comment="counts up with every opened stream: the newest commits"),
         sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("app_id", "producer", name=op.f("producers_pkey")),
@@ -222,6 +225,7 @@ def upgrade() -> None:
         sa.Column("bits", postgresql.BIT(varying=True), nullable=False, comment="one bit a position, rounded up to bytes"),
         sa.PrimaryKeyConstraint("slot", "kind", name=op.f("receipts_pkey")),
         comment="of whom it became true; only ever OR-ed",
+        postgresql_with={"fillfactor": 50},
     )
     op.create_table(
         "requests",
