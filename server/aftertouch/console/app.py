@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aftertouch.console import campaigns, composer, contacts, entrance, lists, retargets, settings, words
 from aftertouch.console.accounts import Accounts
+from aftertouch.console.issuer import RETURN_PATH, Issuer
 from aftertouch.console.tasks import Tasks
 from aftertouch.console.visits import PREFIX, Console, Visit, is_ours, set_session
 from aftertouch.errors import AftertouchError, Internal, MessageTooLarge, NotFound, ScopeInsufficient
@@ -123,11 +124,13 @@ PAGES = (
 
 
 @asynccontextmanager
-async def open_console(engine: AsyncEngine, registry: Registry, servicers: Servicers, public_url: str) -> AsyncIterator[ASGIApp]:
+async def open_console(
+    engine: AsyncEngine, registry: Registry, servicers: Servicers, public_url: str, issuer: Issuer | None = None
+) -> AsyncIterator[ASGIApp]:
     """The console as an ASGI application for ``/`` and what is below ``/console``; its imports end with it."""
     static = {file.name: file.read_bytes() for file in (files(__package__) / "static").iterdir() if file.is_file()}
     versions = {name: hashlib.sha256(content).hexdigest()[:12] for name, content in static.items()}
-    console = Console(engine, registry, servicers, public_url, Accounts(), Tasks(), _load_pages(versions), versions)
+    console = Console(engine, registry, servicers, public_url, Accounts(), Tasks(), _load_pages(versions), issuer, versions)
 
     async def go_home(_: Request) -> Response:
         return RedirectResponse(f"{PREFIX}/campaigns")
@@ -148,6 +151,14 @@ async def open_console(engine: AsyncEngine, registry: Registry, servicers: Servi
             raise MessageTooLarge(LARGEST_SIGN_IN)
         return await entrance.sign_in(console, request)
 
+    async def lead_to_issuer(request: Request) -> Response:
+        if _read_length(request) > LARGEST_SIGN_IN:
+            raise MessageTooLarge(LARGEST_SIGN_IN)
+        return await entrance.lead_to_issuer(console, request)
+
+    async def come_back(request: Request) -> Response:
+        return await entrance.come_back(console, request)
+
     routes = [
         Route("/", go_home),
         Route(PREFIX, go_home),
@@ -155,6 +166,8 @@ async def open_console(engine: AsyncEngine, registry: Registry, servicers: Servi
         Route(f"{PREFIX}/static/{{name}}", answer_static),
         Route(f"{PREFIX}/sign-in", _guard(console, show_sign_in)),
         Route(f"{PREFIX}/sign-in", _guard(console, sign_in), methods=["POST"]),
+        Route(f"{PREFIX}/sign-in/issuer", _guard(console, lead_to_issuer), methods=["POST"]),
+        Route(RETURN_PATH, _guard(console, come_back)),
         *(Route(PREFIX + page.path, _guard(console, _admit(console, page)), methods=[page.method]) for page in PAGES),
     ]
     try:
