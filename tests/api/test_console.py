@@ -7,6 +7,7 @@ import csv
 import io
 import re
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
@@ -511,6 +512,93 @@ async def test_retarget_shows_counts_and_makes_one_draft(world: World, marketer:
     assert status == 303
     _, text = await marketer.get(place.removeprefix("/console"))
     assert "Retarget: Summer Sale (not read)" in text
+
+
+def read_when(text: str) -> dict[str, str]:
+    """What a composer's page says of when."""
+    return {
+        "when": re.search(r'name="when" value="(\w+)" checked', text)[1],
+        "delay": re.search(r'name="delay"[^>]* value="(\d+)"', text)[1],
+        "time": (re.search(r'data-utc="([^"]+)"', text) or [""])[0],
+    }
+
+
+async def test_retarget_after_a_delay_is_launched_so_long_after_the_source_was_sent(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    fields = {"action": "replied", "channel": "sms", "when": "delay", "delay": "36", "delay_unit": "hours", "again": "1"}
+    status, place = await marketer.post(path, fields)
+    assert status == 303
+    _, text = await marketer.get(place.removeprefix("/console"))
+    assert read_when(text) == {"when": "delay", "delay": "36", "time": ""}
+    draft = place.removeprefix("/console").removesuffix("/edit")
+    content = {"display_name": "Later", "content.body": "Hello", "when": "delay", "delay": "2", "delay_unit": "days"}
+    await marketer.post(f"{draft}/save", content)
+    _, text = await marketer.get(place.removeprefix("/console"))
+    assert read_when(text)["delay"] == "2"
+    assert await marketer.post(f"{draft}/launch", content) == (303, f"/console{draft}")
+    wave = await world.get_campaign(f"apps/acme{draft}")
+    assert wave.state == campaigns_pb2.Campaign.SCHEDULED
+    assert wave.schedule_time.ToDatetime() == sent.finish_time.ToDatetime() + timedelta(days=2)
+
+
+async def test_retarget_at_a_time_keeps_it_in_the_viewers_zone_and_inside_the_window(
+    marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    chosen = (datetime.now(UTC) + timedelta(days=3)).strftime("%Y-%m-%dT%H:%M")
+    fields = {"action": "replied", "channel": "push", "when": "later", "time_zone": "Asia/Tokyo", "again": "1"}
+    _, place = await marketer.post(path, fields | {"schedule_time": chosen})
+    _, text = await marketer.get(place.removeprefix("/console"))
+    in_tokyo = datetime.fromisoformat(chosen) - timedelta(hours=9)
+    assert read_when(text)["time"] == f'data-utc="{in_tokyo.isoformat()}+00:00"'
+    for wrong, fault in (
+        ({"schedule_time": (datetime.now(UTC) + timedelta(days=40)).strftime("%Y-%m-%dT%H:%M")}, "Choose a time until "),
+        ({"when": "delay", "delay": "40", "delay_unit": "days"}, "Choose a time until "),
+        ({"when": "delay", "delay": "soon"}, 'id="delay-fault"'),
+        ({}, 'id="schedule_time-fault"'),
+        ({"schedule_time": "tomorrow"}, 'id="schedule_time-fault"'),
+    ):
+        status, text = await marketer.post(path, fields | wrong)
+        assert (status, fault in text) == (400, True), wrong
+
+
+async def test_delay_after_a_campaign_that_is_still_being_sent_is_refused_at_its_field(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    _, place = await marketer.post(path, {"action": "read", "channel": "sms", "again": "1"})
+    draft = place.removeprefix("/console").removesuffix("/edit")
+    async with transaction(world.core.engine) as conn:
+        source = campaigns.c.campaign == read_id(sent.name)
+        kept = (await conn.execute(select(campaigns.c.finish_time).where(source))).scalar_one()
+        await conn.execute(campaigns.update().where(source).values(finish_time=None, state="PAUSED"))
+    try:
+        fields = {"display_name": "x", "content.body": "Hello", "when": "delay", "delay": "1"}
+        status, text = await marketer.post(f"{draft}/launch", fields)
+    finally:
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(campaigns.update().where(source).values(finish_time=kept, state="SENT"))
+    assert (status, 'id="delay-fault"' in text) == (400, True)
+
+
+async def test_retarget_shows_who_is_held_and_leaves_out_who_was_not_heard_of(
+    marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    funnel = f"/campaigns/{read_id(sent.name)}/retarget/funnel?action=not_received&channel=whatsapp"
+    _, text = await marketer.get(funnel)
+    assert "are held back by the provider for now" in text
+    assert re.search(r"The provider holds back \d+ (person|people) here for now", text)
+
+    def read_chosen(text: str) -> int:
+        return int(re.search(r'<span>Chosen</span><span class="num">(\d+)<', text)[1])
+
+    everybody = read_chosen(text)
+    _, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/retarget?action=not_received")
+    silent = int(re.search(r"Leave out (\d+) (?:person|people) of whom", text)[1])
+    _, text = await marketer.get(f"{funnel}&heard=1")
+    assert read_chosen(text) == everybody - silent
 
 
 async def test_retarget_of_what_cannot_be_retargeted_says_why(world: World, marketer: Visitor) -> None:

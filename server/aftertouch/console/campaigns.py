@@ -163,11 +163,16 @@ async def read(visit: Visit) -> Standing:
     return (await describe(visit, [campaign]))[0]
 
 
-async def read_plain(visit: Visit) -> Standing:
-    """The campaign that the address names, without its counts."""
+async def read_plain(visit: Visit, identifier: str = "") -> Standing:
+    """A campaign, the one that the address names unless said otherwise, without its counts.
+
+    Raises:
+        NotFound.
+    """
+    identifier = identifier or visit.param("campaign")
     async with transaction(visit.console.engine) as conn:
-        found = await find_campaigns(conn, visit.app.app_id, [visit.param("campaign")])
-    name = visit.name("campaigns", visit.param("campaign"))
+        found = await find_campaigns(conn, visit.app.app_id, [identifier])
+    name = visit.name("campaigns", identifier)
     if not found:
         raise NotFound(name)
     ((_, stored),) = found.items()
