@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import aiohttp.web
 import pytest
 from sqlalchemy import delete, select
 
@@ -23,7 +24,8 @@ from aftertouch.store.tables import audit_entries, campaigns, sessions, sign_in_
 from aftertouch.store.tables import users as users_table
 from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, events_pb2
 from tests.fix_console import PASSWORD, Visitor, create_user
-from tests.fix_world import World
+from tests.fix_database import clone_database
+from tests.fix_world import World, run_world
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;"
 USERS = {"viewer": "vera@acme.example", "marketer": "max@acme.example", "admin": "ada@acme.example"}
@@ -819,7 +821,27 @@ async def test_channels_show_health_and_where_providers_report_to(world: World, 
     assert f'value="{world.addresses.public_url}/v1/webhooks/sms"' in text
     assert "AFTERTOUCH_CONSOLE_URL is missing" in text
     status, text = await marketer.post("/channels/check")
-    assert (status, "/healthz answered 200" in text) == (200, True)
+    assert (status, "All 3 addresses lead here." in text, text.count("Reachable")) == (200, True, 3)
+
+
+async def test_channels_tell_of_an_address_that_leads_elsewhere(postgres_url: str, template: str) -> None:
+    """A proxy that does not pass on what is below /v1/webhooks answers for itself; or nobody does."""
+    app = aiohttp.web.Application()
+    runner = aiohttp.web.AppRunner(app)
+    await runner.setup()
+    site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    elsewhere = "http://{}:{}".format(*runner.addresses[0])
+    async with clone_database(postgres_url, template) as url, run_world(url, public_url=elsewhere) as world:
+        await create_user(world, USERS["admin"], "admin")
+        async with Visitor(world) as visitor:
+            await visitor.sign_in(USERS["admin"])
+            _, text = await visitor.post("/channels/check")
+            assert "3 of 3 addresses do not lead here." in text
+            assert text.count("Somebody else answers there, with 404") == 3
+            await runner.cleanup()
+            _, text = await visitor.post("/channels/check")
+            assert text.count("Nobody answers there") == 3
 
 
 async def test_console_leaves_the_rest_of_the_address_to_the_webhooks(world: World) -> None:

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aftertouch.console import campaigns, composer, contacts, entrance, lists, retargets, settings, words
+from aftertouch.console import campaigns, chains, composer, contacts, entrance, lists, retargets, settings, words
 from aftertouch.console.accounts import Accounts
 from aftertouch.console.issuer import RETURN_PATH, Issuer
 from aftertouch.console.tasks import Tasks
@@ -83,6 +83,7 @@ PAGES = (
     Page("/campaigns/{campaign}", campaigns.show, "read"),
     Page("/campaigns/{campaign}/row", campaigns.show_row, "read"),
     Page("/campaigns/{campaign}/live", campaigns.show_live, "read"),
+    Page("/campaigns/{campaign}/chain", chains.show, "read"),
     Page("/campaigns/{campaign}/people.csv", campaigns.export, "read"),
     Page("/campaigns/{campaign}/state", campaigns.change_state, "manage", "POST"),
     Page("/campaigns/{campaign}/retarget", retargets.show, "manage"),
@@ -107,7 +108,7 @@ PAGES = (
     Page("/lists/{list}/add", lists.add, "manage", "POST", largest=lists.LARGEST_FILE),
     Page("/lists/{list}/delete", lists.delete, "manage", "POST"),
     Page("/channels", settings.show_channels, "read"),
-    Page("/channels/check", settings.check_address, "manage", "POST"),
+    Page("/channels/check", settings.check_addresses, "manage", "POST"),
     Page("/keys", settings.show_keys, "admin"),
     Page("/keys", settings.create_key, "admin", "POST"),
     Page("/keys/{key}/revoke", settings.revoke_key, "admin", "POST"),

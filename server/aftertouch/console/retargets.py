@@ -104,6 +104,8 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
     except FieldsInvalid:
         plan = Plan()
     registry = visit.console.registry
+    kind = registry.types.get(source.message.channel)
+    asked = kind.actions[row.action_count.action.action].expression.names if kind else ()
     reached = {cell.channel: cell.reachable_count for cell in row.cells}
     places = [Place(name, found.channel.label, name in registry.channels, reached[name]) for name, found in visit.list_channels()]
     by_name = {place.channel: place for place in places}
@@ -125,7 +127,8 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
         places=places,
         # The same channel first: nothing about these people's addresses is a guess there.
         place=by_name.get(channel) or by_name.get(source.message.channel) or places[0],
-        reason_class=choice.text("reason_class"),
+        # Only who failed has a reason to be narrowed to.
+        reason_class=choice.text("reason_class") if "failed" in asked else "",
         request_id=str(uuid.uuid4()),
     )
 

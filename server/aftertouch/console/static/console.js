@@ -30,6 +30,17 @@ document.addEventListener("htmx:load", (event) => {
   fillTimes(event.detail.elt);
 });
 
+// A browser lets a page copy only where nobody can listen in.
+if (navigator.clipboard) {
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).value);
+      button.textContent = "Copied";
+    });
+  }
+}
+
 const dialog = document.getElementById("dialog");
 
 if (dialog) {
