@@ -22,7 +22,7 @@ from aftertouch.rpc.values import to_struct
 from aftertouch.store.engine import transaction
 from aftertouch.store.tables import audit_entries, campaigns, sessions, sign_in_failures
 from aftertouch.store.tables import users as users_table
-from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, events_pb2
+from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, events_pb2, retargeting_pb2
 from tests.fix_console import PASSWORD, Visitor, create_user
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
@@ -419,6 +419,54 @@ async def test_export_has_the_people_of_an_action_or_a_reason(
     assert (await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv?action=nothing"))[0] == 400
 
 
+async def test_export_has_the_people_of_a_signal(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    people = await world.read_recipients(sent.name)
+    _, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv?signal=read")
+    read = {name for name, person in people.items() if "read" in person.signals}
+    assert {row["external_id"] for row in csv.DictReader(io.StringIO(text))} == read != set()
+
+
+async def test_chain_shows_what_each_wave_added(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    selection = campaigns_pb2.RetargetSelection(source=sent.name, action="not_read")
+    wave = await world.create_campaign(
+        "push", audience=campaigns_pb2.Audience(retarget=selection), display_name="A wave", holdout_percent=30
+    )
+    await world.launch(wave.name)
+    report = await world.client.retargeting.GetChainReport(retargeting_pb2.GetChainReportRequest(name=wave.name))
+    for campaign in (sent, wave):
+        status, text = await marketer.get(f"/campaigns/{read_id(campaign.name)}/chain")
+        assert status == 200
+        plain = re.sub(r"<[^>]+>|\s+", " ", text)
+        assert f"{report.people.reached} of {report.people.recipients} people reached" in re.sub(" +", " ", plain)
+        found = next(found for found in report.campaigns if found.campaign == wave.name)
+        item = rf'<span class="what"><a href="[^"]*{read_id(wave.name)}".*?</li>\s*</ul>'
+        row = re.search(item, text, re.S)
+        added = re.sub(r"<[^>]+>|\s+", " ", row[0])
+        assert re.search(rf"{found.people.recipients} +recipients", added)
+        assert re.search(rf"\+{found.added.signals['confirmed']} +confirmed delivery", added)
+        assert re.search(rf"{found.holdout_count} +held out", added)
+        assert f"Of {found.holdout_count} held out" in plain
+    alone = await world.create_campaign("sms")
+    assert (await marketer.get(f"/campaigns/{read_id(alone.name)}/chain"))[1].strip() == ""
+
+
+async def test_failed_people_are_retargeted_by_their_reason(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    campaign = await world.get_campaign(sent.name)
+    reason = next(found for found in campaign.counts.reasons if found.reason_class == "recipient_gone")
+    path = f"/campaigns/{read_id(sent.name)}"
+    _, text = await marketer.get(path)
+    assert f'href="/console{path}/retarget?action=failed&amp;reason_class=recipient_gone"' in text
+    _, text = await marketer.get(f"{path}/retarget?action=failed&reason_class=recipient_gone")
+    assert "Only for this reason: address does not work" in text
+    _, text = await marketer.get(f"{path}/retarget/funnel?action=failed&reason_class=recipient_gone&channel=sms")
+    assert f'<span>Chosen</span><span class="num">{reason.count}</span>' in text
+    # Who read has no reason; choosing them leaves it behind.
+    _, text = await marketer.get(f"{path}/retarget?action=read&reason_class=recipient_gone")
+    assert "Only for this reason" not in text
+
+
 async def test_export_makes_no_formulas(world: World, marketer: Visitor) -> None:
     client = world.client
     contact = contacts_pb2.Contact(external_id="=1+1")
@@ -462,6 +510,27 @@ async def test_draft_left_incomplete_is_there_when_somebody_comes_back(marketer:
     _, text = await marketer.get(f"{draft}/edit")
     assert "Whole" in text
     assert "Only a title" not in text
+
+
+async def test_draft_begins_with_the_message_of_another_campaign(
+    marketer: Visitor, sent: campaigns_pb2.Campaign, world: World
+) -> None:
+    draft = await make_draft(marketer, "whatsapp")
+    _, text = await marketer.get(f"{draft}/edit")
+    # Of campaigns with the same message only the last is offered.
+    offered = re.findall(r'<option value="(c-[^"]+)">Summer Sale</option>', text)
+    assert len(offered) == 1
+    status, text = await marketer.post(f"{draft}/form", {"copy": offered[0]}, **{"hx-request": "true"})
+    assert (status, 'name="content.template" type="text" value="summer_sale"' in text) == (200, True)
+    assert (await marketer.post(f"{draft}/form", {"copy": "no-such"}))[0] == 404
+
+
+async def test_review_says_what_a_message_would_be_billed_as(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "sms", audience="given", contacts="user-000000\nuser-000001\nuser-000002")
+    await marketer.post(f"{draft}/save", {"display_name": "Priced", "content.body": "x" * 200})
+    _, text = await marketer.get(f"{draft}/review")
+    people = int(re.search(r"Launch to (\d+) (?:person|people)", text)[1])
+    assert f"{people} messages are billed as about {2 * people} segments" in text
 
 
 async def test_draft_changed_by_somebody_else_is_not_overwritten_by_saving(marketer: Visitor) -> None:
@@ -676,7 +745,21 @@ async def test_contact_shows_campaigns_and_why(world: World, marketer: Visitor, 
     _, text = await marketer.get(f"/contacts/person?id={name}")
     assert re.search(rf'/campaigns/{read_id(sent.name)}">Summer Sale</a></th><td>Read', text)
     status, text = await marketer.get(f"/contacts/explain?id={name}&campaign={read_id(sent.name)}")
-    assert (status, "What was decided" in text, ">read" in text) == (200, True, True)
+    assert (status, "What was decided" in text, "<td>Read" in text) == (200, True, True)
+    # Its times are shown in the viewer's zone, also inside a sentence.
+    decided = re.search(r"What was decided.*?</p>", text, re.S)[0]
+    assert re.search(r'took the message at <time datetime="[0-9T:+-]+">', decided)
+
+
+async def test_contact_who_was_not_in_a_campaign_is_told_why(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    people = await world.read_recipients(sent.name)
+    name = next(f"user-{number:06}" for number in range(60) if f"user-{number:06}" not in people)
+    _, text = await marketer.get(f"/contacts/person?id={name}")
+    assert f'<option value="{read_id(sent.name)}">Summer Sale</option>' in text
+    status, text = await marketer.get(f"/contacts/explain?id={name}&campaign={read_id(sent.name)}")
+    assert (status, "Not messaged" in text) == (200, True)
 
 
 async def test_contact_is_erased_only_when_the_id_was_typed_and_named_in_no_log(world: World, marketer: Visitor) -> None:

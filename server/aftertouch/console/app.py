@@ -185,6 +185,7 @@ def _load_pages(versions: dict[str, str]) -> Environment:
         "number": words.number,
         "people": words.count_people,
         "time": words.show_time,
+        "times": words.show_times,
         "url": lambda text: quote(text, safe=""),
     }
     pages.globals |= {"share": words.share, "words": words, "prefix": PREFIX, "versions": versions}

@@ -26,6 +26,8 @@ from aftertouch.store import unfinished
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, lists_pb2
 
+_LOOKED_AT, _EXAMPLES = 50, 10
+"""Campaigns, to find some with different contents."""
 _EXTERNAL_IDS = re.compile(r"[^\n,;]+")
 
 
@@ -38,6 +40,8 @@ class Review:
     recipients: int
     """-1 when they are not counted yet."""
     problem: str
+    estimate: campaigns_pb2.Estimate | None = None
+    """What it would be billed as, on channels that know."""
 
 
 # Making one
@@ -122,6 +126,7 @@ async def _render(
         form=_make_form(found, content, violations),
         faults=name_faults(violations, "campaign."),
         plan=plan,
+        examples=await _list_examples(visit, standing),
         source=source,
         last_time=retargetable_until(visit, source) if source else None,
         contact=contact,
@@ -130,6 +135,18 @@ async def _render(
         saved="Saved" if is_stored else "",
         problem=problem,
     )
+
+
+async def _list_examples(visit: Visit, standing: Standing) -> list[tuple[str, str]]:
+    """Ids and names of the last campaigns with a content of their own on the same channel, to begin with instead of typing."""
+    wanted = campaigns_pb2.CampaignFilter(channel=standing.message.channel)
+    request = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=_LOOKED_AT, filter=wanted)
+    found: dict[str, tuple[str, str]] = {}
+    for campaign in (await visit.client.campaigns.ListCampaigns(request)).campaigns:
+        if campaign.HasField("content") and campaign.name != standing.message.name:
+            content = json_format.MessageToJson(campaign.content, sort_keys=True)
+            found.setdefault(content, (read_id(campaign.name), campaign.display_name))
+    return list(found.values())[:_EXAMPLES]
 
 
 async def find_source(visit: Visit, standing: Standing) -> Standing | None:
@@ -162,12 +179,18 @@ def _read_content(found: ChannelType, form: FormData) -> dict[str, Any]:
 
 
 async def change_form(visit: Visit) -> Response:
-    """The form with one more or one fewer item, or another kind of value, as the pressed button says."""
+    """The form with one more or one fewer item, another kind of value, or another campaign's content, as was chosen."""
     form = await visit.read_form()
     standing = await read(visit)
     found = _find_type(visit, standing)
     schema = found.channel.content_model.model_json_schema()
     values = _read_values(form)
+    if source := values.get("copy", ""):
+        request = campaigns_pb2.GetCampaignRequest(name=visit.name("campaigns", source))
+        content = json_format.MessageToDict((await visit.client.campaigns.GetCampaign(request)).content)
+        response = visit.render("content_form.html", form=make_form(schema, content))
+        response.headers["hx-trigger-after-swap"] = "copied"
+        return response
     if path := values.get("add", ""):
         content = read_form(schema, values | {f"{path}.9999": "", f"{path}.9999.key": ""})
     elif path := values.get("remove", ""):
@@ -193,9 +216,8 @@ async def save(visit: Visit) -> Response:
         return visit.render("saved_part.html", etag=standing.message.etag, preview=None, contact=contact, status=status)
     preview = previews.draw(found, content, contact) if contact else None
     response = visit.render("saved_part.html", etag=stored.etag, preview=preview, contact=contact, status="Saved")
-    if not stored.audience.HasField("retarget"):
-        # Only a complete message can be asked whom it would go to.
-        response.headers["hx-trigger"] = "reviewed"
+    # Only of a complete message it can be asked whom it would go to, and what it would cost.
+    response.headers["hx-trigger"] = "reviewed"
     return response
 
 
@@ -240,23 +262,23 @@ async def show_review(visit: Visit) -> Response:
 
 
 async def _review(visit: Visit, standing: Standing) -> Review:
-    audience = standing.message.audience
+    audience, funnel, count = standing.message.audience, None, -1
     try:
         if audience.HasField("retarget"):
-            funnel = await read_funnel(visit, standing, audience.retarget, standing.message.channel)
+            source = await find_source(visit, standing)
+            funnel = await read_funnel(visit, source or standing, audience.retarget, standing.message.channel)
             count = funnel.preview.audience_count
-            return Review(funnel, count, "" if count else words.explain_empty())
-        return Review(None, await _count(visit, standing), "")
-    except AftertouchError as error:
-        return Review(None, 0, words.explain(error))
-
-
-async def _count(visit: Visit, standing: Standing) -> int:
-    """How many people a launch would go to; of a draft without content as well, which cannot be launched yet."""
-    if standing.message.HasField("content"):
+            if not count:
+                return Review(funnel, 0, words.explain_empty())
+        if not standing.message.HasField("content"):
+            return Review(funnel, count, "")
+        # Everything that the launch asks, the provider's templates included.
         request = campaigns_pb2.LaunchCampaignRequest(name=standing.message.name, validate_only=True)
-        return (await visit.client.campaigns.LaunchCampaign(request)).counts.recipients
-    return -1
+        asked = await visit.client.campaigns.LaunchCampaign(request)
+        estimate = asked.estimate if asked.HasField("estimate") else None
+        return Review(funnel, count if funnel else asked.counts.recipients, "", estimate)
+    except AftertouchError as error:
+        return Review(funnel, max(count, 0), words.explain(error))
 
 
 async def launch(visit: Visit) -> Response:
