@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from sqlalchemy import delete, select
 
 from aftertouch.console.accounts import MOST_FAILURES
 from aftertouch.console.app import PAGES
+from aftertouch.console.words import REASONS
 from aftertouch.rpc.values import to_struct
 from aftertouch.store.engine import transaction
 from aftertouch.store.tables import audit_entries, campaigns, sessions, sign_in_failures
@@ -453,17 +455,20 @@ async def test_chain_shows_what_each_wave_added(world: World, marketer: Visitor,
 async def test_failed_people_are_retargeted_by_their_reason(
     world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
 ) -> None:
-    campaign = await world.get_campaign(sent.name)
-    reason = next(found for found in campaign.counts.reasons if found.reason_class == "recipient_gone")
+    lost = [person for person in (await world.read_recipients(sent.name)).values() if "failed" in person.signals]
+    # Who got it after all did not fail.
+    lost = [person for person in lost if "delivered" not in person.signals]
+    classes = Counter(reason.partition("/")[0] for person in lost for reason in person.reasons)
+    ((chosen, count), *_) = classes.most_common()
     path = f"/campaigns/{read_id(sent.name)}"
     _, text = await marketer.get(path)
-    assert f'href="/console{path}/retarget?action=failed&amp;reason_class=recipient_gone"' in text
-    _, text = await marketer.get(f"{path}/retarget?action=failed&reason_class=recipient_gone")
-    assert "Only for this reason: address does not work" in text
-    _, text = await marketer.get(f"{path}/retarget/funnel?action=failed&reason_class=recipient_gone&channel=sms")
-    assert f'<span>Chosen</span><span class="num">{reason.count}</span>' in text
+    assert f'href="/console{path}/retarget?action=failed&amp;reason_class={chosen}"' in text
+    _, text = await marketer.get(f"{path}/retarget?action=failed&reason_class={chosen}")
+    assert f"Only for this reason: {REASONS[chosen][0].lower()}" in text
+    _, text = await marketer.get(f"{path}/retarget/funnel?action=failed&reason_class={chosen}&channel=sms")
+    assert f'<span>Chosen</span><span class="num">{count}</span>' in text
     # Who read has no reason; choosing them leaves it behind.
-    _, text = await marketer.get(f"{path}/retarget?action=read&reason_class=recipient_gone")
+    _, text = await marketer.get(f"{path}/retarget?action=read&reason_class={chosen}")
     assert "Only for this reason" not in text
 
 
