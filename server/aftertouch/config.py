@@ -46,6 +46,21 @@ def _check_public_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def is_safe_address(url: str) -> bool:
+    """True when nobody on the way can read or change what is said at an address: with TLS, or on this machine."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost"))
+    except ValueError:
+        return False
+
+
+def _check_issuer(url: str) -> str:
+    if not is_safe_address(url) or not urlsplit(url).netloc or urlsplit(url).query:
+        raise ValueError("must be like https://login.example.com, below which /.well-known/openid-configuration is found")
+    return url.rstrip("/")
+
+
 def _check_secret_key(key: SecretStr) -> SecretStr:
     if len(key.get_secret_value()) < 32:
         raise ValueError("must have at least 32 characters; `openssl rand -base64 32` makes one")
@@ -90,6 +105,13 @@ class Config(BaseModel):
     processes: int = Field(1, ge=1, le=16, description="Server processes of `aftertouch serve`, which share both ports")
     channelz: bool = Field(False, description="Serve gRPC's channelz; costs about a tenth of the throughput")
     serve_console: bool = Field(True, description="Serve the console for people at <http_address>/console")
+    oidc_issuer: Annotated[str, AfterValidator(_check_issuer)] | None = Field(
+        None, description="An OpenID Connect issuer, by which the console's users can sign in instead of with a password"
+    )
+    oidc_client_id: str | None = Field(
+        None, description="What the issuer knows this server by, with <public_url>/console/sign-in/return to come back to"
+    )
+    oidc_client_secret: SecretStr | None = Field(None, description="By which the issuer recognizes it")
     log_format: Literal["console", "json"] = Field("console", description="How log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least important lines to log")
 
@@ -132,6 +154,9 @@ def load_config(environment: Mapping[str, str], channel_prefixes: Collection[str
         raise ConfigError(problems) from None
     if config.database_url is not None and config.secret_key is None:
         problems.append("AFTERTOUCH_SECRET_KEY is needed with AFTERTOUCH_DATABASE_URL: all servers must sign with the same one")
+    given_for_oidc = [config.oidc_issuer, config.oidc_client_id, config.oidc_client_secret]
+    if any(given_for_oidc) and not all(given_for_oidc):
+        problems.append("AFTERTOUCH_OIDC_ISSUER, AFTERTOUCH_OIDC_CLIENT_ID and AFTERTOUCH_OIDC_CLIENT_SECRET are needed together")
     if problems:
         raise ConfigError(problems)
     return config

@@ -31,6 +31,8 @@ from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 SERVER_READY = r"gRPC on (\S+), webhooks on (\S+)"
 SANDBOX_READY = r"the sandbox answers on (\S+)"
 SEND_SECONDS = 120.0
+USER = "you@example.com"
+"""Who signs in to the console."""
 
 People = frozenset[str]
 _State = campaigns_pb2.Campaign.State
@@ -177,7 +179,24 @@ class Demo:
                 async with Client(address, api_key=key, app="demo") as client:
                     self._client = client
                     await self._play()
-        self._say(f"[bold green]{self._checked} sets of people compared, all equal[/]")
+                self._say(f"[bold green]{self._checked} sets of people compared, all equal[/]")
+                if sys.stdin.isatty() and self._console.is_terminal:
+                    await self._offer_console(webhooks, environment)
+        self._console.print("  `aftertouch serve --sandbox` keeps such a world running, with its console", style="dim")
+
+    async def _offer_console(self, url: str, environment: dict[str, str]) -> None:
+        """Let somebody look at this world in the console, until they press Enter."""
+        password = (await run_command("users", "create", "demo", USER, "--role=admin", environment=environment)).strip()
+        self._console.print(f"\n  Look at it in the console: {url}/console", soft_wrap=True)
+        self._console.print(f"  as {USER} with {password}. Enter ends it all.", soft_wrap=True)
+        pressed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sys.stdin, pressed.set)
+        try:
+            await pressed.wait()
+        finally:
+            loop.remove_reader(sys.stdin)
+        sys.stdin.readline()
 
     async def _play(self) -> None:
         self._say(f"{self._size:,} people: some on one channel, some on all")

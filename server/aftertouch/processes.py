@@ -122,6 +122,8 @@ async def run_command(*arguments: str, environment: Mapping[str, str]) -> str:
         "aftertouch",
         *arguments,
         env=isolate(environment),
+        # It asks nobody.
+        stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.config import Config
 from aftertouch.console.app import open_console
+from aftertouch.console.issuer import find_issuer
 from aftertouch.console.visits import PREFIX
 from aftertouch.delivery.breaker import BreakerSettings
 from aftertouch.delivery.clicks import Clicks
@@ -242,7 +243,8 @@ async def serve(
         clicks = Clicks(core.engine, core.registry, core.ledger, intake)
         http = create_ingress(core.registry, intake, browsers, clicks, public_url)
         if config.serve_console:
-            console = await stack.enter_async_context(open_console(core.engine, core.registry, servicers, public_url))
+            issuer = find_issuer(config, public_url)
+            console = await stack.enter_async_context(open_console(core.engine, core.registry, servicers, public_url, issuer))
             http = mount(http, console, ("/", PREFIX))
         await stack.enter_async_context(serve_http(http, listener))
         port = await stack.enter_async_context(

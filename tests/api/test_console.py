@@ -6,23 +6,28 @@ import asyncio
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import aiohttp.web
 import pytest
 from sqlalchemy import delete, select
 
 from aftertouch.console.accounts import MOST_FAILURES
 from aftertouch.console.app import PAGES
+from aftertouch.console.words import REASONS
 from aftertouch.rpc.values import to_struct
 from aftertouch.store.engine import transaction
 from aftertouch.store.tables import audit_entries, campaigns, sessions, sign_in_failures
 from aftertouch.store.tables import users as users_table
-from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, events_pb2
+from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, events_pb2, retargeting_pb2
 from tests.fix_console import PASSWORD, Visitor, create_user
-from tests.fix_world import World
+from tests.fix_database import clone_database
+from tests.fix_world import World, run_world
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;"
 USERS = {"viewer": "vera@acme.example", "marketer": "max@acme.example", "admin": "ada@acme.example"}
@@ -416,6 +421,57 @@ async def test_export_has_the_people_of_an_action_or_a_reason(
     assert (await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv?action=nothing"))[0] == 400
 
 
+async def test_export_has_the_people_of_a_signal(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    people = await world.read_recipients(sent.name)
+    _, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv?signal=read")
+    read = {name for name, person in people.items() if "read" in person.signals}
+    assert {row["external_id"] for row in csv.DictReader(io.StringIO(text))} == read != set()
+
+
+async def test_chain_shows_what_each_wave_added(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    selection = campaigns_pb2.RetargetSelection(source=sent.name, action="not_read")
+    wave = await world.create_campaign(
+        "push", audience=campaigns_pb2.Audience(retarget=selection), display_name="A wave", holdout_percent=30
+    )
+    await world.launch(wave.name)
+    report = await world.client.retargeting.GetChainReport(retargeting_pb2.GetChainReportRequest(name=wave.name))
+    for campaign in (sent, wave):
+        status, text = await marketer.get(f"/campaigns/{read_id(campaign.name)}/chain")
+        assert status == 200
+        plain = re.sub(r"<[^>]+>|\s+", " ", text)
+        assert f"{report.people.reached} of {report.people.recipients} people reached" in re.sub(" +", " ", plain)
+        found = next(found for found in report.campaigns if found.campaign == wave.name)
+        item = rf'<span class="what"><a href="[^"]*{read_id(wave.name)}".*?</li>\s*</ul>'
+        row = re.search(item, text, re.S)
+        added = re.sub(r"<[^>]+>|\s+", " ", row[0])
+        assert re.search(rf"{found.people.recipients} +recipients", added)
+        assert re.search(rf"\+{found.added.signals['confirmed']} +confirmed delivery", added)
+        assert re.search(rf"{found.holdout_count} +held out", added)
+        assert re.search(rf"Held out +of +{found.holdout_count} ", plain)
+    alone = await world.create_campaign("sms")
+    assert (await marketer.get(f"/campaigns/{read_id(alone.name)}/chain"))[1].strip() == ""
+
+
+async def test_failed_people_are_retargeted_by_their_reason(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    lost = [person for person in (await world.read_recipients(sent.name)).values() if "failed" in person.signals]
+    # Who got it after all did not fail.
+    lost = [person for person in lost if "delivered" not in person.signals]
+    classes = Counter(reason.partition("/")[0] for person in lost for reason in person.reasons)
+    ((chosen, count), *_) = classes.most_common()
+    path = f"/campaigns/{read_id(sent.name)}"
+    _, text = await marketer.get(path)
+    assert f'href="/console{path}/retarget?action=failed&amp;reason_class={chosen}"' in text
+    _, text = await marketer.get(f"{path}/retarget?action=failed&reason_class={chosen}")
+    assert f"Only for this reason: {REASONS[chosen][0].lower()}" in text
+    _, text = await marketer.get(f"{path}/retarget/funnel?action=failed&reason_class={chosen}&channel=sms")
+    assert f'<span>Chosen</span><span class="num">{count}</span>' in text
+    # Who read has no reason; choosing them leaves it behind.
+    _, text = await marketer.get(f"{path}/retarget?action=read&reason_class={chosen}")
+    assert "Only for this reason" not in text
+
+
 async def test_export_makes_no_formulas(world: World, marketer: Visitor) -> None:
     client = world.client
     contact = contacts_pb2.Contact(external_id="=1+1")
@@ -459,6 +515,27 @@ async def test_draft_left_incomplete_is_there_when_somebody_comes_back(marketer:
     _, text = await marketer.get(f"{draft}/edit")
     assert "Whole" in text
     assert "Only a title" not in text
+
+
+async def test_draft_begins_with_the_message_of_another_campaign(
+    marketer: Visitor, sent: campaigns_pb2.Campaign, world: World
+) -> None:
+    draft = await make_draft(marketer, "whatsapp")
+    _, text = await marketer.get(f"{draft}/edit")
+    # Of campaigns with the same message only the last is offered.
+    offered = re.findall(r'<option value="(c-[^"]+)">Summer Sale</option>', text)
+    assert len(offered) == 1
+    status, text = await marketer.post(f"{draft}/form", {"copy": offered[0]}, **{"hx-request": "true"})
+    assert (status, 'name="content.template" type="text" value="summer_sale"' in text) == (200, True)
+    assert (await marketer.post(f"{draft}/form", {"copy": "no-such"}))[0] == 404
+
+
+async def test_review_says_what_a_message_would_be_billed_as(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "sms", audience="given", contacts="user-000000\nuser-000001\nuser-000002")
+    await marketer.post(f"{draft}/save", {"display_name": "Priced", "content.body": "x" * 200})
+    _, text = await marketer.get(f"{draft}/review")
+    people = int(re.search(r"Launch to (\d+) (?:person|people)", text)[1])
+    assert f"{people} messages are billed as about {2 * people} segments" in text
 
 
 async def test_draft_changed_by_somebody_else_is_not_overwritten_by_saving(marketer: Visitor) -> None:
@@ -511,6 +588,93 @@ async def test_retarget_shows_counts_and_makes_one_draft(world: World, marketer:
     assert status == 303
     _, text = await marketer.get(place.removeprefix("/console"))
     assert "Retarget: Summer Sale (not read)" in text
+
+
+def read_when(text: str) -> dict[str, str]:
+    """What a composer's page says of when."""
+    return {
+        "when": re.search(r'name="when" value="(\w+)" checked', text)[1],
+        "delay": re.search(r'name="delay"[^>]* value="(\d+)"', text)[1],
+        "time": (re.search(r'data-utc="([^"]+)"', text) or [""])[0],
+    }
+
+
+async def test_retarget_after_a_delay_is_launched_so_long_after_the_source_was_sent(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    fields = {"action": "replied", "channel": "sms", "when": "delay", "delay": "36", "delay_unit": "hours", "again": "1"}
+    status, place = await marketer.post(path, fields)
+    assert status == 303
+    _, text = await marketer.get(place.removeprefix("/console"))
+    assert read_when(text) == {"when": "delay", "delay": "36", "time": ""}
+    draft = place.removeprefix("/console").removesuffix("/edit")
+    content = {"display_name": "Later", "content.body": "Hello", "when": "delay", "delay": "2", "delay_unit": "days"}
+    await marketer.post(f"{draft}/save", content)
+    _, text = await marketer.get(place.removeprefix("/console"))
+    assert read_when(text)["delay"] == "2"
+    assert await marketer.post(f"{draft}/launch", content) == (303, f"/console{draft}")
+    wave = await world.get_campaign(f"apps/acme{draft}")
+    assert wave.state == campaigns_pb2.Campaign.SCHEDULED
+    assert wave.schedule_time.ToDatetime() == sent.finish_time.ToDatetime() + timedelta(days=2)
+
+
+async def test_retarget_at_a_time_keeps_it_in_the_viewers_zone_and_inside_the_window(
+    marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    chosen = (datetime.now(UTC) + timedelta(days=3)).strftime("%Y-%m-%dT%H:%M")
+    fields = {"action": "replied", "channel": "push", "when": "later", "time_zone": "Asia/Tokyo", "again": "1"}
+    _, place = await marketer.post(path, fields | {"schedule_time": chosen})
+    _, text = await marketer.get(place.removeprefix("/console"))
+    in_tokyo = datetime.fromisoformat(chosen) - timedelta(hours=9)
+    assert read_when(text)["time"] == f'data-utc="{in_tokyo.isoformat()}+00:00"'
+    for wrong, fault in (
+        ({"schedule_time": (datetime.now(UTC) + timedelta(days=40)).strftime("%Y-%m-%dT%H:%M")}, "Choose a time until "),
+        ({"when": "delay", "delay": "40", "delay_unit": "days"}, "Choose a time until "),
+        ({"when": "delay", "delay": "soon"}, 'id="delay-fault"'),
+        ({}, 'id="schedule_time-fault"'),
+        ({"schedule_time": "tomorrow"}, 'id="schedule_time-fault"'),
+    ):
+        status, text = await marketer.post(path, fields | wrong)
+        assert (status, fault in text) == (400, True), wrong
+
+
+async def test_delay_after_a_campaign_that_is_still_being_sent_is_refused_at_its_field(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    _, place = await marketer.post(path, {"action": "read", "channel": "sms", "again": "1"})
+    draft = place.removeprefix("/console").removesuffix("/edit")
+    async with transaction(world.core.engine) as conn:
+        source = campaigns.c.campaign == read_id(sent.name)
+        kept = (await conn.execute(select(campaigns.c.finish_time).where(source))).scalar_one()
+        await conn.execute(campaigns.update().where(source).values(finish_time=None, state="PAUSED"))
+    try:
+        fields = {"display_name": "x", "content.body": "Hello", "when": "delay", "delay": "1"}
+        status, text = await marketer.post(f"{draft}/launch", fields)
+    finally:
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(campaigns.update().where(source).values(finish_time=kept, state="SENT"))
+    assert (status, 'id="delay-fault"' in text) == (400, True)
+
+
+async def test_retarget_shows_who_is_held_and_leaves_out_who_was_not_heard_of(
+    marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    funnel = f"/campaigns/{read_id(sent.name)}/retarget/funnel?action=not_received&channel=whatsapp"
+    _, text = await marketer.get(funnel)
+    assert "are held back by the provider for now" in text
+    assert re.search(r"The provider holds back \d+ (person|people) here for now", text)
+
+    def read_chosen(text: str) -> int:
+        return int(re.search(r'<span>Chosen</span><span class="num">(\d+)<', text)[1])
+
+    everybody = read_chosen(text)
+    _, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/retarget?action=not_received")
+    silent = int(re.search(r"Leave out (\d+) (?:person|people) of whom", text)[1])
+    _, text = await marketer.get(f"{funnel}&heard=1")
+    assert read_chosen(text) == everybody - silent
 
 
 async def test_retarget_of_what_cannot_be_retargeted_says_why(world: World, marketer: Visitor) -> None:
@@ -586,7 +750,21 @@ async def test_contact_shows_campaigns_and_why(world: World, marketer: Visitor, 
     _, text = await marketer.get(f"/contacts/person?id={name}")
     assert re.search(rf'/campaigns/{read_id(sent.name)}">Summer Sale</a></th><td>Read', text)
     status, text = await marketer.get(f"/contacts/explain?id={name}&campaign={read_id(sent.name)}")
-    assert (status, "What was decided" in text, ">read" in text) == (200, True, True)
+    assert (status, "What was decided" in text, "<td>Read" in text) == (200, True, True)
+    # Its times are shown in the viewer's zone, also inside a sentence.
+    decided = re.search(r"What was decided.*?</p>", text, re.S)[0]
+    assert re.search(r'took the message at <time datetime="[0-9T:+-]+">', decided)
+
+
+async def test_contact_who_was_not_in_a_campaign_is_told_why(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    people = await world.read_recipients(sent.name)
+    name = next(f"user-{number:06}" for number in range(60) if f"user-{number:06}" not in people)
+    _, text = await marketer.get(f"/contacts/person?id={name}")
+    assert f'<option value="{read_id(sent.name)}">Summer Sale</option>' in text
+    status, text = await marketer.get(f"/contacts/explain?id={name}&campaign={read_id(sent.name)}")
+    assert (status, "Not messaged" in text) == (200, True)
 
 
 async def test_contact_is_erased_only_when_the_id_was_typed_and_named_in_no_log(world: World, marketer: Visitor) -> None:
@@ -731,7 +909,27 @@ async def test_channels_show_health_and_where_providers_report_to(world: World, 
     assert f'value="{world.addresses.public_url}/v1/webhooks/sms"' in text
     assert "AFTERTOUCH_CONSOLE_URL is missing" in text
     status, text = await marketer.post("/channels/check")
-    assert (status, "/healthz answered 200" in text) == (200, True)
+    assert (status, "All 3 addresses lead here." in text, text.count("Reachable")) == (200, True, 3)
+
+
+async def test_channels_tell_of_an_address_that_leads_elsewhere(postgres_url: str, template: str) -> None:
+    """A proxy that does not pass on what is below /v1/webhooks answers for itself; or nobody does."""
+    app = aiohttp.web.Application()
+    runner = aiohttp.web.AppRunner(app)
+    await runner.setup()
+    site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    elsewhere = "http://{}:{}".format(*runner.addresses[0])
+    async with clone_database(postgres_url, template) as url, run_world(url, public_url=elsewhere) as world:
+        await create_user(world, USERS["admin"], "admin")
+        async with Visitor(world) as visitor:
+            await visitor.sign_in(USERS["admin"])
+            _, text = await visitor.post("/channels/check")
+            assert "3 of 3 addresses do not lead here." in text
+            assert text.count("Somebody else answers there, with 404") == 3
+            await runner.cleanup()
+            _, text = await visitor.post("/channels/check")
+            assert text.count("Nobody answers there") == 3
 
 
 async def test_console_leaves_the_rest_of_the_address_to_the_webhooks(world: World) -> None:

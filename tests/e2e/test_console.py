@@ -14,7 +14,9 @@ from playwright.async_api import Browser, ConsoleMessage, Page, Request, expect
 
 from aftertouch.v1 import campaigns_pb2
 from tests.fix_console import PASSWORD, create_user
-from tests.fix_world import World
+from tests.fix_database import clone_database
+from tests.fix_issuer import CLIENT, run_issuer
+from tests.fix_world import World, run_world
 
 pytestmark = pytest.mark.e2e
 
@@ -277,6 +279,26 @@ async def test_sign_in_has_no_barrier(browser: Browser, world: World) -> None:
     await tab.open("/sign-in")
     assert await tab.find_violations() == []
     await context.close()
+
+
+async def test_issuer_is_reached_from_the_sign_in_and_leads_back(browser: Browser, postgres_url: str, template: str) -> None:
+    """The policy lets our forms lead nowhere else, so it takes a real browser to show that this one does."""
+    async with (
+        run_issuer() as issuer,
+        clone_database(postgres_url, template) as url,
+        run_world(url, oidc_issuer=issuer.url, **CLIENT) as world,
+    ):
+        await create_user(world, "max@acme.example", "marketer")
+        context = await browser.new_context()
+        page = await context.new_page()
+        messages: list[str] = []
+        page.on("console", lambda message: messages.append(message.text))
+        await page.goto(f"http://{world.addresses.http}/console/contacts")
+        await page.click("text=Sign in with")
+        await page.wait_for_url("**/console/contacts")
+        await expect(page.locator(".me .who")).to_have_text("max@acme.example")
+        assert messages == []
+        await context.close()
 
 
 @pytest.mark.parametrize("width", [320, 400, 768])

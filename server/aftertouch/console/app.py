@@ -21,8 +21,9 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aftertouch.console import campaigns, composer, contacts, entrance, lists, retargets, settings, words
+from aftertouch.console import campaigns, chains, composer, contacts, entrance, lists, retargets, settings, words
 from aftertouch.console.accounts import Accounts
+from aftertouch.console.issuer import RETURN_PATH, Issuer
 from aftertouch.console.tasks import Tasks
 from aftertouch.console.visits import PREFIX, Console, Visit, is_ours, set_session
 from aftertouch.errors import AftertouchError, Internal, MessageTooLarge, NotFound, ScopeInsufficient
@@ -82,6 +83,7 @@ PAGES = (
     Page("/campaigns/{campaign}", campaigns.show, "read"),
     Page("/campaigns/{campaign}/row", campaigns.show_row, "read"),
     Page("/campaigns/{campaign}/live", campaigns.show_live, "read"),
+    Page("/campaigns/{campaign}/chain", chains.show, "read"),
     Page("/campaigns/{campaign}/people.csv", campaigns.export, "read"),
     Page("/campaigns/{campaign}/state", campaigns.change_state, "manage", "POST"),
     Page("/campaigns/{campaign}/retarget", retargets.show, "manage"),
@@ -106,7 +108,7 @@ PAGES = (
     Page("/lists/{list}/add", lists.add, "manage", "POST", largest=lists.LARGEST_FILE),
     Page("/lists/{list}/delete", lists.delete, "manage", "POST"),
     Page("/channels", settings.show_channels, "read"),
-    Page("/channels/check", settings.check_address, "manage", "POST"),
+    Page("/channels/check", settings.check_addresses, "manage", "POST"),
     Page("/keys", settings.show_keys, "admin"),
     Page("/keys", settings.create_key, "admin", "POST"),
     Page("/keys/{key}/revoke", settings.revoke_key, "admin", "POST"),
@@ -123,11 +125,13 @@ PAGES = (
 
 
 @asynccontextmanager
-async def open_console(engine: AsyncEngine, registry: Registry, servicers: Servicers, public_url: str) -> AsyncIterator[ASGIApp]:
+async def open_console(
+    engine: AsyncEngine, registry: Registry, servicers: Servicers, public_url: str, issuer: Issuer | None = None
+) -> AsyncIterator[ASGIApp]:
     """The console as an ASGI application for ``/`` and what is below ``/console``; its imports end with it."""
     static = {file.name: file.read_bytes() for file in (files(__package__) / "static").iterdir() if file.is_file()}
     versions = {name: hashlib.sha256(content).hexdigest()[:12] for name, content in static.items()}
-    console = Console(engine, registry, servicers, public_url, Accounts(), Tasks(), _load_pages(versions), versions)
+    console = Console(engine, registry, servicers, public_url, Accounts(), Tasks(), _load_pages(versions), issuer, versions)
 
     async def go_home(_: Request) -> Response:
         return RedirectResponse(f"{PREFIX}/campaigns")
@@ -148,6 +152,14 @@ async def open_console(engine: AsyncEngine, registry: Registry, servicers: Servi
             raise MessageTooLarge(LARGEST_SIGN_IN)
         return await entrance.sign_in(console, request)
 
+    async def lead_to_issuer(request: Request) -> Response:
+        if _read_length(request) > LARGEST_SIGN_IN:
+            raise MessageTooLarge(LARGEST_SIGN_IN)
+        return await entrance.lead_to_issuer(console, request)
+
+    async def come_back(request: Request) -> Response:
+        return await entrance.come_back(console, request)
+
     routes = [
         Route("/", go_home),
         Route(PREFIX, go_home),
@@ -155,6 +167,8 @@ async def open_console(engine: AsyncEngine, registry: Registry, servicers: Servi
         Route(f"{PREFIX}/static/{{name}}", answer_static),
         Route(f"{PREFIX}/sign-in", _guard(console, show_sign_in)),
         Route(f"{PREFIX}/sign-in", _guard(console, sign_in), methods=["POST"]),
+        Route(f"{PREFIX}/sign-in/issuer", _guard(console, lead_to_issuer), methods=["POST"]),
+        Route(RETURN_PATH, _guard(console, come_back)),
         *(Route(PREFIX + page.path, _guard(console, _admit(console, page)), methods=[page.method]) for page in PAGES),
     ]
     try:
@@ -171,6 +185,7 @@ def _load_pages(versions: dict[str, str]) -> Environment:
         "number": words.number,
         "people": words.count_people,
         "time": words.show_time,
+        "times": words.show_times,
         "url": lambda text: quote(text, safe=""),
     }
     pages.globals |= {"share": words.share, "words": words, "prefix": PREFIX, "versions": versions}

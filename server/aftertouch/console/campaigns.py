@@ -17,7 +17,7 @@ from aftertouch.console.charts import read_chart
 from aftertouch.console.visits import Visit, is_recent, read_id, to_time
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
 from aftertouch.signals import CORE_IMPLICATIONS
-from aftertouch.store.campaigns import find_campaigns
+from aftertouch.store.campaigns import find_campaigns, read_campaigns
 from aftertouch.store.engine import transaction
 from aftertouch.store.lists import find_list
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
@@ -33,6 +33,8 @@ LAUNCHED = frozenset({State.SENDING, State.PAUSED, State.SENT, State.CANCELED})
 class Step:
     """One bar of a funnel."""
 
+    signal: str
+    """Empty of the whole roll."""
     label: str
     count: int
     share: str
@@ -163,17 +165,25 @@ async def read(visit: Visit) -> Standing:
     return (await describe(visit, [campaign]))[0]
 
 
-async def read_plain(visit: Visit) -> Standing:
-    """The campaign that the address names, without its counts."""
+async def read_plain(visit: Visit, identifier: str = "") -> Standing:
+    """A campaign, the one that the address names unless said otherwise, without its counts.
+
+    Raises:
+        NotFound.
+    """
+    identifier = identifier or visit.param("campaign")
     async with transaction(visit.console.engine) as conn:
-        found = await find_campaigns(conn, visit.app.app_id, [visit.param("campaign")])
-    name = visit.name("campaigns", visit.param("campaign"))
+        found = await find_campaigns(conn, visit.app.app_id, [identifier])
+        roots = await read_campaigns(conn, [stored.root_id for stored in found.values() if stored.root_id])
+    name = visit.name("campaigns", identifier)
     if not found:
         raise NotFound(name)
     ((_, stored),) = found.items()
     message = campaigns_pb2.Campaign(
         name=name, display_name=stored.display_name, channel=stored.channel, state=State.Value(stored.state)
     )
+    for root in roots.values():
+        message.root = visit.name("campaigns", root.campaign)
     for field in ("launch_time", "finish_time"):
         if time := getattr(stored, field):
             getattr(message, field).FromDatetime(time)
@@ -228,57 +238,15 @@ def list_steps(visit: Visit, standing: Standing) -> list[Step]:
     """The funnel: from the roll through what every channel knows to the channel's own signals."""
     counts = standing.message.counts
     steps = [
-        ("Recipients", counts.recipients),
-        ("Attempted", counts.signals["attempted"]),
-        ("Sent", counts.signals["sent"]),
-        *((label, counts.signals[name]) for name, label in list_signals(visit, standing.message.channel, asked=True)),
+        ("", "Recipients", counts.recipients),
+        ("attempted", "Attempted", counts.signals["attempted"]),
+        ("sent", "Sent", counts.signals["sent"]),
+        *((name, label, counts.signals[name]) for name, label in list_signals(visit, standing.message.channel, asked=True)),
     ]
     return [
-        Step(label, count, words.share(count, counts.recipients), round(100 * count / max(counts.recipients, 1), 2))
-        for label, count in steps
+        Step(signal, label, count, words.share(count, counts.recipients), round(100 * count / max(counts.recipients, 1), 2))
+        for signal, label, count in steps
     ]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A campaign of a chain, at its depth."""
-
-    standing: Standing
-    depth: int
-    added: int
-    """People whom this wave was sent to."""
-
-
-async def read_chain(visit: Visit, standing: Standing) -> list[Member]:
-    """The chain that a campaign belongs to, as a tree in the order of its branches; empty when it has no waves."""
-    root = standing.message.root or standing.message.name
-    wanted = campaigns_pb2.CampaignFilter(root=root)
-    request = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=100, filter=wanted)
-    waves = (await visit.client.campaigns.ListCampaigns(request)).campaigns
-    if not waves:
-        return []
-    names = [root, *(wave.name for wave in reversed(waves))]
-    get = visit.client.campaigns.GetCampaign
-    campaigns = [await get(campaigns_pb2.GetCampaignRequest(name=name)) for name in names]
-    standings = {standing.message.name: standing for standing in await describe(visit, campaigns)}
-    members: list[Member] = []
-
-    def walk(name: str, depth: int) -> None:
-        found = standings.pop(name)
-        members.append(Member(found, depth, found.message.counts.signals["sent"]))
-        for wave in [w for w in campaigns if w.name in standings and _comes_after(w, name)]:
-            walk(wave.name, depth + 1)
-
-    walk(root, 0)
-    # Waves of a source outside of the chain, combined with one inside.
-    for name in list(standings):
-        walk(name, 1)
-    return members
-
-
-def _comes_after(wave: campaigns_pb2.Campaign, name: str) -> bool:
-    """True when a campaign is the first that a wave asks: what it hangs on in the tree."""
-    return next((leaf.source for leaf in list_leaves(wave.audience.retarget)), "") == name
 
 
 async def show(visit: Visit) -> Response:
@@ -286,7 +254,7 @@ async def show(visit: Visit) -> Response:
     standing = await read(visit)
     if standing.message.state == State.DRAFT and visit.may("manage"):
         return visit.redirect(f"/campaigns/{standing.id}/edit")
-    return visit.render("campaign.html", **await _read_page(visit, standing), chain=await read_chain(visit, standing))
+    return visit.render("campaign.html", **await _read_page(visit, standing))
 
 
 async def show_live(visit: Visit) -> Response:
@@ -313,7 +281,16 @@ async def _read_page(visit: Visit, standing: Standing) -> dict[str, Any]:
         "refusal": refusal,
         "last_time": retargetable_until(visit, standing),
         "chart": chart,
+        "failing": find_failing(visit, standing.message.channel),
     }
+
+
+def find_failing(visit: Visit, channel: str) -> str:
+    """The action by which those who failed are retargeted, which can be narrowed to reasons; empty where there is none."""
+    found = visit.console.registry.types.get(channel)
+    actions = found.actions if found else {}
+    asking = [name for name, action in actions.items() if "failed" in action.expression.names]
+    return min(asking, key=lambda name: len(actions[name].expression.names), default="")
 
 
 def retargetable_until(visit: Visit, standing: Standing) -> datetime | None:
@@ -339,7 +316,7 @@ async def change_state(visit: Visit) -> Response:
 
 
 async def export(visit: Visit) -> Response:
-    """A group of a campaign's people as CSV: all, those of an action, or those who failed for a reason."""
+    """A group of a campaign's people as CSV: all, those of an action or a signal, or those who failed for a reason."""
     standing = await read(visit)
     matches = _choose_people(visit, standing)
 
@@ -367,15 +344,17 @@ async def export(visit: Visit) -> Response:
             # Somebody else's pages come between.
             await asyncio.sleep(0)
 
-    group = visit.query("action") or visit.query("reason").replace("/", "-") or "all"
+    group = visit.query("action") or visit.query("signal") or visit.query("reason").replace("/", "-") or "all"
     headers = {"content-disposition": f'attachment; filename="{standing.id}-{_clean(group)}.csv"'}
     return StreamingResponse(write(), headers=headers, media_type="text/csv; charset=utf-8")
 
 
 def _choose_people(visit: Visit, standing: Standing) -> Callable[[campaigns_pb2.Recipient], bool]:
-    action, reason = visit.query("action"), visit.query("reason")
+    action, reason, signal = visit.query("action"), visit.query("reason"), visit.query("signal")
     if reason:
         return lambda person: reason in person.reasons
+    if signal:
+        return lambda person: signal in person.signals
     if not action:
         return lambda person: True
     found = visit.console.registry.types.get(standing.message.channel)

@@ -9,7 +9,7 @@ from aftertouch.console.visits import Visit, to_time
 from aftertouch.signals import CORE_IMPLICATIONS
 from aftertouch.v1 import campaigns_pb2, events_pb2
 
-COLUMNS = 60
+COLUMNS, FEWEST_COLUMNS = 60, 12
 WIDTH, HEIGHT = 600, 140
 _QUIET = frozenset({"attempted", "skipped"})
 """Signals of ours that say nothing new beside ``sent``."""
@@ -46,11 +46,8 @@ async def read_chart(visit: Visit, campaign: campaigns_pb2.Campaign) -> Chart | 
     if start is None or not shown:
         return None
     last = max(to_time(series.buckets[-1].start_time) or start for series in shown)
-    # A column is some whole buckets, so that none of them is cut.
-    buckets = (last - start) // bucket + 1
-    if buckets == 1:
-        # All at once: there is nothing to be seen over time.
-        return None
+    # A column is some whole buckets, so that none of them is cut; of what was over at once it is seen that nothing came after it.
+    buckets = max((last - start) // bucket + 1, FEWEST_COLUMNS)
     step = bucket * -(-buckets // COLUMNS)
     columns = -(-buckets * bucket // step)
     found = visit.console.registry.types.get(campaign.channel)

@@ -6,19 +6,17 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from google.protobuf import json_format
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.timestamp_pb2 import Timestamp
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
 from aftertouch.console import previews, words
-from aftertouch.console.campaigns import Standing, State, describe, read
+from aftertouch.console.campaigns import Standing, State, describe, read, read_plain, retargetable_until
 from aftertouch.console.contents import Field, make_form, read_form
+from aftertouch.console.plans import Plan
 from aftertouch.console.retargets import Funnel, read_funnel
 from aftertouch.console.visits import Visit, name_faults, read_id
 from aftertouch.declarations import ChannelType
@@ -28,6 +26,8 @@ from aftertouch.store import unfinished
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, lists_pb2
 
+_LOOKED_AT, _EXAMPLES = 50, 10
+"""Campaigns, to find some with different contents."""
 _EXTERNAL_IDS = re.compile(r"[^\n,;]+")
 
 
@@ -40,6 +40,8 @@ class Review:
     recipients: int
     """-1 when they are not counted yet."""
     problem: str
+    estimate: campaigns_pb2.Estimate | None = None
+    """What it would be billed as, on channels that know."""
 
 
 # Making one
@@ -99,35 +101,61 @@ async def show(visit: Visit) -> Response:
     async with transaction(visit.console.engine) as conn:
         kept = await unfinished.find_unfinished(conn, visit.app.app_id, standing.id)
     stored = json_format.MessageToDict(standing.message.content)
-    return await _render(visit, standing, stored if kept is None else kept, is_stored=kept is None and bool(stored))
+    plan = Plan.load(kept.plan) if kept.plan else Plan()
+    content = stored if kept.content is None else kept.content
+    return await _render(visit, standing, content, plan, is_stored=kept.content is None and bool(stored))
 
 
 async def _render(
     visit: Visit,
     standing: Standing,
     content: Mapping[str, Any],
+    plan: Plan,
     *,
     is_stored: bool,
     violations: Sequence[Violation] = (),
     problem: str = "",
-    when: Mapping[str, str] | None = None,
 ) -> Response:
     found = _find_type(visit, standing)
+    source = await find_source(visit, standing)
     contact = await previews.find_contact(visit, standing.message.channel, visit.query("as"))
-    when = {name: (when or {}).get(name, "") for name in ("when", "schedule_time", "send_by_time")}
     return visit.render(
         "compose.html",
         400 if problem or violations else 200,
         campaign=standing,
         form=_make_form(found, content, violations),
         faults=name_faults(violations, "campaign."),
-        when=when,
+        plan=plan,
+        examples=await _list_examples(visit, standing),
+        source=source,
+        last_time=retargetable_until(visit, source) if source else None,
         contact=contact,
         attributes=previews.list_attributes(contact),
         preview=previews.draw(found, content, contact) if contact and is_stored else None,
         saved="Saved" if is_stored else "",
         problem=problem,
     )
+
+
+async def _list_examples(visit: Visit, standing: Standing) -> list[tuple[str, str]]:
+    """Ids and names of the last campaigns with a content of their own on the same channel, to begin with instead of typing."""
+    wanted = campaigns_pb2.CampaignFilter(channel=standing.message.channel)
+    request = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=_LOOKED_AT, filter=wanted)
+    found: dict[str, tuple[str, str]] = {}
+    for campaign in (await visit.client.campaigns.ListCampaigns(request)).campaigns:
+        if campaign.HasField("content") and campaign.name != standing.message.name:
+            content = json_format.MessageToJson(campaign.content, sort_keys=True)
+            found.setdefault(content, (read_id(campaign.name), campaign.display_name))
+    return list(found.values())[:_EXAMPLES]
+
+
+async def find_source(visit: Visit, standing: Standing) -> Standing | None:
+    """The one campaign whose people a wave asks; None of other campaigns, of a combination, and when it was deleted."""
+    source = standing.message.audience.retarget.source
+    try:
+        return await read_plain(visit, read_id(source)) if source else None
+    except NotFound:
+        return None
 
 
 def _find_type(visit: Visit, standing: Standing) -> ChannelType:
@@ -151,12 +179,18 @@ def _read_content(found: ChannelType, form: FormData) -> dict[str, Any]:
 
 
 async def change_form(visit: Visit) -> Response:
-    """The form with one more or one fewer item, or another kind of value, as the pressed button says."""
+    """The form with one more or one fewer item, another kind of value, or another campaign's content, as was chosen."""
     form = await visit.read_form()
     standing = await read(visit)
     found = _find_type(visit, standing)
     schema = found.channel.content_model.model_json_schema()
     values = _read_values(form)
+    if source := values.get("copy", ""):
+        request = campaigns_pb2.GetCampaignRequest(name=visit.name("campaigns", source))
+        content = json_format.MessageToDict((await visit.client.campaigns.GetCampaign(request)).content)
+        response = visit.render("content_form.html", form=make_form(schema, content))
+        response.headers["hx-trigger-after-swap"] = "copied"
+        return response
     if path := values.get("add", ""):
         content = read_form(schema, values | {f"{path}.9999": "", f"{path}.9999.key": ""})
     elif path := values.get("remove", ""):
@@ -182,21 +216,25 @@ async def save(visit: Visit) -> Response:
         return visit.render("saved_part.html", etag=standing.message.etag, preview=None, contact=contact, status=status)
     preview = previews.draw(found, content, contact) if contact else None
     response = visit.render("saved_part.html", etag=stored.etag, preview=preview, contact=contact, status="Saved")
-    if not stored.audience.HasField("retarget"):
-        # Only a complete message can be asked whom it would go to.
-        response.headers["hx-trigger"] = "reviewed"
+    # Only of a complete message it can be asked whom it would go to, and what it would cost.
+    response.headers["hx-trigger"] = "reviewed"
     return response
 
 
 async def _store(
     visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], *, etag: str
 ) -> campaigns_pb2.Campaign:
-    """Store name and content with the draft; content that is refused is kept as unfinished.
+    """Store name and content with the draft; content that is refused is kept beside it, and so is when it is to be launched.
 
     Raises:
         FieldsInvalid, EtagMismatch, CampaignStateWrong.
     """
     app_id = visit.app.app_id
+    try:
+        plan = Plan.read(form).store()
+    except FieldsInvalid:
+        # What is half typed is told of at the launch.
+        plan = None
     campaign = campaigns_pb2.Campaign(
         name=standing.message.name,
         display_name=str(form.get("display_name", "")),
@@ -210,10 +248,10 @@ async def _store(
         )
     except FieldsInvalid:
         async with transaction(visit.console.engine) as conn:
-            await unfinished.keep_unfinished(conn, app_id, standing.id, content)
+            await unfinished.keep_unfinished(conn, app_id, standing.id, content, plan)
         raise
     async with transaction(visit.console.engine) as conn:
-        await unfinished.forget_unfinished(conn, app_id, standing.id)
+        await unfinished.keep_unfinished(conn, app_id, standing.id, None, plan)
     return stored
 
 
@@ -224,23 +262,23 @@ async def show_review(visit: Visit) -> Response:
 
 
 async def _review(visit: Visit, standing: Standing) -> Review:
-    audience = standing.message.audience
+    audience, funnel, count = standing.message.audience, None, -1
     try:
         if audience.HasField("retarget"):
-            funnel = await read_funnel(visit, standing, audience.retarget, standing.message.channel)
+            source = await find_source(visit, standing)
+            funnel = await read_funnel(visit, source or standing, audience.retarget, standing.message.channel)
             count = funnel.preview.audience_count
-            return Review(funnel, count, "" if count else words.explain_empty())
-        return Review(None, await _count(visit, standing), "")
-    except AftertouchError as error:
-        return Review(None, 0, words.explain(error))
-
-
-async def _count(visit: Visit, standing: Standing) -> int:
-    """How many people a launch would go to; of a draft without content as well, which cannot be launched yet."""
-    if standing.message.HasField("content"):
+            if not count:
+                return Review(funnel, 0, words.explain_empty())
+        if not standing.message.HasField("content"):
+            return Review(funnel, count, "")
+        # Everything that the launch asks, the provider's templates included.
         request = campaigns_pb2.LaunchCampaignRequest(name=standing.message.name, validate_only=True)
-        return (await visit.client.campaigns.LaunchCampaign(request)).counts.recipients
-    return -1
+        asked = await visit.client.campaigns.LaunchCampaign(request)
+        estimate = asked.estimate if asked.HasField("estimate") else None
+        return Review(funnel, count if funnel else asked.counts.recipients, "", estimate)
+    except AftertouchError as error:
+        return Review(funnel, max(count, 0), words.explain(error))
 
 
 async def launch(visit: Visit) -> Response:
@@ -251,44 +289,29 @@ async def launch(visit: Visit) -> Response:
         # Pressed twice: the first press launched it.
         return visit.redirect(f"/campaigns/{standing.id}")
     content = _read_content(_find_type(visit, standing), form)
+    plan = Plan()
     try:
+        plan = Plan.read(form)
         # What is seen is what is sent: a save that is still on its way makes no conflict.
         stored = await _store(visit, standing, form, content, etag="")
+        source = await find_source(visit, standing)
+        time = plan.find_time(source.finish_time if source else None)
         request = campaigns_pb2.LaunchCampaignRequest(
             name=stored.name,
             etag=stored.etag,
-            schedule_time=_read_time(form, "schedule_time") if form.get("when") == "later" else None,
-            send_by_time=_read_time(form, "send_by_time"),
+            schedule_time=to_timestamp(time) if time else None,
+            send_by_time=to_timestamp(plan.send_by_time) if plan.send_by_time else None,
         )
         await visit.client.campaigns.LaunchCampaign(request)
     except FieldsInvalid as error:
         problem = "Something is missing or wrong. Nothing was sent."
-        return await _render(
-            visit, standing, content, is_stored=False, violations=error.violations, problem=problem, when=_read_values(form)
-        )
+        return await _render(visit, standing, content, plan, is_stored=False, violations=error.violations, problem=problem)
     except AftertouchError as error:
         if error.code not in ("FAILED_PRECONDITION", "ABORTED"):
             raise
         fresh = (await describe(visit, [await visit.client.campaigns.GetCampaign(_get(standing))]))[0]
-        return await _render(visit, fresh, content, is_stored=False, problem=words.explain(error), when=_read_values(form))
+        return await _render(visit, fresh, content, plan, is_stored=False, problem=words.explain(error))
     return visit.redirect(f"/campaigns/{standing.id}")
-
-
-def _read_time(form: FormData, name: str) -> Timestamp | None:
-    """A time that was chosen in the viewer's zone, which the page's script names; in UTC without it.
-
-    Raises:
-        FieldsInvalid: it is no time.
-    """
-    text = str(form.get(name, ""))
-    if not text:
-        return None
-    try:
-        zone = ZoneInfo(str(form.get("time_zone", "")) or "UTC")
-        time = datetime.fromisoformat(text).replace(tzinfo=zone)
-    except (ValueError, OSError, ZoneInfoNotFoundError) as error:
-        raise FieldsInvalid([Violation(name, "is not a date and time")]) from error
-    return to_timestamp(time)
 
 
 async def send_test(visit: Visit) -> Response:

@@ -125,7 +125,11 @@ def _shorten(address: Mapping[str, Any]) -> str:
 
 async def show(visit: Visit) -> Response:
     """One person. The id is in the query: it may be anything, a slash excepted."""
-    request = contacts_pb2.GetContactRequest(name=visit.name("contacts", visit.query("id")))
+    return await _render_contact(visit, visit.query("id"))
+
+
+async def _render_contact(visit: Visit, external_id: str, *, fault: str = "") -> Response:
+    request = contacts_pb2.GetContactRequest(name=visit.name("contacts", external_id))
     contact = await visit.client.contacts.GetContact(request)
     campaigns = [
         {
@@ -138,7 +142,21 @@ async def show(visit: Visit) -> Response:
         }
         for found in contact.campaigns
     ]
-    return visit.render("contact.html", contact=_describe(visit, contact), campaigns=campaigns, fault="")
+    latest = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=PAGE_SIZE)
+    known = {campaign["id"] for campaign in campaigns}
+    others = [
+        (read_id(found.name), found.display_name)
+        for found in (await visit.client.campaigns.ListCampaigns(latest)).campaigns
+        if read_id(found.name) not in known
+    ]
+    return visit.render(
+        "contact.html",
+        400 if fault else 200,
+        contact=_describe(visit, contact),
+        campaigns=campaigns,
+        others=others,
+        fault=fault,
+    )
 
 
 def _list_news(visit: Visit, found: contacts_pb2.ContactCampaign) -> list[str]:
@@ -160,8 +178,10 @@ async def explain(visit: Visit) -> Response:
         name=visit.name("contacts", external_id), campaign=visit.name("campaigns", campaign)
     )
     found = await visit.client.contacts.ExplainContact(request)
-    events = [(to_time(event.time), event.signal, event.reason) for event in found.events]
     shown = await visit.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=request.campaign))
+    kind = visit.console.registry.types.get(shown.channel)
+    labels = {signal.name: signal.label for signal in kind.channel.signals} if kind else {}
+    events = [(to_time(event.time), labels.get(event.signal, event.signal.capitalize()), event.reason) for event in found.events]
     return visit.render("explain.html", found=found, external_id=external_id, campaign=shown.display_name, events=events)
 
 
@@ -169,12 +189,10 @@ async def erase(visit: Visit) -> Response:
     """Erase a person for good, when their id was typed once more."""
     form = await visit.read_form()
     external_id = str(form.get("id", ""))
-    request = contacts_pb2.GetContactRequest(name=visit.name("contacts", external_id))
-    contact = await visit.client.contacts.GetContact(request)
     if form.get("again") != external_id:
-        described = _describe(visit, contact)
-        return visit.render("contact.html", 400, contact=described, campaigns=[], fault="Type the id exactly as it is.")
-    await visit.client.contacts.EraseContact(contacts_pb2.EraseContactRequest(name=request.name))
+        return await _render_contact(visit, external_id, fault="Type the id exactly as it is.")
+    request = contacts_pb2.EraseContactRequest(name=visit.name("contacts", external_id))
+    await visit.client.contacts.EraseContact(request)
     return visit.redirect("/contacts?erased=1")
 
 

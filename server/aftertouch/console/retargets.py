@@ -1,19 +1,23 @@
-"""The retarget dialog: who, where, and one press that makes the draft."""
+"""The retarget dialog: who, where, when, and one press that makes the draft."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from markupsafe import Markup
 from starlette.responses import Response
 
 from aftertouch.console import words
 from aftertouch.console.campaigns import Standing, State, read_plain, retargetable_until
-from aftertouch.console.visits import Visit, read_id, to_time
-from aftertouch.errors import AftertouchError
+from aftertouch.console.plans import Plan
+from aftertouch.console.visits import Visit, name_faults, read_id, to_time
+from aftertouch.errors import AftertouchError, FieldsInvalid, Violation
+from aftertouch.store.engine import transaction
+from aftertouch.store.unfinished import keep_unfinished
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 
 _MINUTES = 60
@@ -44,56 +48,87 @@ class Funnel:
         return [(words.DROPS.get(name, name.lower()), count) for name, count in names]
 
 
-def _select(visit: Visit, source: Standing) -> campaigns_pb2.RetargetSelection:
-    """The people whom the address or the form names."""
-    reason_class = visit.query("reason_class")
-    return campaigns_pb2.RetargetSelection(
-        source=source.message.name,
-        action=visit.query("action"),
-        include_apart=visit.query("apart") == "1",
-        reason_classes=[reason_class] if reason_class else [],
-    )
+@dataclass(frozen=True)
+class Choice:
+    """Who, where and when, as the address or the form has it."""
+
+    source: Standing
+    fields: Mapping[str, Any]
+
+    def text(self, name: str) -> str:
+        """A field; empty when there is none."""
+        return str(self.fields.get(name, ""))
+
+    @property
+    def selection(self) -> campaigns_pb2.RetargetSelection:
+        """The people."""
+        reason_class = self.text("reason_class")
+        return campaigns_pb2.RetargetSelection(
+            source=self.source.message.name,
+            action=self.text("action"),
+            include_apart=self.text("apart") == "1",
+            leave_out_pending=self.text("heard") == "1",
+            reason_classes=[reason_class] if reason_class else [],
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """When.
+
+        Raises:
+            FieldsInvalid.
+        """
+        return Plan.read(self.fields)
 
 
 async def show(visit: Visit) -> Response:
     """The dialog, or as a page of its own; every choice shows its counts at once."""
-    source = await read_plain(visit)
-    return await _render(visit, source, visit.query("action"), visit.query("channel"), visit.query("apart") == "1")
+    return await _render(visit, Choice(await read_plain(visit), visit.request.query_params))
 
 
-async def _render(
-    visit: Visit, source: Standing, action: str, channel: str, include_apart: bool, *, problem: str = "", existing: str = ""
-) -> Response:
+async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violation] = (), existing: str = "") -> Response:
     """The dialog.
 
     Args:
         existing: the draft that somebody made of the same people and channel already.
     """
+    source, channel = choice.source, choice.text("channel")
     template = "retarget_part.html" if visit.is_partial else "retarget.html"
     try:
         matrix = await visit.client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=source.message.name))
     except AftertouchError as error:
         return visit.render(template, words.STATUSES[error.code], campaign=source, refusal=words.explain(error))
-    row = next((row for row in matrix.rows if row.action_count.action.action == action), matrix.rows[0])
+    row = next((row for row in matrix.rows if row.action_count.action.action == choice.text("action")), matrix.rows[0])
+    try:
+        plan = choice.plan
+    except FieldsInvalid:
+        plan = Plan()
     registry = visit.console.registry
+    kind = registry.types.get(source.message.channel)
+    asked = kind.actions[row.action_count.action.action].expression.names if kind else ()
     reached = {cell.channel: cell.reachable_count for cell in row.cells}
     places = [Place(name, found.channel.label, name in registry.channels, reached[name]) for name, found in visit.list_channels()]
     by_name = {place.channel: place for place in places}
     return visit.render(
         template,
-        409 if existing else 400 if problem else 200,
+        409 if existing else 400 if violations else 200,
         campaign=source,
         refusal="",
-        problem=problem,
+        problem=" ".join(found.description for found in violations),
+        faults=name_faults(violations),
         existing=existing,
         recipients=matrix.recipients,
         actions=[row.action_count for row in matrix.rows],
         action=row.action_count,
-        include_apart=include_apart,
+        include_apart=choice.text("apart") == "1",
+        leave_out_pending=choice.text("heard") == "1",
+        plan=plan,
+        last_time=retargetable_until(visit, source),
         places=places,
         # The same channel first: nothing about these people's addresses is a guess there.
         place=by_name.get(channel) or by_name.get(source.message.channel) or places[0],
-        reason_class=visit.query("reason_class"),
+        # Only who failed has a reason to be narrowed to.
+        reason_class=choice.text("reason_class") if "failed" in asked else "",
         request_id=str(uuid.uuid4()),
     )
 
@@ -101,24 +136,26 @@ async def _render(
 async def show_funnel(visit: Visit) -> Response:
     """What becomes of the chosen people on the chosen channel: the dialog's lower part, which comes after the rest."""
     source = await read_plain(visit)
-    return visit.render(
-        "retarget_funnel.html", funnel=await read_funnel(visit, source, _select(visit, source), visit.query("channel"))
-    )
+    selection = Choice(source, visit.request.query_params).selection
+    return visit.render("retarget_funnel.html", funnel=await read_funnel(visit, source, selection, visit.query("channel")))
 
 
 async def read_funnel(visit: Visit, source: Standing, selection: campaigns_pb2.RetargetSelection, channel: str) -> Funnel:
     """Who of a selection is reached on a channel, and what matters before that."""
     request = retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)
     preview = await visit.client.retargeting.PreviewRetarget(request)
-    return Funnel(preview, _list_warnings(visit, source, preview.unsettled))
+    return Funnel(preview, _list_warnings(visit, source, preview))
 
 
-def _list_warnings(visit: Visit, source: Standing, unsettled: Iterable[campaigns_pb2.Unsettled]) -> list[Markup]:
+def _list_warnings(visit: Visit, source: Standing, preview: retargeting_pb2.PreviewRetargetResponse) -> list[Markup]:
     """What matters before somebody retargets."""
     warnings = []
+    if held := sum(drop.count for drop in preview.drops if drop.reason == _Reason.HELD):
+        text = Markup("The provider holds back {} here for now, mostly for a day. They are reached on another channel, or later.")
+        warnings.append(text.format(words.count_people(held)))
     if source.message.state == State.SENDING:
         warnings.append(Markup("This campaign is still being sent, so these numbers will change."))
-    for early in unsettled:
+    for early in preview.unsettled:
         minutes = early.delay.seconds // _MINUTES
         after = f"{minutes} minutes" if minutes < 180 else f"{round(minutes / _MINUTES)} hours"
         text = Markup("Some may still answer: 95 of 100 do within {} ({}). From {} on these numbers hardly change.")
@@ -133,27 +170,27 @@ def _list_warnings(visit: Visit, source: Standing, unsettled: Iterable[campaigns
 
 async def create(visit: Visit) -> Response:
     """Make the draft and go on with its content."""
-    form = await visit.read_form()
-    source = await read_plain(visit)
-    action, channel, include_apart = str(form.get("action", "")), str(form.get("channel", "")), form.get("apart") == "1"
-    reason_class = str(form.get("reason_class", ""))
+    choice = Choice(await read_plain(visit), await visit.read_form())
+    source = choice.source
     request = retargeting_pb2.CreateRetargetRequest(
-        selection=campaigns_pb2.RetargetSelection(
-            source=source.message.name,
-            action=action,
-            include_apart=include_apart,
-            reason_classes=[reason_class] if reason_class else [],
-        ),
-        channel=channel,
-        request_id=str(form.get("request_id", "")),
-        allow_duplicate=form.get("again") == "1",
+        selection=choice.selection,
+        channel=choice.text("channel"),
+        request_id=choice.text("request_id"),
+        allow_duplicate=choice.text("again") == "1",
     )
     try:
+        plan = choice.plan
+        # It is refused at the launch as well; here somebody still sees what it depends on.
+        last_time, time = retargetable_until(visit, source), plan.find_time(source.finish_time or datetime.now(UTC))
+        if last_time and time and time > last_time:
+            text = f"Choose a time until {last_time:%Y-%m-%d %H:%M} UTC: what people did is kept no longer."
+            raise FieldsInvalid([Violation("when", text)])
         made = await visit.client.retargeting.CreateRetarget(request)
-    except AftertouchError as error:
-        if error.reason == "FIELDS_INVALID":
-            return await _render(visit, source, action, channel, include_apart, problem=str(error))
-        raise
+    except FieldsInvalid as error:
+        return await _render(visit, choice, violations=error.violations)
     if made.existing:
-        return await _render(visit, source, action, channel, include_apart, existing=read_id(made.name))
+        return await _render(visit, choice, existing=read_id(made.name))
+    if plan != Plan():
+        async with transaction(visit.console.engine) as conn:
+            await keep_unfinished(conn, visit.app.app_id, read_id(made.name), None, plan.store())
     return visit.redirect(f"/campaigns/{read_id(made.name)}/edit")

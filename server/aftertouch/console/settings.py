@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import aiohttp
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -18,6 +20,7 @@ from aftertouch.store import users as store
 from aftertouch.store.audit import list_entries, record_entry
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import apps_pb2, channels_pb2, options_pb2
+from aftertouch.web.ingress import ANSWERING, WEBHOOKS
 
 CHECK_SECONDS = 5.0
 AUDIT_PAGE = 100
@@ -30,40 +33,60 @@ _SCOPES = {"read": "Read", "ingest": "Send events", "manage": "Manage campaigns 
 
 async def show_channels(visit: Visit) -> Response:
     """Every channel, whether it can send, and where its provider reports to."""
-    return await _render_channels(visit, None)
+    return await _render_channels(visit, {})
 
 
-async def _render_channels(visit: Visit, check: str | None, *, is_reachable: bool = False) -> Response:
+async def _render_channels(visit: Visit, checks: Mapping[str, Check]) -> Response:
     listed = await visit.client.channels.ListChannels(channels_pb2.ListChannelsRequest(page_size=1000))
-    types = visit.console.registry.types
     return visit.render(
         "channels.html",
         channels=[
             {
                 "message": channel,
                 "state": channels_pb2.Channel.State.Name(channel.state),
-                "webhook": f"{visit.console.public_url}/v1/webhooks/{read_id(channel.name)}"
-                if types[read_id(channel.name)].channel.capabilities.webhooks
-                else "",
+                "webhook": _find_webhook(visit, read_id(channel.name)),
+                "check": checks.get(read_id(channel.name)),
             }
             for channel in listed.channels
         ],
-        check=check,
-        is_reachable=is_reachable,
+        checks=checks,
     )
 
 
-async def check_address(visit: Visit) -> Response:
-    """Ask our own public address whether we answer there, as a provider would."""
-    url = f"{visit.console.public_url}/healthz"
+def _find_webhook(visit: Visit, channel: str) -> str:
+    """Where a channel's provider reports to; empty when it does not."""
+    takes_webhooks = visit.console.registry.types[channel].channel.capabilities.webhooks
+    return f"{visit.console.public_url}{WEBHOOKS}/{channel}" if takes_webhooks else ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether an address leads here."""
+
+    is_reachable: bool
+    text: str
+
+
+async def check_addresses(visit: Visit) -> Response:
+    """Ask the webhooks' addresses whether they lead here, as a provider would reach them: through every proxy."""
+    channels = visit.console.registry.channels
+    addresses = {name: address for name in channels if (address := _find_webhook(visit, name))}
     timeout = aiohttp.ClientTimeout(total=CHECK_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        checks = await asyncio.gather(*(_check(session, name, address) for name, address in addresses.items()))
+    return await _render_channels(visit, dict(zip(addresses, checks, strict=True)))
+
+
+async def _check(session: aiohttp.ClientSession, name: str, address: str) -> Check:
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, allow_redirects=False) as response:
-            is_reachable = response.status == 200 and await response.content.read(16) == b"ok\n"
-            found = f"{url} answered {response.status}"
+        async with session.head(address, allow_redirects=False) as response:
+            if response.headers.get(ANSWERING) == name:
+                return Check(True, "Reachable")
+            return Check(
+                False, f"Somebody else answers there, with {response.status}. Look at the proxy and at the public address."
+            )
     except (aiohttp.ClientError, TimeoutError) as error:
-        is_reachable, found = False, f"{url} did not answer: {type(error).__name__}"
-    return await _render_channels(visit, found, is_reachable=is_reachable)
+        return Check(False, f"Nobody answers there ({type(error).__name__}). The provider cannot report what became of messages.")
 
 
 # Rules

@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from aftertouch.console.accounts import Accounts
+from aftertouch.console.issuer import Issuer
 from aftertouch.console.tasks import Tasks
 from aftertouch.declarations import ChannelType
 from aftertouch.errors import Violation
@@ -50,6 +51,8 @@ class Console:
     accounts: Accounts
     tasks: Tasks
     pages: Environment
+    issuer: Issuer | None = None
+    """By whom users may sign in instead of with a password."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the static files, by name."""
 
@@ -62,6 +65,11 @@ class Console:
     def cookie(self) -> str:
         """The session cookie's name; the prefix has browsers refuse one that another host or a page without TLS set."""
         return "__Host-aftertouch" if self.is_secure else "aftertouch"
+
+    @property
+    def trip_cookie(self) -> str:
+        """The same of the cookie that a visitor has on the way to the issuer and back."""
+        return f"{self.cookie}-trip"
 
 
 def is_ours(request: Request) -> bool:
@@ -76,10 +84,15 @@ def is_ours(request: Request) -> bool:
 
 def set_session(console: Console, response: Response, token: str) -> None:
     """Hand the browser its session, or with an empty one take it back."""
+    set_cookie(console, response, console.cookie, token, SESSION_LIFETIME)
+
+
+def set_cookie(console: Console, response: Response, name: str, value: str, lifetime: timedelta) -> None:
+    """Hand the browser a cookie of this site that no script reads, or with an empty value take it back."""
     response.set_cookie(
-        console.cookie,
-        token,
-        max_age=int(SESSION_LIFETIME.total_seconds()) if token else 0,
+        name,
+        value,
+        max_age=int(lifetime.total_seconds()) if value else 0,
         path="/",
         secure=console.is_secure,
         httponly=True,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from markupsafe import Markup, escape
 
@@ -123,6 +124,27 @@ def share(part: int, whole: int) -> str:
     if 99.9 < percent < 100:
         return ">99.9%"
     return f"{percent:.1f}%" if percent % 1 and (percent < 10 or percent > 99) else f"{percent:.0f}%"
+
+
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d(?::\d\d)?) UTC")
+
+
+def show_times(text: str) -> Markup:
+    """A text of ours with its times as the page's script shows them."""
+    parts = _MOMENT.split(text)
+    shown = [escape(parts[0])]
+    for day, clock, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        shown += [show_time(datetime.fromisoformat(f"{day}T{clock}+00:00")), escape(rest)]
+    return Markup("").join(shown)
+
+
+def span(time: timedelta) -> str:
+    """A span of whole minutes, as in "a minute", "15 minutes" or "2 hours"."""
+    for unit, article, seconds in (("day", "a", 86_400), ("hour", "an", 3_600), ("minute", "a", 60)):
+        if time.total_seconds() % seconds == 0:
+            count = int(time.total_seconds()) // seconds
+            return f"{article} {unit}" if count == 1 else f"{count} {unit}s"
+    return f"{time.total_seconds():.0f} seconds"
 
 
 def count_people(value: int) -> str:

@@ -440,10 +440,11 @@ contact_imports = Table(
     comment="files of contacts that came through the console",
 )
 
-unfinished_contents = Table(
-    "unfinished_contents",
+unfinished_drafts = Table(
+    "unfinished_drafts",
     metadata,
     Column("campaign_id", BigInteger, ForeignKey(campaigns.c.campaign_id, ondelete="CASCADE"), primary_key=True),
-    Column("content", JSONB, nullable=False),
-    comment="what somebody has typed for a draft, which its channel does not take yet",
+    Column("content", JSONB(none_as_null=True), comment="what somebody has typed, which the channel does not take yet"),
+    Column("plan", JSONB(none_as_null=True), comment="when it is to be launched"),
+    comment="what belongs to a draft and is not in it yet",
 )

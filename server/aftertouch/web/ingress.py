@@ -35,6 +35,8 @@ BODY_SECONDS = 30.0
 """For a whole body to arrive; whoever sends it byte by byte would keep a connection and its memory for ever."""
 
 WEBHOOKS = "/v1/webhooks"
+ANSWERING = "x-aftertouch-webhooks"
+"""The header by which an answer to HEAD names the channel whose webhooks arrive at the address."""
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS"})
 
 
@@ -82,6 +84,9 @@ def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, click
         channel = registry.channels.get(name)
         if channel is None or not channel.capabilities.webhooks:
             return PlainTextResponse(f"no channel {name!r} takes webhooks here", 404)
+        if scope["method"] == "HEAD":
+            # Nothing is reported so; but whoever asks whether this address leads here, as the console does, is told.
+            return Response(status_code=405, headers={"allow": "GET, POST", ANSWERING: name})
         headers = _read_headers(scope)
         body = await _receive_body(headers, receive, LARGEST_BODY)
         if isinstance(body, Response):

@@ -12,11 +12,34 @@ function showTimes(root) {
   }
 }
 
+// A field for a time has no zone: it is filled in, and read by the server, in the viewer's.
+function fillTimes(root) {
+  for (const field of root.querySelectorAll("[data-time-zone]")) field.value = format.resolvedOptions().timeZone;
+  for (const field of root.querySelectorAll("[data-utc]")) {
+    const moment = new Date(field.dataset.utc);
+    field.value = new Date(moment - moment.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
+  }
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   showTimes(document);
-  for (const field of document.querySelectorAll("[data-time-zone]")) field.value = format.resolvedOptions().timeZone;
+  fillTimes(document);
 });
-document.addEventListener("htmx:load", (event) => showTimes(event.detail.elt));
+document.addEventListener("htmx:load", (event) => {
+  showTimes(event.detail.elt);
+  fillTimes(event.detail.elt);
+});
+
+// A browser lets a page copy only where nobody can listen in.
+if (navigator.clipboard) {
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).value);
+      button.textContent = "Copied";
+    });
+  }
+}
 
 const dialog = document.getElementById("dialog");
 

@@ -476,12 +476,15 @@ def upgrade() -> None:
         comment="files of contacts that came through the console",
     )
     op.create_table(
-        "unfinished_contents",
+        "unfinished_drafts",
         sa.Column("campaign_id", sa.BigInteger(), nullable=False),
-        sa.Column("content", postgresql.JSONB(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["campaign_id"], ["campaigns.campaign_id"], name=op.f("unfinished_contents_campaign_id_fkey"), ondelete="CASCADE"
+        sa.Column(
+            "content", postgresql.JSONB(), nullable=True, comment="what somebody has typed, which the channel does not take yet"
         ),
-        sa.PrimaryKeyConstraint("campaign_id", name=op.f("unfinished_contents_pkey")),
-        comment="what somebody has typed for a draft, which its channel does not take yet",
+        sa.Column("plan", postgresql.JSONB(), nullable=True, comment="when it is to be launched"),
+        sa.ForeignKeyConstraint(
+            ["campaign_id"], ["campaigns.campaign_id"], name=op.f("unfinished_drafts_campaign_id_fkey"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("campaign_id", name=op.f("unfinished_drafts_pkey")),
+        comment="what belongs to a draft and is not in it yet",
     )
