@@ -156,6 +156,8 @@ def _check_host_rule(rule: str) -> str:
 class PushSettings(Settings):
     """Who we are to push services, and which of them are spoken to."""
 
+    by_app = frozenset(("vapid_private_key", "vapid_subject", "ttl_seconds"))
+
     vapid_private_key: SecretStr | None = None
     """The private half of a key pair that browsers subscribed with before, for all apps; PEM, or 32 bytes in base64url. Without
     it each app has a key pair of its own, which is made and kept."""

@@ -79,6 +79,13 @@ Advanced Opt-Out has words of its own, and Twilio says what they meant."""
 class SmsSettings(Settings):
     """The Twilio account, and who its messages come from."""
 
+    by_app = frozenset(
+        (
+            *("account_sid", "auth_token", "messaging_service_sid", "sender", "validity_period_seconds"),
+            *("messages_per_second", "price_per_segment", "currency"),
+        )
+    )
+
     account_sid: str = Field(pattern=ACCOUNT_SID)
     auth_token: SecretStr = Field(min_length=1)
     """Also the key of the webhooks' signatures, so an API key cannot take its place."""

@@ -144,6 +144,11 @@ class Content(BaseModel):
 class Settings(BaseModel):
     """The operator's settings for a channel, read from ``AFTERTOUCH_<CHANNEL>_<FIELD>``. Use ``SecretStr`` for secrets."""
 
+    by_app: ClassVar[frozenset[str]] = frozenset()
+    """Fields that an app may set for itself, to send from an account of its own. Whoever does sets all of them: nothing of the
+    operator's account is used along with it. The other fields stay the operator's; never name one here that decides which host is
+    spoken to, since apps are strangers to the operator's network."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
@@ -317,8 +322,8 @@ class Reply:
 class Standing:
     """The provider tells that the person behind an address said stop to it, or took that back.
 
-    It holds for everybody who has the address on this channel, in all apps: they share the sender that was spoken to. What
-    callers themselves recorded as an opt-out is not taken back by it.
+    It holds for everybody who has the address on this channel, in all apps that share the sender that was spoken to: the one app
+    whose own settings these are, or all that have none. What callers themselves recorded as an opt-out is not taken back by it.
     """
 
     address: Address = field(repr=False)
@@ -362,7 +367,8 @@ class InvalidWebhook(Exception):
 
 
 class Channel(ABC):
-    """A way to reach people. The server makes one object per channel and enters it as an async context manager."""
+    """A way to reach people. The server makes one object per channel, and one for each app that has settings of its own, and
+    enters each as an async context manager."""
 
     name: ClassVar[str]
     """Lower-case word of up to 32 letters, digits and hyphens: ``sms``."""

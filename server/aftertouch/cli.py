@@ -22,7 +22,7 @@ from rich.table import Table
 
 from aftertouch.channels import Channel
 from aftertouch.config import Config, ConfigError, load_config, name_setting
-from aftertouch.plugins import Discovery, build_registry, discover_channels
+from aftertouch.plugins import Discovery, Registry, SettingsWrong, build_registry, discover_channels
 from aftertouch.plugins import name_setting as name_channel_setting
 
 app = typer.Typer(
@@ -500,7 +500,9 @@ def send_one(
     name: Annotated[str, typer.Argument(help="The channel.")],
     to: Annotated[str, typer.Option(help="The address: its one field's value, or all fields as JSON.")],
     content: Annotated[str, typer.Option(help="What to say, as JSON: what a campaign's content would be, without templates.")],
-    app_name: Annotated[str | None, typer.Option("--app", help="Whose keys to use, on a channel with keys for each app.")] = None,
+    app_name: Annotated[
+        str | None, typer.Option("--app", help="Whose settings and keys to use, where an app has its own.")
+    ] = None,
 ) -> None:
     """Send one message for real, outside of any campaign. What is reported of it is counted nowhere."""
     _run(_send_one(name, to, content, app_name))
@@ -513,27 +515,20 @@ async def _send_one(name: str, to: str, content: str, app_name: str | None) -> N
     from aftertouch.channels import Accepted, Message, Refused
     from aftertouch.ingest.tokens import TEST_POSITION, TokenCodec
     from aftertouch.server import read_secret_key
-    from aftertouch.web.ingress import WEBHOOKS
 
     config, discovery = _load()
-    if name not in discovery.types:
-        known = ", ".join(sorted(discovery.types))
-        raise CommandFailed(f"no channel {name} is installed; there are {known}")
+    registry = _build_registry(config, discovery, name)
     declared = discovery.types[name].channel
-    base = config.public_url or f"http://{config.http_address}"
-    registry = build_registry(discovery, os.environ, webhook_base_url=base + WEBHOOKS)
-    if name not in registry.channels:
-        raise CommandFailed("the channel is not ready:\n" + "\n".join(f"  {text}" for text in registry.obstacles[name]), 2)
+    built, app_keys = await _find_channel(config, registry, name, app_name)
     try:
-        address = registry.channels[name].parse_address(_read_address(declared, to))
+        address = built.parse_address(_read_address(declared, to))
         said = declared.content_model.model_validate_json(content)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         texts = (f"  {'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in faults)
         raise CommandFailed(f"this is not what {error.title} takes:\n" + "\n".join(texts)) from None
-    app_keys = await _read_app_keys(config, declared, app_name)
     (token,) = TokenCodec(read_secret_key(config)).make(0, np.array([TEST_POSITION]))
-    async with registry.channels[name] as channel:
+    async with built as channel:
         (outcome,) = await channel.send([Message(token=token, address=address, content=said, app_keys=app_keys)])
     match outcome:
         case Accepted():
@@ -558,20 +553,111 @@ def _read_address(declared: type[Channel], text: str) -> dict[str, Any]:
     return {required[0]: text}
 
 
-async def _read_app_keys(config: Config, declared: type[Channel], app_name: str | None) -> Mapping[str, str]:
-    from aftertouch.errors import NotFound
+def _build_registry(config: Config, discovery: Discovery, name: str) -> Registry:
+    """The channels, of which there has to be this one."""
+    from aftertouch.web.ingress import WEBHOOKS
+
+    if name not in discovery.types:
+        known = ", ".join(sorted(discovery.types))
+        raise CommandFailed(f"no channel {name} is installed; there are {known}")
+    base = config.public_url or f"http://{config.http_address}"
+    return build_registry(discovery, os.environ, webhook_base_url=base + WEBHOOKS)
+
+
+async def _find_channel(config: Config, registry: Registry, name: str, app_name: str | None) -> tuple[Channel, Mapping[str, str]]:
+    """The channel as an app speaks through it, which is to be opened, and the app's keys on it."""
+    from aftertouch.errors import ChannelNotReady, NotFound
+    from aftertouch.ingest.accounts import name_webhook
     from aftertouch.server import read_secret_key
-    from aftertouch.store.app_secrets import ensure_app_keys
+    from aftertouch.store.app_secrets import ensure_app_keys, read_own_settings
+    from aftertouch.store.apps import find_app
+    from aftertouch.vault import SealBroken, Vault
+
+    keys: Mapping[str, str] = {}
+    if app_name is not None:
+        vault = Vault(read_secret_key(config))
+        async with _open_connection() as conn:
+            found = await find_app(conn, app_name)
+            if found is None:
+                raise NotFound(f"apps/{app_name}")
+            keys = await ensure_app_keys(conn, vault, found.app_id, registry.types[name].channel)
+            own = await read_own_settings(conn, vault, found.app_id, name)
+        if own is not None:
+            base = config.public_url or f"http://{config.http_address}"
+            try:
+                return registry.build_own(name, own.require_values(), name_webhook(base, found, name)), keys
+            except (SettingsWrong, SealBroken) as error:
+                raise ChannelNotReady(name, [f"the app's own settings: {error}"]) from None
+    if name not in registry.channels:
+        raise CommandFailed("the channel is not ready:\n" + "\n".join(f"  {text}" for text in registry.obstacles[name]), 2)
+    return registry.channels[name], keys
+
+
+@channels.command("set")
+def set_channel(
+    name: Annotated[str, typer.Argument(help="The channel.")],
+    values: Annotated[
+        list[str], typer.Argument(help="setting=value; setting= goes back to the default, setting=- asks for the value.")
+    ],
+    app_name: Annotated[str, typer.Option("--app", help="Whose own settings they are.")],
+) -> None:
+    """Have a channel speak for one app through an account of its own. Settings that are not named stay as they are."""
+    given = {}
+    for written in values:
+        field, equals, value = written.partition("=")
+        if not equals:
+            raise CommandFailed(f"{written} has no =; write setting=value", 2)
+        given[field] = typer.prompt(field, hide_input=True) if value == "-" else value
+    _run(_set_channel(name, given, app_name))
+
+
+async def _set_channel(name: str, given: Mapping[str, str], app_name: str) -> None:
+    from aftertouch.errors import NotFound
+    from aftertouch.ingest.accounts import name_webhook
+    from aftertouch.server import read_secret_key
+    from aftertouch.store.app_secrets import merge_own_settings, put_own_settings
     from aftertouch.store.apps import find_app
     from aftertouch.vault import Vault
 
-    if app_name is None or not declared.capabilities.browsers:
-        return {}
+    config, discovery = _load()
+    registry, vault = _build_registry(config, discovery, name), Vault(read_secret_key(config))
     async with _open_connection() as conn:
         found = await find_app(conn, app_name)
         if found is None:
             raise NotFound(f"apps/{app_name}")
-        return await ensure_app_keys(conn, Vault(read_secret_key(config)), found.app_id, declared)
+        merged = await merge_own_settings(conn, vault, found.app_id, name, given)
+        url = name_webhook(config.public_url or f"http://{config.http_address}", found, name)
+        try:
+            registry.build_own(name, merged, url)
+        except SettingsWrong as error:
+            raise CommandFailed(
+                "these settings cannot be used:\n" + "\n".join(f"  {f}: {t}" for f, t in error.faults), 2
+            ) from None
+        await put_own_settings(conn, vault, found.app_id, name, merged)
+    out.print(f"{app_name} speaks through its own account on {name}: {', '.join(sorted(merged))}", markup=False)
+    if discovery.types[name].channel.capabilities.webhooks:
+        out.print(f"its provider has to report to {url}", markup=False)
+
+
+@channels.command("unset")
+def unset_channel(
+    name: Annotated[str, typer.Argument(help="The channel.")],
+    app_name: Annotated[str, typer.Option("--app", help="Whose own settings are forgotten.")],
+) -> None:
+    """Have a channel speak for an app through the server's account again."""
+    _run(_unset_channel(name, app_name))
+
+
+async def _unset_channel(name: str, app_name: str) -> None:
+    from aftertouch.errors import NotFound
+    from aftertouch.store.app_secrets import delete_own_settings
+    from aftertouch.store.apps import find_app
+
+    async with _open_connection() as conn:
+        found = await find_app(conn, app_name)
+        if found is None or not await delete_own_settings(conn, found.app_id, name):
+            raise NotFound(f"apps/{app_name}/channelSettings/{name}")
+    out.print(f"{app_name} has no settings of its own on {name} any more", markup=False)
 
 
 @contacts.command("import")

@@ -73,7 +73,8 @@ def compile_channel(candidate: object, *, distribution: str, version: str) -> Ch
         raise InvalidDeclaration([f"{candidate!r} is not a subclass of aftertouch.channels.Channel"])
     if faults := list(_find_type_faults(candidate)):
         raise InvalidDeclaration(faults)
-    faults = [*_find_name_faults(candidate), *_find_model_faults(candidate), *_find_capability_faults(candidate)]
+    faults = [*_find_name_faults(candidate), *_find_model_faults(candidate), *_find_settings_faults(candidate)]
+    faults += _find_capability_faults(candidate)
     if faults:
         raise InvalidDeclaration(faults)
     try:
@@ -153,6 +154,11 @@ def _find_model_faults(channel: type[Channel]) -> Iterator[str]:
             yield f"setting {name!r} is not lower-case, so no environment name leads to it"
         if setting.validation_alias is not None:
             yield f"setting {name!r} has an alias; it is read by its own name only"
+
+
+def _find_settings_faults(channel: type[Channel]) -> Iterator[str]:
+    if unknown := sorted(channel.settings_model.by_app - channel.settings_model.model_fields.keys()):
+        yield f"by_app of {channel.settings_model.__name__} names {', '.join(unknown)}, which are no fields of it"
 
 
 def _find_capability_faults(channel: type[Channel]) -> Iterator[str]:

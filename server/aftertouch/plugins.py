@@ -11,7 +11,7 @@ import asyncio
 import traceback
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 
 import pluggy
@@ -42,6 +42,14 @@ class Discovery:
     problems: tuple[PluginProblem, ...]
 
 
+class SettingsWrong(Exception):
+    """An app's own settings for a channel cannot be used; ``faults`` are fields with what is wrong, without values."""
+
+    def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(f"{field}: {text}" for field, text in self.faults))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Registry:
     """Every known channel by name. A known channel is either in ``channels`` or has its ``obstacles``.
@@ -56,6 +64,30 @@ class Registry:
     obstacles: Mapping[str, tuple[str, ...]]
     """Why a known channel is not usable, by environment names, never with a value."""
     problems: tuple[PluginProblem, ...]
+    given: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    """The operator's settings by channel, as they stand in the environment."""
+
+    def build_own(self, name: str, own: Mapping[str, str], webhook_url: str) -> Channel:
+        """Build a known channel from an app's own settings, with the operator's in those fields only that apps may not set.
+
+        Raises:
+            SettingsWrong
+        """
+        declared = self.types[name].channel
+        by_app = declared.settings_model.by_app
+        if foreign := sorted(own.keys() - by_app):
+            allowed = f"an app sets {', '.join(sorted(by_app))}" if by_app else "apps have no settings of their own here"
+            raise SettingsWrong((field, allowed) for field in foreign)
+        values = {field: value for field, value in self.given.get(name, {}).items() if field not in by_app} | dict(own)
+        try:
+            return declared(declared.settings_model.model_validate(values), webhook_url=webhook_url)
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_context=False, include_input=False)
+            raise SettingsWrong(
+                (str(fault["loc"][0]) if fault["loc"] else "", _redact(fault["msg"], values.values())) for fault in faults
+            ) from None
+        except Exception as error:
+            raise SettingsWrong([("", f"building failed: {_describe(error, values.values())}")]) from None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Registry]:
@@ -65,11 +97,27 @@ class Registry:
         async with AsyncExitStack() as stack:
             for name, channel in self.channels.items():
                 try:
-                    async with asyncio.timeout(OPEN_SECONDS):
-                        opened[name] = await stack.enter_async_context(channel)
-                except Exception as error:
-                    obstacles[name] = (f"opening failed: {_describe(error, _reveal_values(channel.settings))}",)
+                    opened[name] = await enter(channel, stack)
+                except OpeningFailed as error:
+                    obstacles[name] = (str(error),)
             yield replace(self, channels=opened, obstacles=obstacles)
+
+
+class OpeningFailed(Exception):
+    """A channel cannot be opened; the text says why, without its settings' values."""
+
+
+async def enter(channel: Channel, stack: AsyncExitStack) -> Channel:
+    """Open a channel for as long as the stack.
+
+    Raises:
+        OpeningFailed
+    """
+    try:
+        async with asyncio.timeout(OPEN_SECONDS):
+            return await stack.enter_async_context(channel)
+    except Exception as error:
+        raise OpeningFailed(f"opening failed: {_describe(error, _reveal_values(channel.settings))}") from None
 
 
 def discover_channels(
@@ -129,10 +177,11 @@ def build_registry(discovery: Discovery, environment: Mapping[str, str], *, webh
     """
     channels: dict[str, Channel] = {}
     obstacles: dict[str, tuple[str, ...]] = {}
+    given: dict[str, Mapping[str, str]] = {}
     prefixes = {name: name_setting(name, "") for name in discovery.types}
     for name, found in discovery.types.items():
         longer = tuple(prefix for prefix in prefixes.values() if len(prefix) > len(prefixes[name]))
-        values = {
+        values = given[name] = {
             key.removeprefix(prefixes[name]).lower(): value
             for key, value in environment.items()
             if key.startswith(prefixes[name]) and not key.startswith(longer) and value
@@ -144,7 +193,7 @@ def build_registry(discovery: Discovery, environment: Mapping[str, str], *, webh
             obstacles[name] = tuple(_explain_settings(name, error, values))
         except Exception as error:
             obstacles[name] = (f"building failed: {_describe(error, values.values())}",)
-    return Registry(types=discovery.types, channels=channels, obstacles=obstacles, problems=discovery.problems)
+    return Registry(types=discovery.types, channels=channels, obstacles=obstacles, problems=discovery.problems, given=given)
 
 
 def name_setting(channel: str, field: str) -> str:

@@ -31,6 +31,7 @@ from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.delivery.worker import Worker
 from aftertouch.errors import AftertouchError
+from aftertouch.ingest.accounts import Accounts
 from aftertouch.ingest.enrolment import Enrolment
 from aftertouch.ingest.intake import Intake
 from aftertouch.ingest.ledger import Ledger
@@ -167,7 +168,9 @@ async def open_core(
         ledger = Ledger(own, registry.types, TokenCodec(secret_key))
         await stack.enter_async_context(ledger)
         _spare_collections()
-        yield Core(engine, registry, ledger, MessageContext(Vault(secret_key), public_url))
+        vault = Vault(secret_key)
+        accounts = await stack.enter_async_context(Accounts(engine, registry, vault, public_url))
+        yield Core(engine, registry, ledger, MessageContext(vault, accounts, public_url))
 
 
 def _spare_collections() -> None:
@@ -239,9 +242,9 @@ async def serve(
         await keep_house(core.engine)
         intake = await stack.enter_async_context(_open_intake(config, core, stopping))
         servicers = create_servicers(core.registry, core.ledger, core.context)
-        browsers = Browsers(Enrolment(core.engine, core.registry, core.context.vault))
+        browsers = Browsers(Enrolment(core.engine, core.registry, core.context.accounts, core.context.vault))
         clicks = Clicks(core.engine, core.registry, core.ledger, intake)
-        http = create_ingress(core.registry, intake, browsers, clicks, public_url)
+        http = create_ingress(core.registry, core.context.accounts, intake, browsers, clicks, public_url)
         if config.serve_console:
             issuer = find_issuer(config, public_url)
             console = await stack.enter_async_context(open_console(core.engine, core.registry, servicers, public_url, issuer))
@@ -255,7 +258,7 @@ async def serve(
             )
         )
         await stack.enter_async_context(_run_beside(_keep_house_hourly(core.engine), "keep house", stopping))
-        reconciler = Reconciler(core.engine, core.ledger, core.registry.channels)
+        reconciler = Reconciler(core.engine, core.ledger, core.registry, core.context.accounts)
         await stack.enter_async_context(_run_beside(reconciler.run(), "ask for receipts", stopping))
         await stack.enter_async_context(send_beside(config, core, stopping))
         grpc_host = config.grpc_address.rpartition(":")[0]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 from google.protobuf import json_format
 
-from aftertouch.plugins import build_registry, discover_channels
-from aftertouch.rpc.channels import Channels
 from aftertouch.v1 import channels_pb2
-from tests.fix_world import World
+from tests.fix_world import OpenWorld, World
 from tests.refusals import refuse
 
 State = channels_pb2.Channel.State
@@ -66,16 +62,14 @@ async def test_channel_that_is_not_there_is_refused(shared_world: World, name: s
     assert (await refuse(get(shared_world, name))).reason == reason
 
 
-@pytest.fixture
-async def unconfigured() -> AsyncIterator[Channels]:
-    environment = {"AFTERTOUCH_SMS_ACCOUNT_SID": "hush-hush", "AFTERTOUCH_SMS_SENDR": "x"}
-    registry = build_registry(discover_channels(), environment, webhook_base_url="https://hooks.example.com")
-    async with registry.open() as opened:
-        yield Channels(opened)
-
-
-async def test_channel_without_its_settings_says_what_is_missing_and_no_values(unconfigured: Channels) -> None:
-    channel = await unconfigured.GetChannel(channels_pb2.GetChannelRequest(name="channels/sms"), None)  # type: ignore[arg-type]
+async def test_channel_without_its_settings_says_what_is_missing_and_no_values(open_world: OpenWorld) -> None:
+    environment = {
+        "AFTERTOUCH_SMS_ACCOUNT_SID": "hush-hush",
+        "AFTERTOUCH_SMS_AUTH_TOKEN": "",
+        "AFTERTOUCH_SMS_SENDR": "x",
+    }
+    async with open_world(environment=environment) as world:
+        channel = await get(world, "channels/sms")
     assert channel.state == State.NOT_CONFIGURED
     problems = "\n".join(channel.problems)
     for name in ("AFTERTOUCH_SMS_ACCOUNT_SID", "AFTERTOUCH_SMS_AUTH_TOKEN", "AFTERTOUCH_SMS_SENDR"):

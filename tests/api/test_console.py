@@ -932,6 +932,28 @@ async def test_channels_tell_of_an_address_that_leads_elsewhere(postgres_url: st
             assert text.count("Nobody answers there") == 3
 
 
+async def test_admin_sets_an_account_of_the_apps_own_and_goes_back(world: World, admin: Visitor, marketer: Visitor) -> None:
+    assert (await marketer.get("/channels/sms/own"))[0] == 403
+    _, text = await admin.get("/channels/sms/own")
+    assert 'name="own.auth_token" type="password"' in text
+    assert "own.api_url" not in text
+    wrong = {"own.account_sid": "AC-hush-hush", "own.auth_token": "a-token-of-ours", "own.sender": "+15005550009"}
+    status, text = await admin.post("/channels/sms/own", wrong)
+    assert status == 400
+    assert 'aria-invalid="true"' in text
+    assert "hush" not in text
+    right = wrong | {"own.account_sid": "AC" + "1" * 32}
+    assert await admin.post("/channels/sms/own", right) == (303, "/console/channels/sms/own?saved=1")
+    _, text = await admin.get("/channels/sms/own")
+    own_address = f"{world.addresses.public_url}/v1/apps/acme/webhooks/sms"
+    assert own_address in text
+    assert not any(value in text for value in right.values())
+    assert f'value="{own_address}"' in (await admin.get("/channels"))[1]
+    assert "Channels/UpdateChannelSettings" in (await admin.get("/audit"))[1]
+    assert await admin.post("/channels/sms/own/delete") == (303, "/console/channels")
+    assert own_address not in (await admin.get("/channels"))[1]
+
+
 async def test_console_leaves_the_rest_of_the_address_to_the_webhooks(world: World) -> None:
     async with aiohttp.ClientSession() as session:
         for path, status in (("/healthz", 200), ("/consolex", 404), ("/v1/webhooks/fax", 404), ("/", 307), ("/console", 307)):

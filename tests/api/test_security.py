@@ -33,6 +33,7 @@ from aftertouch.store.tables import contact_ids, events, receipts, unrecognized_
 from aftertouch.v1 import (
     apps_pb2,
     campaigns_pb2,
+    channels_pb2,
     contacts_pb2,
     events_pb2,
     lists_pb2,
@@ -168,7 +169,7 @@ async def rival(shared_world: World) -> AsyncIterator[Rival]:
     (contact,) = (await owner.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent=owner.parent, page_size=1))).contacts
     secret = await shared_world.create_key("rival", "admin")
     names = {"app": owner.parent, "campaign": campaign.name, "draft": draft.name, "key": key.name, "contact": contact.name}
-    names["list"] = members.name
+    names |= {"list": members.name, "settings": f"{owner.parent}/channelSettings/sms"}
     async with shared_world.connect("rival", secret) as client:
         yield Rival(client, names)
 
@@ -184,6 +185,8 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
     made = lists_pb2.CreateListRequest(parent=app, list_id="intruder", list=lists_pb2.List(display_name="x"))
     members = {"name": names["list"], "contacts": ["intruder"]}
     rows = contacts_pb2.ImportContactsRequest(parent=app, contacts=[contact])
+    settings = names["settings"]
+    own = channels_pb2.ChannelSettings(name=settings, values={"auth_token": "mine now"})
     opening = events_pb2.StreamEventsRequest(open=events_pb2.OpenStream(parent=app, producer="intruder"))
     return {
         "UpdateApp": client.apps.UpdateApp(apps_pb2.UpdateAppRequest(app=apps_pb2.App(name=app, display_name="mine now"))),
@@ -192,6 +195,11 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "ListApiKeys": client.apps.ListApiKeys(apps_pb2.ListApiKeysRequest(parent=app)),
         "DeleteApiKey": client.apps.DeleteApiKey(apps_pb2.DeleteApiKeyRequest(name=names["key"])),
         "CreateIdentitySecret": client.apps.CreateIdentitySecret(apps_pb2.CreateIdentitySecretRequest(parent=app)),
+        "GetChannelSettings": client.channels.GetChannelSettings(channels_pb2.GetChannelSettingsRequest(name=settings)),
+        "UpdateChannelSettings": client.channels.UpdateChannelSettings(
+            channels_pb2.UpdateChannelSettingsRequest(channel_settings=own)
+        ),
+        "DeleteChannelSettings": client.channels.DeleteChannelSettings(channels_pb2.DeleteChannelSettingsRequest(name=settings)),
         "ImportContacts": client.contacts.ImportContacts(iter([rows])),
         "UpsertContacts": client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=app, contacts=[contact])),
         "GetContact": client.contacts.GetContact(contacts_pb2.GetContactRequest(name=names["contact"])),

@@ -79,7 +79,9 @@ def second_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     channel = write_channel("pager", folder)
     wheels = folder / "wheels"
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels]
-    run_quietly(*build, ROOT, *(ROOT / "plugins" / f"aftertouch-{name}" for name in ("push", "sms", "whatsapp")), channel)
+    run_quietly(
+        *build, ROOT, *(ROOT / "plugins" / f"aftertouch-{name}" for name in ("push", "sms", "twilio", "whatsapp")), channel
+    )
     environment = folder / "venv"
     run_quietly(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin" / "python"

@@ -93,7 +93,9 @@ async def test_receipts_whose_webhooks_were_lost_are_asked_for(open_world: OpenW
     # Nobody answers there, so every callback is given up.
     async with open_world(settings, public_url="http://127.0.0.1:9") as world:
         await world.import_people()
-        reconciler = Reconciler(world.core.engine, world.core.ledger, world.core.registry.channels, [timedelta(0)])
+        reconciler = Reconciler(
+            *(world.core.engine, world.core.ledger, world.core.registry, world.core.context.accounts), [timedelta(0)]
+        )
         await reconciler.check()
         campaign = await world.create_campaign("sms")
         await world.launch(campaign.name)

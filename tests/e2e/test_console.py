@@ -154,6 +154,7 @@ async def list_pages(tab: Tab, campaign: str) -> list[str]:
         "/lists",
         "/rules",
         "/channels",
+        "/channels/sms/own",
         "/keys",
         "/users",
         "/audit",

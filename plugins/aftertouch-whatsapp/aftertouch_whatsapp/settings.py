@@ -14,6 +14,14 @@ from aftertouch.channels import Settings
 class WhatsAppSettings(Settings, validate_default=True):
     """Which provider carries the messages, and the account there."""
 
+    by_app = frozenset(
+        (
+            *("provider", "phone_number_id", "business_account_id", "access_token", "app_secret", "verify_token"),
+            *("account_sid", "auth_token", "sender", "messaging_service_sid"),
+            *("messages_per_second", "seconds_between_messages"),
+        )
+    )
+
     provider: Literal["meta", "twilio"] = "meta"
     """Meta's own Cloud API, or Twilio's. Campaigns are the same over both."""
     phone_number_id: str = Field(default="", pattern=r"^[0-9]*$")

@@ -53,8 +53,7 @@ async def show_new(visit: Visit) -> Response:
 
 
 async def _render_new(visit: Visit, values: Mapping[str, str], faults: Mapping[str, str]) -> Response:
-    registry = visit.console.registry
-    channels = [(name, found.channel.label, name in registry.channels) for name, found in visit.list_channels()]
+    channels = [(name, found.channel.label, is_ready) for name, found, is_ready in await visit.list_channels()]
     request = lists_pb2.ListListsRequest(parent=visit.parent, page_size=1000)
     lists = (await visit.client.lists.ListLists(request)).lists
     return visit.render("new.html", 400 if faults else 200, values=values, faults=faults, channels=channels, lists=lists)

@@ -69,9 +69,9 @@ async def show_list(visit: Visit) -> Response:
 async def _find_by_address(visit: Visit, text: str) -> list[contacts_pb2.Contact]:
     """Who has this text as an address on a channel whose addresses are one text, as a phone number is."""
     found: dict[str, contacts_pb2.Contact] = {}
-    for channel, kind in visit.console.registry.types.items():
+    for channel, kind, is_ready in await visit.list_channels():
         fields = [name for name, info in kind.channel.address_model.model_fields.items() if info.is_required()]
-        if len(fields) != 1 or channel not in visit.console.registry.channels:
+        if len(fields) != 1 or not is_ready:
             continue
         wanted = contacts_pb2.AddressFilter(channel=channel, address=to_struct({fields[0]: text}))
         request = contacts_pb2.ListContactsRequest(parent=visit.parent, filter=contacts_pb2.ContactFilter(address=wanted))

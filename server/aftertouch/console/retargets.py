@@ -103,11 +103,10 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
         plan = choice.plan
     except FieldsInvalid:
         plan = Plan()
-    registry = visit.console.registry
-    kind = registry.types.get(source.message.channel)
+    kind = visit.console.registry.types.get(source.message.channel)
     asked = kind.actions[row.action_count.action.action].expression.names if kind else ()
     reached = {cell.channel: cell.reachable_count for cell in row.cells}
-    places = [Place(name, found.channel.label, name in registry.channels, reached[name]) for name, found in visit.list_channels()]
+    places = [Place(name, found.channel.label, is_ready, reached[name]) for name, found, is_ready in await visit.list_channels()]
     by_name = {place.channel: place for place in places}
     return visit.render(
         template,

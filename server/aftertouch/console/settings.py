@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import aiohttp
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from aftertouch.console import words
 from aftertouch.console.accounts import change_role, check_user
 from aftertouch.console.visits import Visit, name_faults, read_id, to_time
-from aftertouch.errors import AlreadyExists, FieldsInvalid, Violation
+from aftertouch.errors import AlreadyExists, FieldsInvalid, NotFound, Violation
 from aftertouch.store import users as store
 from aftertouch.store.audit import list_entries, record_entry
 from aftertouch.store.engine import transaction
@@ -38,13 +39,16 @@ async def show_channels(visit: Visit) -> Response:
 
 async def _render_channels(visit: Visit, checks: Mapping[str, Check]) -> Response:
     listed = await visit.client.channels.ListChannels(channels_pb2.ListChannelsRequest(page_size=1000))
+    own = await _find_own_webhooks(visit)
     return visit.render(
         "channels.html",
         channels=[
             {
                 "message": channel,
                 "state": channels_pb2.Channel.State.Name(channel.state),
-                "webhook": _find_webhook(visit, read_id(channel.name)),
+                "name": read_id(channel.name),
+                "is_own": read_id(channel.name) in own,
+                "webhook": own.get(read_id(channel.name), _find_webhook(visit, read_id(channel.name))),
                 "check": checks.get(read_id(channel.name)),
             }
             for channel in listed.channels
@@ -59,6 +63,66 @@ def _find_webhook(visit: Visit, channel: str) -> str:
     return f"{visit.console.public_url}{WEBHOOKS}/{channel}" if takes_webhooks else ""
 
 
+async def show_own(visit: Visit) -> Response:
+    """Which settings of a channel are the app's own."""
+    return await _render_own(visit, name_faults())
+
+
+async def _render_own(visit: Visit, faults: Mapping[str, str]) -> Response:
+    name = visit.param("channel")
+    channel = await visit.client.channels.GetChannel(channels_pb2.GetChannelRequest(name=f"channels/{name}"))
+    try:
+        request = channels_pb2.GetChannelSettingsRequest(name=visit.name("channelSettings", name))
+        own = await visit.client.channels.GetChannelSettings(request)
+    except NotFound:
+        own = None
+    fields = visit.console.registry.types[name].channel.settings_model.model_fields
+    return visit.render(
+        "own.html",
+        400 if faults else 200,
+        channel=channel,
+        name=name,
+        own=own,
+        fields=[
+            (field, "SecretStr" in str(fields[field].annotation), own is not None and field in own.set_values)
+            # As the channel has them: an account comes before how fast it may send.
+            for field in fields
+            if field in channel.app_settings
+        ],
+        faults=faults,
+    )
+
+
+async def change_own(visit: Visit) -> Response:
+    """Set what was filled in; what was left empty stays as it is."""
+    name, form = visit.param("channel"), await visit.read_form()
+    values = {key.removeprefix("own."): str(value) for key, value in form.items() if key.startswith("own.") and value}
+    given = channels_pb2.ChannelSettings(name=visit.name("channelSettings", name), values=values)
+    try:
+        await visit.client.channels.UpdateChannelSettings(channels_pb2.UpdateChannelSettingsRequest(channel_settings=given))
+    except FieldsInvalid as error:
+        return await _render_own(visit, name_faults(error.violations, "channel_settings.values."))
+    return visit.redirect(f"/channels/{name}/own?saved=1")
+
+
+async def delete_own(visit: Visit) -> Response:
+    """Speak through the server's account again."""
+    name = visit.param("channel")
+    request = channels_pb2.DeleteChannelSettingsRequest(name=visit.name("channelSettings", name))
+    await visit.client.channels.DeleteChannelSettings(request)
+    return visit.redirect("/channels")
+
+
+async def _find_own_webhooks(visit: Visit) -> Mapping[str, str]:
+    """The channels on which the app has an account of its own, and where their providers report to."""
+    found = {}
+    for name in visit.console.registry.types:
+        with suppress(NotFound):
+            request = channels_pb2.GetChannelSettingsRequest(name=visit.name("channelSettings", name))
+            found[name] = (await visit.client.channels.GetChannelSettings(request)).webhook_url
+    return found
+
+
 @dataclass(frozen=True)
 class Check:
     """Whether an address leads here."""
@@ -69,8 +133,8 @@ class Check:
 
 async def check_addresses(visit: Visit) -> Response:
     """Ask the webhooks' addresses whether they lead here, as a provider would reach them: through every proxy."""
-    channels = visit.console.registry.channels
-    addresses = {name: address for name in channels if (address := _find_webhook(visit, name))}
+    shared = {name: _find_webhook(visit, name) for name in visit.console.registry.channels}
+    addresses = {name: address for name, address in {**shared, **await _find_own_webhooks(visit)}.items() if address}
     timeout = aiohttp.ClientTimeout(total=CHECK_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         checks = await asyncio.gather(*(_check(session, name, address) for name, address in addresses.items()))

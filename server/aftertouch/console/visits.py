@@ -33,6 +33,7 @@ from aftertouch.rpc.interceptor import Caller
 from aftertouch.rpc.local import LocalClient, Servicers
 from aftertouch.store.apps import App
 from aftertouch.store.users import SESSION_LIFETIME, User
+from aftertouch.v1 import channels_pb2
 
 PREFIX = "/console"
 
@@ -143,10 +144,12 @@ class Visit:
         """True when the visitor's role includes this scope."""
         return self.caller.may(scope)
 
-    def list_channels(self) -> list[tuple[str, ChannelType]]:
-        """The channels by name, those that can send first."""
-        registry = self.console.registry
-        return sorted(registry.types.items(), key=lambda item: (item[0] not in registry.channels, item[0]))
+    async def list_channels(self) -> list[tuple[str, ChannelType, bool]]:
+        """The channels by name, and whether each can send for the visitor's app; those that can first."""
+        listed = await self.client.channels.ListChannels(channels_pb2.ListChannelsRequest(page_size=1000))
+        ready = {read_id(channel.name) for channel in listed.channels if channel.state == channels_pb2.Channel.State.READY}
+        types = self.console.registry.types
+        return [(name, types[name], name in ready) for name in sorted(types, key=lambda name: (name not in ready, name))]
 
     async def read_form(self) -> FormData:
         """The form that was sent; read once."""

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.render import ContentTemplate
+from aftertouch.ingest.accounts import Accounts
 from aftertouch.links import LINKS, Tracked, track_links
 from aftertouch.store.app_secrets import ensure_app_keys
 from aftertouch.store.apps import App
@@ -21,6 +22,7 @@ class MessageContext:
     """What all messages of a server have in common."""
 
     vault: Vault
+    accounts: Accounts
     public_url: str
     """Where the server's HTTP address is reached, without a slash at the end."""
 

@@ -79,11 +79,12 @@ class Drafts:
 class Drafter:
     """Writes the messages of one channel."""
 
-    def __init__(self, engine: AsyncEngine, tokens: TokenCodec, channel_type: ChannelType, channel: Channel) -> None:
+    def __init__(self, engine: AsyncEngine, tokens: TokenCodec, channel_type: ChannelType, channel: Channel, scope: str) -> None:
         self._engine = engine
         self._tokens = tokens
         self._type = channel_type
         self._channel = channel
+        self._scope = scope
         self._reading = asyncio.Lock()
         self._read_at = -READ_SECONDS
         self._asked: frozenset[int] = frozenset()
@@ -133,7 +134,7 @@ class Drafter:
                     continue
             hashes = [address_hash for address_hash, _ in written]
             messages = [message for _, message in written]
-            limits = [find_limits(self._channel, campaign, message) for message in messages]
+            limits = [find_limits(self._channel, self._scope, campaign, message) for message in messages]
             drafts.ready.append(Draft(at, position, number, tried, messages, hashes, limits))
         return drafts
 

@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from aftertouch.channels import Channel
 from aftertouch.delivery.context import find_links
 from aftertouch.delivery.control import check_state
 from aftertouch.delivery.follow_ups import time_follow_up
@@ -34,6 +35,7 @@ from aftertouch.retargeting.holdouts import find_held_out, find_shares
 from aftertouch.retargeting.selections import Combination, Question, find_roots, find_sources, root_of
 from aftertouch.rolls.chunks import Numbers, count_chunks, holdout_of, list_numbers
 from aftertouch.rolls.sql import delete_roll, read_roll, write_roll
+from aftertouch.store.app_secrets import list_own_channels
 from aftertouch.store.apps import App, read_app
 from aftertouch.store.campaigns import Campaign, lock_chains, lock_due_campaign, update_campaign
 from aftertouch.store.units import create_units, wake_workers
@@ -46,19 +48,15 @@ FURTHEST = timedelta(days=366)
 """How far ahead a launch may be scheduled."""
 
 
-async def check_content(registry: Registry, campaign: Campaign) -> None:
+async def check_content(channel: Channel, campaign: Campaign) -> None:
     """Have the channel ask its provider whether it takes a draft's content. Outside of any transaction: it may take seconds.
 
     Raises:
         FieldsInvalid: it does not. When the provider does not answer, sending will show.
     """
-    channel, declared = registry.channels.get(campaign.channel), registry.types.get(campaign.channel)
-    if campaign.state != "DRAFT" or campaign.content is None or channel is None or declared is None:
-        # Launching says so.
-        return
     try:
         async with asyncio.timeout(LONGEST_CHECK.total_seconds()):
-            problems = await channel.check_content(declared.channel.content_model.model_validate(campaign.content))
+            problems = await channel.check_content(channel.content_model.model_validate(campaign.content))
         violations = [Violation(f"content.{problem.field}", problem.text) for problem in problems]
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
@@ -92,7 +90,7 @@ async def prepare_launch(
         raise ContentMissing(f"{app.name}/campaigns/{campaign.campaign}")
     if campaign.audience is None:
         raise FieldsInvalid([Violation("audience", "the campaign has none; set it with UpdateCampaign")])
-    if campaign.channel not in registry.channels:
+    if campaign.channel not in registry.channels and campaign.channel not in await list_own_channels(conn, app.app_id):
         raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
     chosen, roots = await _find_people(conn, registry, app, campaign, campaign.audience, at)
     held_out = find_held_out(await find_shares(conn, roots, root_of(campaign), campaign.holdout_percent), chosen)

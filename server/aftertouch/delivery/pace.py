@@ -170,8 +170,8 @@ class Pacer:
             await hold_limits(conn, rests)
 
 
-def find_limits(channel: Channel, campaign: Campaign, message: Message[Address, Content]) -> tuple[Limit, ...]:
-    """The limits that a message counts against: the channel's, under its name, and the campaign's own.
+def find_limits(channel: Channel, scope: str, campaign: Campaign, message: Message[Address, Content]) -> tuple[Limit, ...]:
+    """The limits that a message counts against: the channel's, under its account's scope, and the campaign's own.
 
     Raises:
         TypeError: the channel returned something else than limits.
@@ -179,23 +179,23 @@ def find_limits(channel: Channel, campaign: Campaign, message: Message[Address, 
     declared = tuple(channel.limits(message))
     if not all(isinstance(limit, Limit) for limit in declared):
         raise TypeError(f"{channel.name}.limits returned something else than limits")
-    return _name_limits(channel.name, declared, campaign.campaign_id, campaign.messages_per_second)
+    return _name_limits(scope, declared, campaign.campaign_id, campaign.messages_per_second)
 
 
 @lru_cache(maxsize=1_000)
-def _name_limits(channel: str, declared: tuple[Limit, ...], campaign_id: int, per_second: float | None) -> tuple[Limit, ...]:
+def _name_limits(scope: str, declared: tuple[Limit, ...], campaign_id: int, per_second: float | None) -> tuple[Limit, ...]:
     """Made once for most messages of a campaign, and then the same tuple."""
-    limits = [Limit(key=name_limit(channel, limit.key), interval=limit.interval) for limit in declared]
+    limits = [Limit(key=name_limit(scope, limit.key), interval=limit.interval) for limit in declared]
     if not limits:
-        limits.append(Limit(key=name_limit(channel, "account")))
+        limits.append(Limit(key=name_limit(scope, "account")))
     if per_second:
         limits.append(Limit(key=f"campaign/{campaign_id}", interval=timedelta(seconds=1 / per_second)))
     return tuple(limits)
 
 
-def name_limit(channel: str, key: str) -> str:
-    """A channel's limit among those of all channels."""
-    return f"{channel}/{key[:200]}"
+def name_limit(scope: str, key: str) -> str:
+    """A channel's limit among those of all channels and accounts."""
+    return f"{scope}/{key[:200]}"
 
 
 def back_off(tries: int) -> timedelta:

@@ -7,7 +7,9 @@ again at a few ages, and the provider asked about those without any news. What i
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 
 import structlog
@@ -15,8 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.channels import Channel, Receipt, Webhook
 from aftertouch.delivery.calls import LONGEST_CALL
-from aftertouch.errors import AftertouchError
+from aftertouch.errors import AftertouchError, ChannelNotReady
+from aftertouch.ingest.accounts import Accounts
 from aftertouch.ingest.ledger import Ledger
+from aftertouch.plugins import Registry
+from aftertouch.rolls.chunks import SLOT_SHIFT
+from aftertouch.store.app_secrets import list_owners
+from aftertouch.store.apps import read_app
+from aftertouch.store.campaigns import read_campaigns
 from aftertouch.store.checkups import Checkup, claim_checkup, note_checked, read_unheard
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import load_kinds
@@ -42,11 +50,13 @@ class Reconciler:
     """Asks the channels that can be asked."""
 
     def __init__(
-        self, engine: AsyncEngine, ledger: Ledger, channels: Mapping[str, Channel], ages: Sequence[timedelta] = AGES
+        self, engine: AsyncEngine, ledger: Ledger, registry: Registry, accounts: Accounts, ages: Sequence[timedelta] = AGES
     ) -> None:
         self._engine = engine
         self._ledger = ledger
-        self._channels = [channel for _, channel in sorted(channels.items()) if channel.capabilities.fetch_receipts]
+        self._registry = registry
+        self._accounts = accounts
+        self._channels = [name for name, found in sorted(registry.types.items()) if found.channel.capabilities.fetch_receipts]
         self._ages = ages
 
     async def run(self) -> None:
@@ -59,17 +69,21 @@ class Reconciler:
         """Ask every channel about what has come to one of the ages."""
         await asyncio.gather(*(self._check(channel) for channel in self._channels))
 
-    async def _check(self, channel: Channel) -> None:
+    async def _check(self, channel: str) -> None:
         try:
+            async with transaction(self._engine) as conn:
+                # Without either, another process may be able to ask.
+                if channel not in self._registry.channels and not await list_owners(conn, channel):
+                    return
             for age in self._ages:
                 async with transaction(self._engine) as conn:
-                    checkup = await claim_checkup(conn, channel.name, age, _LEASE, OLDEST)
+                    checkup = await claim_checkup(conn, channel, age, _LEASE, OLDEST)
                 if checkup is not None:
                     await self._examine(channel, checkup)
         except AftertouchError as error:
             log.warning("asking for receipts waits for the database", action="reconcile", reason=error.reason)
 
-    async def _examine(self, channel: Channel, checkup: Checkup) -> None:
+    async def _examine(self, channel: str, checkup: Checkup) -> None:
         start = checkup.start
         while start < checkup.end:
             end = min(start + SLICE, checkup.end)
@@ -79,31 +93,53 @@ class Reconciler:
                     numbered = await load_kinds(conn)
                     sent = [number for number, kind in numbered.items() if kind.signal == "sent"]
                     heard = [number for number, kind in numbered.items() if kind.signal not in _SILENT]
-                    unheard = await read_unheard(conn, channel.name, sent, heard, (start, end), after, _PAGE)
+                    unheard = await read_unheard(conn, channel, sent, heard, (start, end), after, _PAGE)
                 if not unheard:
                     break
                 after = unheard[-1]
-                await self._ask(channel, checkup, [message_id for *_, message_id in unheard])
+                by_campaign: dict[int, list[str]] = defaultdict(list)
+                for slot, _, message_id in unheard:
+                    by_campaign[slot >> SLOT_SHIFT].append(message_id)
+                for group, message_ids in (await self._group(channel, by_campaign)).items():
+                    await self._ask(channel, group, checkup, message_ids)
             start = end
             async with transaction(self._engine) as conn:
                 # The next claim may come at once, from here or from another process.
                 await note_checked(conn, checkup, end, _LEASE if start < checkup.end else timedelta(0))
 
-    async def _ask(self, channel: Channel, checkup: Checkup, message_ids: Sequence[str]) -> None:
-        size = channel.capabilities.batch_size
+    async def _group(self, channel: str, by_campaign: Mapping[int, Sequence[str]]) -> Mapping[int | None, list[str]]:
+        """Messages by the app whose own account they went through; None for the server's."""
+        async with transaction(self._engine) as conn:
+            owners = await list_owners(conn, channel)
+            campaigns = await read_campaigns(conn, list(by_campaign)) if owners else {}
+        apps = {number: campaign.app_id for number, campaign in campaigns.items() if campaign.app_id in owners}
+        groups: dict[int | None, list[str]] = defaultdict(list)
+        for campaign_id, message_ids in by_campaign.items():
+            groups[apps.get(campaign_id)] += message_ids
+        return groups
+
+    async def _ask(self, channel: str, app_id: int | None, checkup: Checkup, message_ids: Sequence[str]) -> None:
         found = 0
-        for at in range(0, len(message_ids), size):
-            batch = message_ids[at : at + size]
-            receipts = await fetch_receipts(channel, batch)
-            if receipts:
-                await self._ledger.ingest_webhooks(channel.name, [Webhook(receipts=tuple(receipts))])
-                found += len(receipts)
-            await asyncio.sleep(len(batch) / ASKED_PER_SECOND)
-            async with transaction(self._engine) as conn:
-                await note_checked(conn, checkup, checkup.start, _LEASE)
-        log.info(
-            "a provider was asked for receipts", action="reconcile", channel=channel.name, asked=len(message_ids), found=found
-        )
+        with ExitStack() as held:
+            try:
+                async with transaction(self._engine) as conn:
+                    app = None if app_id is None else await read_app(conn, app_id)
+                    account = await self._accounts.find(conn, app, channel)
+                    asked = held.enter_context(self._accounts.hold(account))
+            except ChannelNotReady:
+                # Whoever cannot send cannot ask either; the next age may find it mended.
+                return
+            size = asked.capabilities.batch_size
+            for at in range(0, len(message_ids), size):
+                batch = message_ids[at : at + size]
+                receipts = await fetch_receipts(asked, batch)
+                if receipts:
+                    await self._ledger.ingest_webhooks(channel, [Webhook(receipts=tuple(receipts))], account.app_id)
+                    found += len(receipts)
+                await asyncio.sleep(len(batch) / ASKED_PER_SECOND)
+                async with transaction(self._engine) as conn:
+                    await note_checked(conn, checkup, checkup.start, _LEASE)
+        log.info("a provider was asked for receipts", action="reconcile", channel=channel, asked=len(message_ids), found=found)
 
 
 async def fetch_receipts(channel: Channel, message_ids: Sequence[str]) -> list[Receipt]:

@@ -98,7 +98,9 @@ class Sender:
         types: Mapping[str, ChannelType],
         channel: Channel,
         lease: Lease,
+        scope: str = "",
     ) -> None:
+        """``scope`` is what the limits of the channel's account are named by; the channel's name by default."""
         self._engine = engine
         self._ledger = ledger
         self._context = context
@@ -107,7 +109,8 @@ class Sender:
         self._types = types
         self._type = types[channel.name]
         self._channel = channel
-        self._drafter = Drafter(engine, ledger.tokens, self._type, channel)
+        self._scope = scope or channel.name
+        self._drafter = Drafter(engine, ledger.tokens, self._type, channel, self._scope)
         self._lease = lease
         self._unit = lease.unit
         self._todo: deque[int] = deque()
@@ -338,7 +341,7 @@ class Sender:
                     continue
                 reason_class, asked = self._type.channel.classify(outcome.code), outcome.retry_after
                 if reason_class is ReasonClass.RATE or (reason_class is ReasonClass.TRANSIENT and asked is not None):
-                    key = name_limit(self._channel.name, outcome.limit) if outcome.limit else limits[0].key
+                    key = name_limit(self._scope, outcome.limit) if outcome.limit else limits[0].key
                     holds[key] = asked if holds.get(key) is None else max(filter(None, (holds[key], asked)))
                 elif reason_class is ReasonClass.TRANSIENT:
                     lost[limits[0].key] += 1

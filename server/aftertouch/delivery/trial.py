@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.channels import Accepted, Outcome, ReasonClass
+from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass
+from aftertouch.declarations import ChannelType
 from aftertouch.delivery.calls import send_messages
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.drafts import write_messages
 from aftertouch.delivery.estimates import Bill, estimate_contents
 from aftertouch.delivery.outcomes import describe
-from aftertouch.errors import ChannelNotReady, ContentMissing, FieldsInvalid, NotFound, Violation
+from aftertouch.errors import ContentMissing, FieldsInvalid, NotFound, Violation
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.tokens import TEST_POSITION
 from aftertouch.plugins import Registry
@@ -67,9 +68,21 @@ async def send_test(
     """
     if campaign.content is None:
         raise ContentMissing(f"{app.name}/campaigns/{campaign.campaign}")
-    if campaign.channel not in registry.channels:
-        raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
-    channel, declared = registry.channels[campaign.channel], registry.types[campaign.channel]
+    account = await context.accounts.find(conn, app, campaign.channel)
+    with context.accounts.hold(account) as channel:
+        return await _send(conn, ledger, registry.types[campaign.channel], channel, context, app, campaign, external_id)
+
+
+async def _send(
+    conn: AsyncConnection,
+    ledger: Ledger,
+    declared: ChannelType,
+    channel: Channel,
+    context: MessageContext,
+    app: App,
+    campaign: Campaign,
+    external_id: str,
+) -> Trial:
     number = (await find_numbers(conn, app.app_id, [external_id])).get(external_id)
     if number is None:
         raise NotFound(f"{app.name}/contacts/{external_id}")

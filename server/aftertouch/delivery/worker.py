@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -17,16 +17,19 @@ import psycopg
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from aftertouch.channels import Channel
 from aftertouch.delivery.breaker import Breaker, BreakerSettings
 from aftertouch.delivery.context import MessageContext
+from aftertouch.delivery.control import stop_sending
 from aftertouch.delivery.launch import launch_due
 from aftertouch.delivery.leases import HEARTBEAT_SECONDS, LEASE, Lease
 from aftertouch.delivery.leftovers import close_leftover
 from aftertouch.delivery.pace import Pacer
 from aftertouch.delivery.sender import Sender
-from aftertouch.errors import DatabaseUnavailable
+from aftertouch.errors import ChannelNotReady, DatabaseUnavailable
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.plugins import Registry
+from aftertouch.store.apps import read_app
 from aftertouch.store.campaigns import read_campaign
 from aftertouch.store.engine import connect_listener, transaction
 from aftertouch.store.units import CHANNEL, LeaseLost, claim_unit, prolong_leases, release_unit
@@ -70,7 +73,7 @@ class Worker:
         """Work until ``stopping`` is set. Units under way end between two batches and are handed back at once."""
         working = [
             asyncio.create_task(self._repeat(partial(self._send_one, name)), name=f"send {name} {index}")
-            for name in sorted(self._registry.channels)
+            for name in sorted(self._registry.types)
             for index in range(self._units)
         ]
         if self._units:
@@ -129,7 +132,8 @@ class Worker:
     async def _send_one(self, channel: str) -> bool:
         asked_at = time.monotonic()
         async with transaction(self._engine) as conn:
-            unit = await claim_unit(conn, channel, LEASE)
+            # On a channel that the server cannot use itself, apps may have settings of their own.
+            unit = await claim_unit(conn, channel, LEASE, of_owners=channel not in self._registry.channels)
         if unit is None:
             return False
         lease = Lease(unit, asked_at)
@@ -146,13 +150,28 @@ class Worker:
             await self._rest()
 
     async def _send(self, channel: str, lease: Lease) -> None:
-        unit, delay = lease.unit, timedelta(0)
+        unit = lease.unit
         async with transaction(self._engine) as conn:
             campaign = await read_campaign(conn, unit.campaign_id)
         assert campaign is not None, "a launched campaign is never deleted"
         breaker = self._find_breaker(campaign.campaign_id, campaign.version)
-        ready, types = self._registry.channels[channel], self._registry.types
-        sender = Sender(self._engine, self._ledger, self._context, self._pacer, breaker, types, ready, lease)
+        accounts = self._context.accounts
+        with ExitStack() as held:
+            try:
+                async with transaction(self._engine) as conn:
+                    account = await accounts.find(conn, await read_app(conn, campaign.app_id), channel)
+                    held.enter_context(accounts.hold(account))
+            except ChannelNotReady as error:
+                # The app's own settings: without any, nobody claims what the server's channel cannot send.
+                await stop_sending(self._engine, campaign, f"{error}; mend it, then resume")
+                async with transaction(self._engine) as conn:
+                    await release_unit(conn, unit, unclear_since=lease.unclear_since)
+                return
+            await self._send_by(account.channel, account.scope, breaker, lease)
+
+    async def _send_by(self, channel: Channel, scope: str, breaker: Breaker, lease: Lease) -> None:
+        unit, delay, types = lease.unit, timedelta(0), self._registry.types
+        sender = Sender(self._engine, self._ledger, self._context, self._pacer, breaker, types, channel, lease, scope)
         if self._is_stopping:
             sender.stop()
         self._senders[lease] = sender

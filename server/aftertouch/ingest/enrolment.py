@@ -18,8 +18,9 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.channels import Address, Channel
-from aftertouch.errors import ChannelNotReady, FieldsInvalid, IdentityInvalid, NotFound, TooManyRequests, Violation
+from aftertouch.errors import FieldsInvalid, IdentityInvalid, NotFound, TooManyRequests, Violation
 from aftertouch.identity import InvalidIdentity, read_identity
+from aftertouch.ingest.accounts import Accounts
 from aftertouch.ingest.lookups import Kept
 from aftertouch.plugins import Registry
 from aftertouch.store.app_secrets import ensure_app_keys, read_identity_secrets
@@ -64,9 +65,10 @@ class Site:
 class Enrolment:
     """Takes what browsers say of themselves."""
 
-    def __init__(self, engine: AsyncEngine, registry: Registry, vault: Vault) -> None:
+    def __init__(self, engine: AsyncEngine, registry: Registry, accounts: Accounts, vault: Vault) -> None:
         self._engine = engine
         self._registry = registry
+        self._accounts = accounts
         self._vault = vault
         self._sites: Kept[tuple[str, str], tuple[float, Site | None]] = Kept(10_000)
 
@@ -79,23 +81,21 @@ class Enrolment:
         found = self._registry.types.get(channel_name)
         if found is None or not found.channel.capabilities.browsers or _APP.fullmatch(app_name) is None:
             raise NotFound(f"apps/{app_name[:63]} on the channel {channel_name[:32]}")
-        channel = self._registry.channels.get(channel_name)
-        if channel is None:
-            raise ChannelNotReady(channel_name, self._registry.obstacles.get(channel_name, ()))
         kept = self._sites.get((channel_name, app_name))
         if kept is None or kept[0] <= now:
-            kept = now + KEEP_SECONDS, await self._read_site(channel, app_name)
+            kept = now + KEEP_SECONDS, await self._read_site(channel_name, app_name)
             self._sites.put((channel_name, app_name), kept)
         if kept[1] is None:
             raise NotFound(f"apps/{app_name}")
         return kept[1]
 
-    async def _read_site(self, channel: Channel, app_name: str) -> Site | None:
+    async def _read_site(self, channel_name: str, app_name: str) -> Site | None:
         async with transaction(self._engine) as conn:
             app = await find_app(conn, app_name)
             if app is None:
                 return None
             secrets = await read_identity_secrets(conn, self._vault, app.app_id)
+            channel = (await self._accounts.find(conn, app, channel_name)).channel
             keys = await ensure_app_keys(conn, self._vault, app.app_id, type(channel))
         return Site(app, channel, tuple(secrets), channel.describe_app_keys(keys))
 

@@ -1,7 +1,8 @@
 """Inbound: what people write to us, as news of the message that they answer, and as their own word on being written to.
 
 A provider knows an address and a sender, not our apps. So a reply goes to the last message to the address, whichever app sent it,
-and a stop holds for everybody who has the address.
+and a stop holds for everybody who has the address: of the one app whose own account was spoken to, or else of all that share the
+server's.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import ReasonClass, Reply, Standing
 from aftertouch.rolls.chunks import CHUNK, chunk_of
+from aftertouch.store.app_secrets import list_owners
 from aftertouch.store.campaigns import Campaign, list_sent_since
-from aftertouch.store.contacts import find_subscribers, hash_address, set_states
+from aftertouch.store.contacts import Subscriber, find_subscribers, hash_address, set_states
 from aftertouch.store.kinds import load_kinds
 from aftertouch.store.recipients import Place, find_places, read_last_tried, read_true_kinds
 
@@ -29,7 +31,9 @@ _TOLERANCE = timedelta(seconds=1)
 """Meta writes whole seconds."""
 
 
-async def find_answered(conn: AsyncConnection, channel: str, reply: Reply) -> tuple[Campaign, int] | None:
+async def find_answered(
+    conn: AsyncConnection, channel: str, reply: Reply, app_id: int | None = None
+) -> tuple[Campaign, int] | None:
     """The campaign and the position of the last message to where a reply came from; None when there is none.
 
     Who was sent to is read from the receipts, which know it before the provider does: the log of attempts may be written after
@@ -38,7 +42,7 @@ async def find_answered(conn: AsyncConnection, channel: str, reply: Reply) -> tu
     address_hash, now = hash_address(reply.address.key), datetime.now(UTC)
     campaigns: dict[int, Campaign] = {}
     places: list[Place] = []
-    for subscriber in await find_subscribers(conn, channel, address_hash):
+    for subscriber in await _find_subscribers(conn, channel, address_hash, app_id):
         own = await list_sent_since(conn, subscriber.app_id, channel, (reply.time or now) - REPLY_WINDOW, MOST_CAMPAIGNS)
         campaigns |= {campaign.campaign_id: campaign for campaign in own}
         places += await find_places(conn, subscriber.number, [campaign.campaign_id for campaign in own])
@@ -61,13 +65,13 @@ async def find_answered(conn: AsyncConnection, channel: str, reply: Reply) -> tu
     return campaigns[last.campaign_id], chunk_of(last.slot) * CHUNK + last.position
 
 
-async def apply_standings(conn: AsyncConnection, channel: str, standings: Sequence[Standing]) -> int:
+async def apply_standings(conn: AsyncConnection, channel: str, standings: Sequence[Standing], app_id: int | None = None) -> int:
     """Change the subscriptions of everybody who has one of these addresses, in this order; how many were."""
     changed = 0
     for standing in standings:
         address_hash = hash_address(standing.address.key)
         changes: Mapping[int, list[tuple[int, str, bytes, str, str]]] = defaultdict(list)
-        for subscriber in await find_subscribers(conn, channel, address_hash):
+        for subscriber in await _find_subscribers(conn, channel, address_hash, app_id):
             if standing.state == "opted_out":
                 reason = f"{ReasonClass.OPTED_OUT}/{standing.reason[:64]}"
             elif subscriber.state == "opted_out" and subscriber.reason.startswith(f"{ReasonClass.OPTED_OUT}/"):
@@ -84,3 +88,12 @@ async def apply_standings(conn: AsyncConnection, channel: str, standings: Sequen
             await set_states(conn, app_id, own)
             changed += len(own)
     return changed
+
+
+async def _find_subscribers(conn: AsyncConnection, channel: str, address_hash: bytes, app_id: int | None) -> list[Subscriber]:
+    """Who may have been spoken to: people of the app whose own account it is, or of those that share the server's."""
+    found = await find_subscribers(conn, channel, address_hash)
+    if app_id is not None:
+        return [subscriber for subscriber in found if subscriber.app_id == app_id]
+    owners = await list_owners(conn, channel) if found else ()
+    return [subscriber for subscriber in found if subscriber.app_id not in owners]

@@ -44,6 +44,10 @@ class TokenInvalid(Exception):
         super().__init__("the token is not one of ours")
 
 
+_Source = tuple[str, int | None]
+"""A channel, and the app whose own account it is; None for the server's."""
+
+
 class _Arrival(NamedTuple):
     """A webhook, and who waits for it; nobody does any more once ``done`` is cancelled."""
 
@@ -62,9 +66,9 @@ class Intake:
         self._ledger = ledger
         self._channels = channels
         self._spool = spool
-        self._arrivals: dict[str, deque[_Arrival]] = defaultdict(deque)
-        self._storing: dict[str, asyncio.Task[None]] = {}
-        """For each channel where webhooks arrive just now."""
+        self._arrivals: dict[_Source, deque[_Arrival]] = defaultdict(deque)
+        self._storing: dict[_Source, asyncio.Task[None]] = {}
+        """For each account where webhooks arrive just now."""
         self._calls: set[asyncio.Task[Any]] = set()
         self._has_failed = False
         self._spooled = asyncio.Event()
@@ -80,8 +84,11 @@ class Intake:
         if self._calls:
             await asyncio.wait(self._calls, timeout=STOP_SECONDS)
 
-    async def take(self, channel: str, webhook: Webhook) -> None:
+    async def take(self, channel: str, webhook: Webhook, app_id: int | None = None) -> None:
         """Return when its receipts are durable, within seconds whatever the database does.
+
+        Args:
+            app_id: the app to whose own account it was reported; None for the server's.
 
         Raises:
             TokenInvalid: the channel's webhooks prove nothing by themselves; nothing was stored.
@@ -92,13 +99,13 @@ class Intake:
         if not (webhook.receipts or webhook.replies or webhook.standings or webhook.unrecognized):
             return
         arrive_time = datetime.now(UTC)
-        if not self._is_away and await self._store_in_time(channel, webhook):
+        if not self._is_away and await self._store_in_time((channel, app_id), webhook):
             return
         self._check_origin(channel, webhook)
         if self._spool is None:
             raise DatabaseUnavailable
         self._has_failed = True
-        await self._spool.add(channel, webhook, arrive_time)
+        await self._spool.add(channel, webhook, arrive_time, app_id)
         self._spooled.set()
 
     async def replay(self, spool: Spool) -> None:
@@ -111,11 +118,11 @@ class Intake:
                     await self._wait_for_rows(spool)
                     continue
                 self._tell(spool)
-                by_channel: dict[str, list[Spooled]] = defaultdict(list)
+                by_source: dict[_Source, list[Spooled]] = defaultdict(list)
                 for row in rows:
-                    by_channel[row.channel].append(row)
-                for channel, group in by_channel.items():
-                    await self._replay(spool, channel, group)
+                    by_source[row.channel, row.app_id].append(row)
+                for source, group in by_source.items():
+                    await self._replay(spool, source, group)
             except AftertouchError:
                 self._has_failed = True
                 await asyncio.sleep(RETRY_SECONDS)
@@ -132,12 +139,12 @@ class Intake:
         """
         return self._has_failed and self._spool is not None and self._spool.waiting > 0
 
-    async def _store_in_time(self, channel: str, webhook: Webhook) -> bool:
+    async def _store_in_time(self, source: _Source, webhook: Webhook) -> bool:
         """Store it with whatever else arrives; False when the database is away, or takes too long."""
         arrival = _Arrival(webhook, asyncio.get_running_loop().create_future())
-        self._arrivals[channel].append(arrival)
-        if channel not in self._storing:
-            self._storing[channel] = self._call(self._store_arrivals(channel))
+        self._arrivals[source].append(arrival)
+        if source not in self._storing:
+            self._storing[source] = self._call(self._store_arrivals(source))
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await arrival.done
@@ -145,14 +152,14 @@ class Intake:
             return False
         return True
 
-    async def _store_arrivals(self, channel: str) -> None:
+    async def _store_arrivals(self, source: _Source) -> None:
         """Store what has arrived, group by group, until nothing more arrives."""
         try:
-            while group := self._take_group(self._arrivals[channel]):
+            while group := self._take_group(self._arrivals[source]):
                 # Not cancelled when it hangs: psycopg would wait for the server's word on that, which may never come.
-                await asyncio.wait({self._call(self._store(channel, group))}, timeout=GROUP_SECONDS)
+                await asyncio.wait({self._call(self._store(source, group))}, timeout=GROUP_SECONDS)
         finally:
-            del self._storing[channel]
+            del self._storing[source]
 
     def _take_group(self, arrivals: deque[_Arrival]) -> list[_Arrival]:
         group: list[_Arrival] = []
@@ -165,18 +172,18 @@ class Intake:
                 size += len(arrival.webhook.receipts)
         return group
 
-    async def _store(self, channel: str, group: Sequence[_Arrival]) -> None:
+    async def _store(self, source: _Source, group: Sequence[_Arrival]) -> None:
         """Store webhooks at once, and tell those who wait; where that fails, halves, so that one spoils it for no other."""
         try:
-            proven = await self._ledger.ingest_webhooks(channel, [arrival.webhook for arrival in group])
+            proven = await self._ledger.ingest_webhooks(source[0], [arrival.webhook for arrival in group], source[1])
         except AftertouchError as error:
             for arrival in group:
                 _answer(arrival, error)
         except Exception as error:
             half = len(group) // 2
             if half:
-                await self._store(channel, group[:half])
-                await self._store(channel, group[half:])
+                await self._store(source, group[:half])
+                await self._store(source, group[half:])
             else:
                 _answer(group[0], error)
         else:
@@ -226,14 +233,14 @@ class Intake:
                 megabytes=round(spool.size / 1e6, 1),
             )
 
-    async def _replay(self, spool: Spool, channel: str, rows: list[Spooled], *, is_last_try: bool = False) -> None:
+    async def _replay(self, spool: Spool, source: _Source, rows: list[Spooled], *, is_last_try: bool = False) -> None:
         """Store rows of one channel at once, and delete them; where that fails, halves, down to the one that is set aside.
 
         Raises:
             AftertouchError: the database is away, or the ledger closed.
         """
         try:
-            call = self._call(self._ledger.ingest_webhooks(channel, [row.read() for row in rows]))
+            call = self._call(self._ledger.ingest_webhooks(source[0], [row.read() for row in rows], source[1]))
             await asyncio.wait({call})
             if not all(call.result()):
                 raise TokenInvalid
@@ -242,18 +249,18 @@ class Intake:
         except Exception as error:
             half = len(rows) // 2
             if half:
-                await self._replay(spool, channel, rows[:half])
-                await self._replay(spool, channel, rows[half:])
+                await self._replay(spool, source, rows[:half])
+                await self._replay(spool, source, rows[half:])
             elif not is_last_try:
                 # It may have shared its transaction with something else that could not be stored.
                 await asyncio.sleep(RETRY_SECONDS)
-                await self._replay(spool, channel, rows, is_last_try=True)
+                await self._replay(spool, source, rows, is_last_try=True)
             else:
                 await spool.set_aside(rows[0], f"{type(error).__name__}: {error}")
                 log.exception(
                     "a webhook in the spool cannot be stored and was set aside",
                     action="replay_spool",
-                    channel=channel,
+                    channel=source[0],
                     row=rows[0].number,
                     aside=spool.aside,
                 )

@@ -134,8 +134,12 @@ class Ledger:
         """
         return await self._batcher.submit(Submission(batch, stream=stream, position=position, rejected=rejected, is_patient=True))
 
-    async def ingest_webhooks(self, channel: str, webhooks: Sequence[Webhook]) -> list[bool]:
+    async def ingest_webhooks(self, channel: str, webhooks: Sequence[Webhook], app_id: int | None = None) -> list[bool]:
         """Record what a provider reported on a channel, durably and at once, with what follows for the subscriptions.
+
+        Args:
+            app_id: the app to whose own account it was reported, which can say nothing of other apps' people; None for the
+                server's account.
 
         What names no message of this channel is kept as unrecognized, if its origin is proven: the provider would only send it
         again. Where it is not, because the channel's webhooks prove nothing by themselves, nothing of the webhook is stored.
@@ -149,7 +153,9 @@ class Ledger:
         now = datetime.now(UTC)
         declared = self._channels[channel]
         is_signed = declared.channel.capabilities.signed_webhooks
-        targets = iter(await self._find_targets(channel, [receipt for webhook in webhooks for receipt in webhook.receipts]))
+        targets = iter(
+            await self._find_targets(channel, [receipt for webhook in webhooks for receipt in webhook.receipts], app_id)
+        )
         facts: list[Fact] = []
         strange: list[str] = []
         proven: list[bool] = []
@@ -171,7 +177,7 @@ class Ledger:
                 taken.append(webhook)
                 facts += found
                 strange += (*webhook.unrecognized, *odd)
-        facts += await self._attribute(declared, [reply for webhook in taken for reply in webhook.replies])
+        facts += await self._attribute(declared, [reply for webhook in taken for reply in webhook.replies], app_id)
         if strange:
             log.warning("receipts were not recognized", action="ingest_webhooks", channel=channel, count=len(strange))
             async with transaction(self._engine) as conn:
@@ -182,24 +188,24 @@ class Ledger:
         await self._follow(channel, facts)
         if standings := [standing for webhook in taken for standing in webhook.standings]:
             async with transaction(self._engine) as conn:
-                changed = await apply_standings(conn, channel, standings)
+                changed = await apply_standings(conn, channel, standings, app_id)
             log.info("people said stop or start", action="ingest_webhooks", channel=channel, told=len(standings), changed=changed)
         return proven
 
-    async def _attribute(self, declared: ChannelType, replies: Sequence[Reply]) -> list[Fact]:
+    async def _attribute(self, declared: ChannelType, replies: Sequence[Reply], app_id: int | None) -> list[Fact]:
         """What replies say of the messages that they answer. Who writes without having been written to is no news."""
         if not replies:
             return []
         channel, now = declared.channel.name, datetime.now(UTC)
         named = [Receipt(signal=reply.signal, message_id=reply.message_id) for reply in replies]
-        targets = await self._find_targets(channel, named)
+        targets = await self._find_targets(channel, named, app_id)
         unnamed = [at for at, (campaign, position) in enumerate(targets) if campaign is None and position != TEST_POSITION]
         async with transaction(self._engine) as conn:
             for at in unnamed:
-                targets[at] = await find_answered(conn, channel, replies[at]) or (None, 0)
+                targets[at] = await find_answered(conn, channel, replies[at], app_id) or (None, 0)
         if late := [at for at in unnamed if targets[at][0] is None and replies[at].message_id]:
             # An answer may outrun the record of what it answers, which has come between the two looks.
-            for at, target in zip(late, await self._find_targets(channel, [named[at] for at in late]), strict=True):
+            for at, target in zip(late, await self._find_targets(channel, [named[at] for at in late], app_id), strict=True):
                 targets[at] = target
         return [
             Fact(campaign, position, Kind(reply.signal), reply.time or now)
@@ -211,8 +217,10 @@ class Ledger:
         """True when every token of the receipts was made by us; needs no database."""
         return bool(self.tokens.read([receipt.token for receipt in receipts if receipt.token]).valid.all())
 
-    async def _find_targets(self, channel: str, receipts: Sequence[Receipt]) -> list[tuple[Campaign | None, int]]:
-        """Campaign and position of each receipt; None for one that names no message of the channel."""
+    async def _find_targets(
+        self, channel: str, receipts: Sequence[Receipt], app_id: int | None
+    ) -> list[tuple[Campaign | None, int]]:
+        """Campaign and position of each receipt; None for one that names no message of the channel, and of the one app."""
         found = self.tokens.read([receipt.token or "" for receipt in receipts])
         targets = [
             (number, position) if valid else (0, 0)
@@ -235,6 +243,7 @@ class Ledger:
         for number, position in targets:
             campaign = launched.get(number)
             is_ours = campaign is not None and campaign.channel == channel and position < campaign.recipients
+            is_ours = is_ours and (app_id is None or (campaign is not None and campaign.app_id == app_id))
             placed.append((campaign if is_ours else None, position))
         return placed
 

@@ -32,11 +32,11 @@ BUSY_SECONDS = 5.0
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spooled (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, channel TEXT NOT NULL, receipts TEXT NOT NULL, inbound TEXT NOT NULL,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, channel TEXT NOT NULL, app_id INTEGER, receipts TEXT NOT NULL, inbound TEXT NOT NULL,
     unrecognized TEXT NOT NULL, arrive_time TEXT NOT NULL, size INTEGER NOT NULL, error TEXT);
 CREATE INDEX IF NOT EXISTS spooled_by_error ON spooled (error, id, size);
 """
-_Row = tuple[str, str, str, str, str, int]
+_Row = tuple[str, int | None, str, str, str, str, int]
 Answer = TypeVar("Answer")
 
 
@@ -64,6 +64,8 @@ class Spooled:
 
     number: int
     channel: str
+    app_id: int | None
+    """The app to whose own account it was reported; None for the server's."""
     receipts: str
     inbound: str
     unrecognized: str
@@ -135,7 +137,7 @@ class Spool:
         await self._run(lambda: self._conn.close())
         self._thread.shutdown()
 
-    async def add(self, channel: str, webhook: Webhook, arrive_time: datetime) -> None:
+    async def add(self, channel: str, webhook: Webhook, arrive_time: datetime, app_id: int | None = None) -> None:
         """Return when it is on disk; what comes meanwhile shares the next sync. What has no time gets the arrival's.
 
         Raises:
@@ -148,7 +150,7 @@ class Spool:
         )
         strange = json.dumps(list(webhook.unrecognized))
         size = len(written) + len(inbound) + len(strange) + ROW_BYTES
-        addition = _Addition((channel, written, inbound, strange, arrive_time.isoformat(), size))
+        addition = _Addition((channel, app_id, written, inbound, strange, arrive_time.isoformat(), size))
         self._additions.append(addition)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write(), name="write the spool")
@@ -216,7 +218,8 @@ class Spool:
                     break
                 fitting += 1
             self._conn.executemany(
-                "INSERT INTO spooled (channel, receipts, inbound, unrecognized, arrive_time, size) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO spooled (channel, app_id, receipts, inbound, unrecognized, arrive_time, size)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 rows[:fitting],
             )
         self.size += sum(row[-1] for row in rows[:fitting])
@@ -228,7 +231,7 @@ class Spool:
         found: list[Spooled] = []
         size = 0
         cursor = self._conn.execute(
-            "SELECT id, channel, receipts, inbound, unrecognized, size FROM spooled WHERE error IS NULL ORDER BY id"
+            "SELECT id, channel, app_id, receipts, inbound, unrecognized, size FROM spooled WHERE error IS NULL ORDER BY id"
         )
         for columns in cursor:
             found.append(Spooled(*columns))

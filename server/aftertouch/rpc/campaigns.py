@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -146,10 +147,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     async def LaunchCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.LaunchCampaignRequest, call: Call
     ) -> campaigns_pb2.Campaign:
-        async with transaction(call.engine) as conn:
-            draft = await store.find_campaign(conn, call.app.app_id, read_name(call, request.name, "campaigns", "name"))
-        if draft is not None:
-            await check_content(self._registry, draft)
+        await self._check_content(call, read_name(call, request.name, "campaigns", "name"))
         campaign = await find(call, request.name, lock=True)
         _check_etag(request.name, campaign, request.etag)
         conn = await call.begin()
@@ -162,7 +160,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             message.counts.recipients, message.holdout_count = len(people.roll), len(people.held_out)
             if not message.counts.recipients and schedule_time is None:
                 raise AudienceEmpty(request.name)
-            declared, channel = self._registry.types[campaign.channel], self._registry.channels[campaign.channel]
+            declared = self._registry.types[campaign.channel]
+            channel = (await self._context.accounts.find(conn, call.app, campaign.channel)).channel
             bill = await estimate_campaign(conn, self._context, call.app, campaign, declared, channel, people.roll)
             if bill is not None:
                 message.estimate.CopyFrom(_to_estimate(bill))
@@ -187,6 +186,17 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             return []
         sources = await find_sources(conn, call.app, self._registry.types, audience, "audience.retarget", at)
         return await find_unsettled(conn, call.app, sources, audience, datetime.now(UTC), at)
+
+    async def _check_content(self, call: Call, name: str) -> None:
+        """Have a draft's content checked by its channel. Whatever else is wrong with it, launching says."""
+        accounts = self._context.accounts
+        with ExitStack() as held:
+            async with transaction(call.engine) as conn:
+                draft = await store.find_campaign(conn, call.app.app_id, name)
+                if draft is None or draft.state != "DRAFT" or draft.content is None:
+                    return
+                channel = held.enter_context(accounts.hold(await accounts.find(conn, call.app, draft.channel)))
+            await check_content(channel, draft)
 
     async def UnscheduleCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.UnscheduleCampaignRequest, call: Call

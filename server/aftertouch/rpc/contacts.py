@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from urllib.parse import quote, unquote
 
@@ -11,8 +11,9 @@ from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
 from pydantic import ValidationError
 
-from aftertouch.channels import Address
+from aftertouch.channels import Address, Channel
 from aftertouch.errors import FieldsInvalid, NotFound, Violation
+from aftertouch.ingest.accounts import Accounts
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.chains import find_chain
 from aftertouch.retargeting.explanations import explain_campaign, explain_chain, explain_retarget
@@ -48,8 +49,9 @@ _STATES = {"ACTIVE": "active", "OPTED_OUT": "opted_out", "INVALID": "invalid"}
 class Contacts(contacts_pb2_grpc.ContactsServicer):
     """The people of the caller's app."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, accounts: Accounts) -> None:
         self._registry = registry
+        self._accounts = accounts
 
     async def ImportContacts(  # type: ignore[override]
         self, requests: AsyncIterator[contacts_pb2.ImportContactsRequest], call: Call
@@ -57,6 +59,8 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
         response = contacts_pb2.ImportContactsResponse()
         index = 0
         parent = ""
+        async with transaction(call.engine) as conn:
+            channels = await self._accounts.list_ready(conn, call.app)
         async for request in requests:
             parent = request.parent or parent
             if not parent:
@@ -67,7 +71,7 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
             good = []
             for contact in request.contacts:
                 try:
-                    good.append(self._read_contact(contact))
+                    good.append(self._read_contact(contact, channels))
                 except FieldsInvalid as error:
                     response.rejected_count += 1
                     if len(response.rejections) < MOST_REJECTIONS:
@@ -91,9 +95,10 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
     ) -> contacts_pb2.UpsertContactsResponse:
         check_parent(call, request.parent)
         good, violations = [], []
+        channels = await self._accounts.list_ready(await call.begin(), call.app)
         for index, contact in enumerate(request.contacts):
             try:
-                good.append(self._read_contact(contact))
+                good.append(self._read_contact(contact, channels))
             except FieldsInvalid as error:
                 violations += [Violation(f"contacts[{index}].{v.field}", v.description) for v in error.violations]
         if violations:
@@ -147,7 +152,8 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
         after = -1 if token is None else token
         match wanted.WhichOneof("kind"):
             case "address":
-                key = self._read_address(wanted.address.channel, wanted.address.address, "filter.address").key
+                channels = await self._accounts.list_ready(conn, call.app)
+                key = self._read_address(wanted.address.channel, wanted.address.address, "filter.address", channels).key
                 numbers = await store.page_address(conn, app_id, wanted.address.channel, store.hash_address(key), after, limit)
             case "standing":
                 self._check_channel(wanted.standing.channel, "filter.standing.channel")
@@ -217,7 +223,7 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
             unrecognized_receipt_count=erased.unrecognized,
         )
 
-    def _read_contact(self, contact: contacts_pb2.Contact) -> store.Contact:
+    def _read_contact(self, contact: contacts_pb2.Contact, channels: Mapping[str, Channel]) -> store.Contact:
         """The contact as it is stored.
 
         Raises:
@@ -233,31 +239,33 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
         subscriptions = []
         for index, subscription in enumerate(contact.subscriptions):
             try:
-                subscriptions.append(self._read_subscription(subscription, f"subscriptions[{index}]"))
+                subscriptions.append(self._read_subscription(subscription, f"subscriptions[{index}]", channels))
             except FieldsInvalid as error:
                 violations += error.violations
         if violations:
             raise FieldsInvalid(violations)
         return store.Contact(contact.external_id, attributes, contact.time_zone, tuple(subscriptions))
 
-    def _read_subscription(self, subscription: contacts_pb2.Subscription, path: str) -> store.Subscription:
-        address = self._read_address(subscription.channel, subscription.address, path)
+    def _read_subscription(
+        self, subscription: contacts_pb2.Subscription, path: str, channels: Mapping[str, Channel]
+    ) -> store.Subscription:
+        address = self._read_address(subscription.channel, subscription.address, path, channels)
         state = contacts_pb2.Subscription.State.Name(subscription.state)
         return store.Subscription(subscription.channel, address.model_dump(mode="json"), address.key, _STATES.get(state))
 
-    def _read_address(self, channel: str, address: Struct, path: str) -> Address:
+    def _read_address(self, channel: str, address: Struct, path: str, channels: Mapping[str, Channel]) -> Address:
         """An address as its channel reads it.
 
         Raises:
             FieldsInvalid: with paths below ``path``.
         """
         self._check_channel(channel, f"{path}.channel")
-        if channel not in self._registry.channels:
+        if channel not in channels:
             raise FieldsInvalid(
                 [Violation(f"{path}.channel", f"{channel} is not configured, so its addresses cannot be checked")]
             )
         try:
-            return self._registry.channels[channel].parse_address(json_format.MessageToDict(address))
+            return channels[channel].parse_address(json_format.MessageToDict(address))
         except ValidationError as error:
             raise FieldsInvalid(
                 Violation(".".join([f"{path}.address", *map(str, fault["loc"])]), fault["msg"])

@@ -65,8 +65,8 @@ def create_servicers(registry: Registry, ledger: Ledger, context: MessageContext
     copies = Copies()
     return {
         "Apps": Apps(context.vault),
-        "Channels": Channels(registry),
-        "Contacts": Contacts(registry),
+        "Channels": Channels(registry, context),
+        "Contacts": Contacts(registry, context.accounts),
         "Lists": Lists(),
         "Campaigns": Campaigns(registry, ledger, context, copies),
         "Events": Events(ledger),

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.errors import AlreadyExists
 from aftertouch.rolls.sql import delete_roll
+from aftertouch.store.app_secrets import is_of_owner
 from aftertouch.store.tables import campaigns
 
 
@@ -151,10 +152,14 @@ async def list_campaigns(
 
 
 async def lock_due_campaign(conn: AsyncConnection, channels: Collection[str]) -> Campaign | None:
-    """A scheduled campaign on one of these channels whose time has come, locked; None when there is none that is free."""
+    """A scheduled campaign whose time has come, locked; None when there is none that is free.
+
+    On one of these channels, or of an app with settings of its own.
+    """
     statement = (
         select(campaigns)
-        .where(campaigns.c.state == "SCHEDULED", campaigns.c.schedule_time <= func.now(), campaigns.c.channel.in_(channels))
+        .where(campaigns.c.state == "SCHEDULED", campaigns.c.schedule_time <= func.now())
+        .where(campaigns.c.channel.in_(channels) | is_of_owner())
         .order_by(campaigns.c.schedule_time)
         .limit(1)
         .with_for_update(skip_locked=True)

@@ -32,6 +32,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.rolls.chunks import SLOT_SHIFT, slot_of
+from aftertouch.store.app_secrets import is_of_owner
 from aftertouch.store.tables import campaigns, send_units
 
 CHANNEL = "aftertouch_send"
@@ -78,9 +79,13 @@ async def create_units(conn: AsyncConnection, campaign_id: int, chunks: int) -> 
     await conn.execute(insert(send_units).from_select(["slot", "campaign_id"], select(slots, literal(campaign_id))))
 
 
-async def claim_unit(conn: AsyncConnection, channel: str, lease_for: timedelta) -> Unit | None:
-    """Claim a free unit of a campaign that is being sent on this channel; None when there is none."""
-    return await _claim(conn, _CLAIM_UNIT, {"channel": channel, "lease_for": lease_for})
+async def claim_unit(conn: AsyncConnection, channel: str, lease_for: timedelta, *, of_owners: bool = False) -> Unit | None:
+    """Claim a free unit of a campaign that is being sent on this channel; None when there is none.
+
+    Args:
+        of_owners: only of apps that have settings of their own for it.
+    """
+    return await _claim(conn, _CLAIM_OWN_UNIT if of_owners else _CLAIM_UNIT, {"channel": channel, "lease_for": lease_for})
 
 
 async def claim_leftover(conn: AsyncConnection, lease_for: timedelta) -> Unit | None:
@@ -114,6 +119,7 @@ def _write_claim(wanted: ColumnElement[bool]) -> Update:
 
 # Composed once: every free place of a worker asks each second.
 _CLAIM_UNIT = _write_claim(and_(_may_be_sent(), campaigns.c.channel == bindparam("channel")))
+_CLAIM_OWN_UNIT = _write_claim(and_(_may_be_sent(), campaigns.c.channel == bindparam("channel"), is_of_owner()))
 _CLAIM_LEFTOVER = _write_claim(_is_over())
 
 

@@ -26,10 +26,12 @@ from aftertouch.v1 import options_pb2 as aftertouch_dot_v1_dot_options__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66tertouch/v1/channels.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xdd\x03\n\x07\x43hannel\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.aftertouch.v1.Channel.State\x12\x10\n\x08problems\x18\x04 \x03(\t\x12\x14\n\x0c\x64istribution\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12&\n\x07signals\x18\x07 \x03(\x0b\x32\x15.aftertouch.v1.Signal\x12&\n\x07\x61\x63tions\x18\x08 \x03(\x0b\x32\x15.aftertouch.v1.Action\x12/\n\x0e\x63ontent_schema\x18\t \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0e\x61\x64\x64ress_schema\x18\n \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x18\n\x10idempotent_sends\x18\x0b \x01(\x08\"I\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x12\n\x0eNOT_CONFIGURED\x10\x02\x12\n\n\x06\x42ROKEN\x10\x03:+\xea\x41(\n\x12\x61\x66tertouch/Channel\x12\x12\x63hannels/{channel}\"?\n\x06Signal\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0f\n\x07implies\x18\x03 \x03(\t\"\x8c\x01\n\x06\x41\x63tion\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nshort_name\x18\x03 \x01(\t\x12\x12\n\nexpression\x18\x04 \x01(\t\x12\x18\n\x10\x61part_expression\x18\x05 \x01(\t\x12\x1a\n\x12\x61part_display_name\x18\x06 \x01(\t\"E\n\x13ListChannelsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListChannelsResponse\x12(\n\x08\x63hannels\x18\x01 \x03(\x0b\x32\x16.aftertouch.v1.Channel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetChannelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xb7\x01\n\x08\x43hannels\x12]\n\x0cListChannels\x12\".aftertouch.v1.ListChannelsRequest\x1a#.aftertouch.v1.ListChannelsResponse\"\x04\x88\xca*\x01\x12L\n\nGetChannel\x12 .aftertouch.v1.GetChannelRequest\x1a\x16.aftertouch.v1.Channel\"\x04\x88\xca*\x01\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66tertouch/v1/channels.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x03\n\x07\x43hannel\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.aftertouch.v1.Channel.State\x12\x10\n\x08problems\x18\x04 \x03(\t\x12\x14\n\x0c\x64istribution\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12&\n\x07signals\x18\x07 \x03(\x0b\x32\x15.aftertouch.v1.Signal\x12&\n\x07\x61\x63tions\x18\x08 \x03(\x0b\x32\x15.aftertouch.v1.Action\x12/\n\x0e\x63ontent_schema\x18\t \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0e\x61\x64\x64ress_schema\x18\n \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x18\n\x10idempotent_sends\x18\x0b \x01(\x08\x12\x14\n\x0c\x61pp_settings\x18\x0c \x03(\t\"I\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x12\n\x0eNOT_CONFIGURED\x10\x02\x12\n\n\x06\x42ROKEN\x10\x03:+\xea\x41(\n\x12\x61\x66tertouch/Channel\x12\x12\x63hannels/{channel}\"?\n\x06Signal\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0f\n\x07implies\x18\x03 \x03(\t\"\x8c\x01\n\x06\x41\x63tion\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nshort_name\x18\x03 \x01(\t\x12\x12\n\nexpression\x18\x04 \x01(\t\x12\x18\n\x10\x61part_expression\x18\x05 \x01(\t\x12\x1a\n\x12\x61part_display_name\x18\x06 \x01(\t\"E\n\x13ListChannelsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListChannelsResponse\x12(\n\x08\x63hannels\x18\x01 \x03(\x0b\x32\x16.aftertouch.v1.Channel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetChannelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xf8\x02\n\x0f\x43hannelSettings\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12W\n\x06values\x18\x02 \x03(\x0b\x32*.aftertouch.v1.ChannelSettings.ValuesEntryB\x1b\xe2\x41\x01\x04\xbaH\x14\x9a\x01\x11\x10\x32\"\x06r\x04\x10\x01\x18@*\x05r\x03\x18\x90N\x12\x18\n\nset_values\x18\x03 \x03(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0bwebhook_url\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x16\n\x08problems\x18\x06 \x03(\tB\x04\xe2\x41\x01\x03\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:E\xea\x41\x42\n\x1a\x61\x66tertouch/ChannelSettings\x12$apps/{app}/channelSettings/{channel}\"/\n\x19GetChannelSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"^\n\x1cUpdateChannelSettingsRequest\x12>\n\x10\x63hannel_settings\x18\x01 \x01(\x0b\x32\x1e.aftertouch.v1.ChannelSettingsB\x04\xe2\x41\x01\x02\"2\n\x1c\x44\x65leteChannelSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xed\x03\n\x08\x43hannels\x12]\n\x0cListChannels\x12\".aftertouch.v1.ListChannelsRequest\x1a#.aftertouch.v1.ListChannelsResponse\"\x04\x88\xca*\x01\x12L\n\nGetChannel\x12 .aftertouch.v1.GetChannelRequest\x1a\x16.aftertouch.v1.Channel\"\x04\x88\xca*\x01\x12\x64\n\x12GetChannelSettings\x12(.aftertouch.v1.GetChannelSettingsRequest\x1a\x1e.aftertouch.v1.ChannelSettings\"\x04\x88\xca*\x01\x12j\n\x15UpdateChannelSettings\x12+.aftertouch.v1.UpdateChannelSettingsRequest\x1a\x1e.aftertouch.v1.ChannelSettings\"\x04\x88\xca*\x04\x12\x62\n\x15\x44\x65leteChannelSettings\x12+.aftertouch.v1.DeleteChannelSettingsRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x04\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,24 +47,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCHANNELSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_GETCHANNELREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETCHANNELREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_CHANNELSETTINGS_VALUESENTRY']._loaded_options = None
+  _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_options = b'8\001'
+  _globals['_CHANNELSETTINGS'].fields_by_name['name']._loaded_options = None
+  _globals['_CHANNELSETTINGS'].fields_by_name['name']._serialized_options = b'\342A\001\010'
+  _globals['_CHANNELSETTINGS'].fields_by_name['values']._loaded_options = None
+  _globals['_CHANNELSETTINGS'].fields_by_name['values']._serialized_options = b'\342A\001\004\272H\024\232\001\021\0202\"\006r\004\020\001\030@*\005r\003\030\220N'
+  _globals['_CHANNELSETTINGS'].fields_by_name['set_values']._loaded_options = None
+  _globals['_CHANNELSETTINGS'].fields_by_name['set_values']._serialized_options = b'\342A\001\003'
+  _globals['_CHANNELSETTINGS'].fields_by_name['webhook_url']._loaded_options = None
+  _globals['_CHANNELSETTINGS'].fields_by_name['webhook_url']._serialized_options = b'\342A\001\003'
+  _globals['_CHANNELSETTINGS'].fields_by_name['update_time']._loaded_options = None
+  _globals['_CHANNELSETTINGS'].fields_by_name['update_time']._serialized_options = b'\342A\001\003'
+  _globals['_CHANNELSETTINGS'].fields_by_name['problems']._loaded_options = None
+  _globals['_CHANNELSETTINGS'].fields_by_name['problems']._serialized_options = b'\342A\001\003'
+  _globals['_CHANNELSETTINGS']._loaded_options = None
+  _globals['_CHANNELSETTINGS']._serialized_options = b'\352AB\n\032aftertouch/ChannelSettings\022$apps/{app}/channelSettings/{channel}'
+  _globals['_GETCHANNELSETTINGSREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_GETCHANNELSETTINGSREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_UPDATECHANNELSETTINGSREQUEST'].fields_by_name['channel_settings']._loaded_options = None
+  _globals['_UPDATECHANNELSETTINGSREQUEST'].fields_by_name['channel_settings']._serialized_options = b'\342A\001\002'
+  _globals['_DELETECHANNELSETTINGSREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_DELETECHANNELSETTINGSREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
   _globals['_CHANNELS'].methods_by_name['ListChannels']._loaded_options = None
   _globals['_CHANNELS'].methods_by_name['ListChannels']._serialized_options = b'\210\312*\001'
   _globals['_CHANNELS'].methods_by_name['GetChannel']._loaded_options = None
   _globals['_CHANNELS'].methods_by_name['GetChannel']._serialized_options = b'\210\312*\001'
-  _globals['_CHANNEL']._serialized_start=196
-  _globals['_CHANNEL']._serialized_end=673
-  _globals['_CHANNEL_STATE']._serialized_start=555
-  _globals['_CHANNEL_STATE']._serialized_end=628
-  _globals['_SIGNAL']._serialized_start=675
-  _globals['_SIGNAL']._serialized_end=738
-  _globals['_ACTION']._serialized_start=741
-  _globals['_ACTION']._serialized_end=881
-  _globals['_LISTCHANNELSREQUEST']._serialized_start=883
-  _globals['_LISTCHANNELSREQUEST']._serialized_end=952
-  _globals['_LISTCHANNELSRESPONSE']._serialized_start=954
-  _globals['_LISTCHANNELSRESPONSE']._serialized_end=1043
-  _globals['_GETCHANNELREQUEST']._serialized_start=1045
-  _globals['_GETCHANNELREQUEST']._serialized_end=1084
-  _globals['_CHANNELS']._serialized_start=1087
-  _globals['_CHANNELS']._serialized_end=1270
+  _globals['_CHANNELS'].methods_by_name['GetChannelSettings']._loaded_options = None
+  _globals['_CHANNELS'].methods_by_name['GetChannelSettings']._serialized_options = b'\210\312*\001'
+  _globals['_CHANNELS'].methods_by_name['UpdateChannelSettings']._loaded_options = None
+  _globals['_CHANNELS'].methods_by_name['UpdateChannelSettings']._serialized_options = b'\210\312*\004'
+  _globals['_CHANNELS'].methods_by_name['DeleteChannelSettings']._loaded_options = None
+  _globals['_CHANNELS'].methods_by_name['DeleteChannelSettings']._serialized_options = b'\210\312*\004'
+  _globals['_CHANNEL']._serialized_start=258
+  _globals['_CHANNEL']._serialized_end=757
+  _globals['_CHANNEL_STATE']._serialized_start=639
+  _globals['_CHANNEL_STATE']._serialized_end=712
+  _globals['_SIGNAL']._serialized_start=759
+  _globals['_SIGNAL']._serialized_end=822
+  _globals['_ACTION']._serialized_start=825
+  _globals['_ACTION']._serialized_end=965
+  _globals['_LISTCHANNELSREQUEST']._serialized_start=967
+  _globals['_LISTCHANNELSREQUEST']._serialized_end=1036
+  _globals['_LISTCHANNELSRESPONSE']._serialized_start=1038
+  _globals['_LISTCHANNELSRESPONSE']._serialized_end=1127
+  _globals['_GETCHANNELREQUEST']._serialized_start=1129
+  _globals['_GETCHANNELREQUEST']._serialized_end=1168
+  _globals['_CHANNELSETTINGS']._serialized_start=1171
+  _globals['_CHANNELSETTINGS']._serialized_end=1547
+  _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_start=1431
+  _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_end=1476
+  _globals['_GETCHANNELSETTINGSREQUEST']._serialized_start=1549
+  _globals['_GETCHANNELSETTINGSREQUEST']._serialized_end=1596
+  _globals['_UPDATECHANNELSETTINGSREQUEST']._serialized_start=1598
+  _globals['_UPDATECHANNELSETTINGSREQUEST']._serialized_end=1692
+  _globals['_DELETECHANNELSETTINGSREQUEST']._serialized_start=1694
+  _globals['_DELETECHANNELSETTINGSREQUEST']._serialized_end=1744
+  _globals['_CHANNELS']._serialized_start=1747
+  _globals['_CHANNELS']._serialized_end=2240
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -64,12 +65,13 @@ class Channel(_message.Message):
     CONTENT_SCHEMA_FIELD_NUMBER: _builtins.int
     ADDRESS_SCHEMA_FIELD_NUMBER: _builtins.int
     IDEMPOTENT_SENDS_FIELD_NUMBER: _builtins.int
+    APP_SETTINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`channels/{channel}`, as in channels/sms."""
     display_name: _builtins.str
     """For people."""
     state: Global___Channel.State.ValueType
-    """Whether it can send."""
+    """Whether it can send for the app."""
     distribution: _builtins.str
     """The distribution that provides it, and its version."""
     version: _builtins.str
@@ -96,6 +98,10 @@ class Channel(_message.Message):
     def address_schema(self) -> _struct_pb2.Struct:
         """JSON Schema of a subscription's address."""
 
+    @_builtins.property
+    def app_settings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Settings that an app may have of its own, by UpdateChannelSettings."""
+
     def __init__(
         self,
         *,
@@ -110,10 +116,11 @@ class Channel(_message.Message):
         content_schema: _struct_pb2.Struct | None = ...,
         address_schema: _struct_pb2.Struct | None = ...,
         idempotent_sends: _builtins.bool = ...,
+        app_settings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address_schema", b"address_schema", "content_schema", b"content_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "address_schema", b"address_schema", "content_schema", b"content_schema", "display_name", b"display_name", "distribution", b"distribution", "idempotent_sends", b"idempotent_sends", "name", b"name", "problems", b"problems", "signals", b"signals", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "address_schema", b"address_schema", "app_settings", b"app_settings", "content_schema", b"content_schema", "display_name", b"display_name", "distribution", b"distribution", "idempotent_sends", b"idempotent_sends", "name", b"name", "problems", b"problems", "signals", b"signals", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,3 +275,143 @@ class GetChannelRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetChannelRequest: _TypeAlias = GetChannelRequest  # noqa: Y015
+
+@_typing.final
+class ChannelSettings(_message.Message):
+    """What an app set for itself on a channel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    SET_VALUES_FIELD_NUMBER: _builtins.int
+    WEBHOOK_URL_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/channelSettings/{channel}`, as in apps/acme/channelSettings/sms."""
+    webhook_url: _builtins.str
+    """Where the provider of this account has to report to."""
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """By their names, as in "account_sid"; those in the channel's app_settings. A value that is not named stays as it is, an empty
+        one goes back to the default. Never returned.
+        """
+
+    @_builtins.property
+    def set_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of those that are set."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When they were changed."""
+
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the channel cannot send with them; empty when it can."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        values: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        set_values: _abc.Iterable[_builtins.str] | None = ...,
+        webhook_url: _builtins.str = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "problems", b"problems", "set_values", b"set_values", "update_time", b"update_time", "values", b"values", "webhook_url", b"webhook_url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChannelSettings: _TypeAlias = ChannelSettings  # noqa: Y015
+
+@_typing.final
+class GetChannelSettingsRequest(_message.Message):
+    """Request of GetChannelSettings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/channelSettings/{channel}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetChannelSettingsRequest: _TypeAlias = GetChannelSettingsRequest  # noqa: Y015
+
+@_typing.final
+class UpdateChannelSettingsRequest(_message.Message):
+    """Request of UpdateChannelSettings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_SETTINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def channel_settings(self) -> Global___ChannelSettings:
+        """Its name and the values; they are made if there are none yet."""
+
+    def __init__(
+        self,
+        *,
+        channel_settings: Global___ChannelSettings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel_settings", b"channel_settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel_settings", b"channel_settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateChannelSettingsRequest: _TypeAlias = UpdateChannelSettingsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteChannelSettingsRequest(_message.Message):
+    """Request of DeleteChannelSettings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/channelSettings/{channel}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteChannelSettingsRequest: _TypeAlias = DeleteChannelSettingsRequest  # noqa: Y015

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from aftertouch.v1 import channels_pb2 as aftertouch_dot_v1_dot_channels__pb2
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -45,6 +46,21 @@ class ChannelsStub:
                 request_serializer=aftertouch_dot_v1_dot_channels__pb2.GetChannelRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_channels__pb2.Channel.FromString,
                 _registered_method=True)
+        self.GetChannelSettings = channel.unary_unary(
+                '/aftertouch.v1.Channels/GetChannelSettings',
+                request_serializer=aftertouch_dot_v1_dot_channels__pb2.GetChannelSettingsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_channels__pb2.ChannelSettings.FromString,
+                _registered_method=True)
+        self.UpdateChannelSettings = channel.unary_unary(
+                '/aftertouch.v1.Channels/UpdateChannelSettings',
+                request_serializer=aftertouch_dot_v1_dot_channels__pb2.UpdateChannelSettingsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_channels__pb2.ChannelSettings.FromString,
+                _registered_method=True)
+        self.DeleteChannelSettings = channel.unary_unary(
+                '/aftertouch.v1.Channels/DeleteChannelSettings',
+                request_serializer=aftertouch_dot_v1_dot_channels__pb2.DeleteChannelSettingsRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
 
 
 class ChannelsServicer:
@@ -65,6 +81,29 @@ class ChannelsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetChannelSettings(self, request, context):
+        """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateChannelSettings(self, request, context):
+        """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+        and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
+        Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteChannelSettings(self, request, context):
+        """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChannelsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +116,21 @@ def add_ChannelsServicer_to_server(servicer, server):
                     servicer.GetChannel,
                     request_deserializer=aftertouch_dot_v1_dot_channels__pb2.GetChannelRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_channels__pb2.Channel.SerializeToString,
+            ),
+            'GetChannelSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetChannelSettings,
+                    request_deserializer=aftertouch_dot_v1_dot_channels__pb2.GetChannelSettingsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_channels__pb2.ChannelSettings.SerializeToString,
+            ),
+            'UpdateChannelSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateChannelSettings,
+                    request_deserializer=aftertouch_dot_v1_dot_channels__pb2.UpdateChannelSettingsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_channels__pb2.ChannelSettings.SerializeToString,
+            ),
+            'DeleteChannelSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteChannelSettings,
+                    request_deserializer=aftertouch_dot_v1_dot_channels__pb2.DeleteChannelSettingsRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +188,87 @@ class Channels:
             '/aftertouch.v1.Channels/GetChannel',
             aftertouch_dot_v1_dot_channels__pb2.GetChannelRequest.SerializeToString,
             aftertouch_dot_v1_dot_channels__pb2.Channel.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetChannelSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Channels/GetChannelSettings',
+            aftertouch_dot_v1_dot_channels__pb2.GetChannelSettingsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_channels__pb2.ChannelSettings.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateChannelSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Channels/UpdateChannelSettings',
+            aftertouch_dot_v1_dot_channels__pb2.UpdateChannelSettingsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_channels__pb2.ChannelSettings.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteChannelSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Channels/DeleteChannelSettings',
+            aftertouch_dot_v1_dot_channels__pb2.DeleteChannelSettingsRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,7 @@ isort:skip_file
 
 from aftertouch.v1 import channels_pb2 as _channels_pb2
 from collections import abc as _abc
+from google.protobuf import empty_pb2 as _empty_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -37,6 +38,15 @@ class ChannelsStub:
     """Lists the installed channels by name, those that cannot send as well."""
     GetChannel: _grpc.UnaryUnaryMultiCallable[_channels_pb2.GetChannelRequest, _channels_pb2.Channel]
     """Returns one channel with its schemas. Reasons: RESOURCE_NOT_FOUND."""
+    GetChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.GetChannelSettingsRequest, _channels_pb2.ChannelSettings]
+    """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND."""
+    UpdateChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.UpdateChannelSettingsRequest, _channels_pb2.ChannelSettings]
+    """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+    and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
+    Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
+    """
+    DeleteChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.DeleteChannelSettingsRequest, _empty_pb2.Empty]
+    """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND."""
 
 @_typing.type_check_only
 class ChannelsAsyncStub(ChannelsStub):
@@ -47,6 +57,15 @@ class ChannelsAsyncStub(ChannelsStub):
     """Lists the installed channels by name, those that cannot send as well."""
     GetChannel: _aio.UnaryUnaryMultiCallable[_channels_pb2.GetChannelRequest, _channels_pb2.Channel]  # type: ignore[assignment]
     """Returns one channel with its schemas. Reasons: RESOURCE_NOT_FOUND."""
+    GetChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.GetChannelSettingsRequest, _channels_pb2.ChannelSettings]  # type: ignore[assignment]
+    """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND."""
+    UpdateChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.UpdateChannelSettingsRequest, _channels_pb2.ChannelSettings]  # type: ignore[assignment]
+    """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+    and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
+    Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
+    """
+    DeleteChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.DeleteChannelSettingsRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND."""
 
 class ChannelsServicer(metaclass=_abc_1.ABCMeta):
     """Channels are what plugins provide: installing one adds it here, with its signals and actions."""
@@ -66,5 +85,32 @@ class ChannelsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_channels_pb2.Channel, _abc.Awaitable[_channels_pb2.Channel]]:
         """Returns one channel with its schemas. Reasons: RESOURCE_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def GetChannelSettings(
+        self,
+        request: _channels_pb2.GetChannelSettingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_channels_pb2.ChannelSettings, _abc.Awaitable[_channels_pb2.ChannelSettings]]:
+        """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def UpdateChannelSettings(
+        self,
+        request: _channels_pb2.UpdateChannelSettingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_channels_pb2.ChannelSettings, _abc.Awaitable[_channels_pb2.ChannelSettings]]:
+        """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+        and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
+        Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteChannelSettings(
+        self,
+        request: _channels_pb2.DeleteChannelSettingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND."""
 
 def add_ChannelsServicer_to_server(servicer: ChannelsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

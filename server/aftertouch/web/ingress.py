@@ -1,15 +1,17 @@
-"""The ingress: webhooks of every channel's provider below ``/v1/webhooks/<channel>``, browsers, and tracked links.
+"""The ingress: webhooks of every channel's provider below ``/v1/webhooks/<channel>``, and of an app's own account below
+``/v1/apps/<app>/webhooks/<channel>``; browsers, and tracked links.
 
 A webhook is verified and parsed by the channel, its receipts are made durable, and only then is it answered: 2xx means
 stored. A provider whose request could not be stored, not even in the spool, gets 503 and sends it again.
 
-It is a plain ASGI application: with four paths there is nothing for Starlette's routing and middleware to do, and each costs CPU.
+It is a plain ASGI application: with five paths there is nothing for Starlette's routing and middleware to do, and each costs CPU.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Mapping
 
 import structlog
@@ -17,9 +19,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from aftertouch.channels import InvalidSignature, InvalidWebhook, WebhookRequest
+from aftertouch.channels import Channel, InvalidSignature, InvalidWebhook, WebhookRequest
 from aftertouch.delivery.clicks import Clicks
 from aftertouch.errors import AftertouchError
+from aftertouch.ingest.accounts import APPS, Accounts
 from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.spool import SpoolFull
 from aftertouch.links import LINKS, write_location
@@ -40,7 +43,9 @@ ANSWERING = "x-aftertouch-webhooks"
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS"})
 
 
-def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, clicks: Clicks, public_url: str) -> ASGIApp:
+def create_ingress(
+    registry: Registry, accounts: Accounts, intake: Intake, browsers: Browsers, clicks: Clicks, public_url: str
+) -> ASGIApp:
     """The HTTP application."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +54,9 @@ def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, click
             response: Response = PlainTextResponse("method not allowed", 405, {"allow": ", ".join(sorted(_METHODS))})
         elif path.startswith(f"{WEBHOOKS}/"):
             name, _, rest = path.removeprefix(f"{WEBHOOKS}/").partition("/")
-            response = await answer(scope, receive, name, rest)
+            response = await answer(scope, receive, name, registry.channels.get(name), None, rest)
+        elif path.startswith(f"{APPS}/"):
+            response = await answer_own(scope, receive, path.removeprefix(f"{APPS}/"))
         elif path.startswith(f"{BROWSERS}/"):
             headers = _read_headers(scope)
 
@@ -80,8 +87,21 @@ def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, click
             headers={"location": write_location(address), "cache-control": "no-store", "x-robots-tag": "noindex"},
         )
 
-    async def answer(scope: Scope, receive: Receive, name: str, rest: str) -> Response:
-        channel = registry.channels.get(name)
+    async def answer_own(scope: Scope, receive: Receive, path: str) -> Response:
+        """A webhook at ``<app>/webhooks/<channel>``, of an app's own account."""
+        app, collection, name, *rest = [*path.split("/", 3), "", ""][:4]
+        if collection != "webhooks":
+            return PlainTextResponse("not found", 404)
+        try:
+            account = await accounts.find_own(app[:63], name[:32], time.monotonic())
+        except AftertouchError as error:
+            return PlainTextResponse(str(error), 503, headers={"retry-after": "1"})
+        channel, app_id = (account.channel, account.app_id) if account else (None, None)
+        return await answer(scope, receive, name, channel, app_id, rest[0])
+
+    async def answer(
+        scope: Scope, receive: Receive, name: str, channel: Channel | None, app_id: int | None, rest: str
+    ) -> Response:
         if channel is None or not channel.capabilities.webhooks:
             return PlainTextResponse(f"no channel {name!r} takes webhooks here", 404)
         if scope["method"] == "HEAD":
@@ -113,7 +133,7 @@ def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, click
             log.exception("a channel failed", action="receive_webhook", channel=name)
             return PlainTextResponse("the channel failed on this request", 500)
         try:
-            await intake.take(name, webhook)
+            await intake.take(name, webhook, app_id)
         except TokenInvalid as error:
             return PlainTextResponse(str(error), 403)
         except (AftertouchError, SpoolFull) as error:

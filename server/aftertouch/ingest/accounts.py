@@ -1,0 +1,197 @@
+"""Accounts: with whose settings a channel speaks for an app, which are the server's, or the app's own.
+
+An app's own channel is opened at its first use in a process, replaced when its settings change, and closed after its last use.
+The settings are read in the caller's transaction, so whoever sends next sends by the newest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from aftertouch.channels import Channel
+from aftertouch.errors import ChannelNotReady
+from aftertouch.ingest.lookups import Kept
+from aftertouch.plugins import OpeningFailed, Registry, SettingsWrong, enter
+from aftertouch.store.app_secrets import OwnSettings, list_own_channels, read_own_settings
+from aftertouch.store.apps import App, find_app
+from aftertouch.store.engine import transaction
+from aftertouch.vault import Vault
+
+log = structlog.get_logger()
+
+APPS = "/v1/apps"
+"""Below it the webhooks of apps with settings of their own."""
+KEEP_SECONDS = 1.0
+"""How long it is remembered that a path leads to no app; strangers' requests cost no query of the database more often."""
+_SEALED = "the app's own settings cannot be opened: is AFTERTOUCH_SECRET_KEY the one that they were set with?"
+
+
+@dataclass(eq=False)
+class Account:
+    """A channel with its settings, ready to use."""
+
+    channel: Channel
+    app_id: int | None = None
+    """The one app whose own it is; None for the server's, which all others share."""
+    version: int = 0
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack, repr=False)
+    _users: int = 0
+    _is_retired: bool = False
+
+    @property
+    def scope(self) -> str:
+        """What its limits are named by: accounts share none."""
+        return self.channel.name if self.app_id is None else f"{self.channel.name}/apps/{self.app_id}"
+
+
+class Accounts:
+    """The channels that a process speaks through."""
+
+    def __init__(self, engine: AsyncEngine, registry: Registry, vault: Vault, public_url: str) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._vault = vault
+        self._public_url = public_url
+        self._shared = {name: Account(channel) for name, channel in registry.channels.items()}
+        self._own: dict[tuple[int, str], Account] = {}
+        self._opening: dict[tuple[int, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._closing: set[asyncio.Task[None]] = set()
+        self._found: Kept[tuple[str, str], tuple[float, Account | None]] = Kept(10_000)
+
+    async def __aenter__(self) -> Accounts:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close what apps have of their own; nobody uses it any more."""
+        for key in list(self._own):
+            self._retire(key)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def name_webhook(self, app: App, channel: str) -> str:
+        """Where the provider of an app's own account reports to."""
+        return name_webhook(self._public_url, app, channel)
+
+    async def find(self, conn: AsyncConnection, app: App | None, name: str) -> Account:
+        """What an app speaks through on a channel, or those that share the server's.
+
+        Raises:
+            ChannelNotReady: nothing, and why.
+        """
+        stored = await read_own_settings(conn, self._vault, app.app_id, name) if app is not None else None
+        if app is None or stored is None:
+            if app is not None:
+                self._retire((app.app_id, name))
+            if name not in self._shared:
+                raise ChannelNotReady(name, self._registry.obstacles.get(name, ("it is not installed",)))
+            return self._shared[name]
+        if name not in self._registry.types:
+            raise ChannelNotReady(name, ("it is not installed",))
+        key = (app.app_id, name)
+        async with self._opening[key]:
+            account = self._own.get(key)
+            # Whoever reads in an older transaction may have seen older settings.
+            if account is None or account.version < stored.version:
+                opened = await self._open(app, name, stored)
+                self._retire(key)
+                account = self._own[key] = opened
+            return account
+
+    async def list_ready(self, conn: AsyncConnection, app: App) -> Mapping[str, Channel]:
+        """Every channel that an app can speak through."""
+        ready = {name: account.channel for name, account in self._shared.items()}
+        for name in await list_own_channels(conn, app.app_id):
+            try:
+                ready[name] = (await self.find(conn, app, name)).channel
+            except ChannelNotReady:
+                ready.pop(name, None)
+        return ready
+
+    async def find_own(self, app_name: str, name: str, now: float) -> Account | None:
+        """The account of an app that a path names; None where it has none. ``now`` is of any clock that only goes on.
+
+        Raises:
+            DatabaseUnavailable
+        """
+        kept = self._found.get((app_name, name))
+        if kept is None or kept[0] <= now:
+            kept = now + KEEP_SECONDS, await self._read_own(app_name, name)
+            self._found.put((app_name, name), kept)
+        return kept[1]
+
+    async def _read_own(self, app_name: str, name: str) -> Account | None:
+        if name not in self._registry.types:
+            return None
+        async with transaction(self._engine) as conn:
+            app = await find_app(conn, app_name)
+            if app is None:
+                return None
+            try:
+                account = await self.find(conn, app, name)
+            except ChannelNotReady:
+                return None
+        return account if account.app_id is not None else None
+
+    @contextmanager
+    def hold(self, account: Account) -> Iterator[Channel]:
+        """Keep an account's channel open meanwhile, whatever becomes of its settings. Enter it without waiting after ``find``."""
+        account._users += 1
+        try:
+            yield account.channel
+        finally:
+            account._users -= 1
+            self._close_unused(account)
+
+    def find_problems(self, app: App, name: str, stored: OwnSettings) -> list[str]:
+        """Why an app's own settings make no channel, as far as that shows without opening it."""
+        if name not in self._registry.types:
+            return ["it is not installed"]
+        if stored.values is None:
+            return [_SEALED]
+        try:
+            self._registry.build_own(name, stored.values, self.name_webhook(app, name))
+        except SettingsWrong as error:
+            return [f"{field}: {text}" if field else text for field, text in error.faults]
+        return []
+
+    async def _open(self, app: App, name: str, stored: OwnSettings) -> Account:
+        if stored.values is None:
+            raise ChannelNotReady(name, (_SEALED,))
+        stack = AsyncExitStack()
+        try:
+            built = self._registry.build_own(name, stored.values, self.name_webhook(app, name))
+            channel = await enter(built, stack)
+        except (SettingsWrong, OpeningFailed) as error:
+            raise ChannelNotReady(name, (f"the app's own settings: {error}",)) from None
+        log.info("an app's own channel was opened", action="open_channel", app_id=app.app_id, channel=name)
+        return Account(channel, app.app_id, stored.version, stack)
+
+    def _retire(self, key: tuple[int, str]) -> None:
+        if account := self._own.pop(key, None):
+            account._is_retired = True
+            self._close_unused(account)
+
+    def _close_unused(self, account: Account) -> None:
+        if account._is_retired and not account._users:
+            task = asyncio.create_task(_close(account), name="close an app's channel")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+
+def name_webhook(public_url: str, app: App, channel: str) -> str:
+    """The public address of an app's own webhooks on a channel."""
+    return f"{public_url}{APPS}/{app.app}/webhooks/{channel}"
+
+
+async def _close(account: Account) -> None:
+    try:
+        await account._stack.aclose()
+    except Exception:
+        log.exception("a channel failed", action="close_channel", channel=account.channel.name, app_id=account.app_id)
