@@ -302,6 +302,19 @@ async def _open_connection() -> AsyncIterator[Any]:
             yield conn
 
 
+@asynccontextmanager
+async def _open_app(name: str) -> AsyncIterator[tuple[Any, Any]]:
+    """A connection, and the app of this name."""
+    from aftertouch.errors import NotFound
+    from aftertouch.store.apps import find_app
+
+    async with _open_connection() as conn:
+        found = await find_app(conn, name)
+        if found is None:
+            raise NotFound(f"apps/{name}")
+        yield conn, found
+
+
 @apps.command("create")
 def create_app(
     name: Annotated[str, typer.Argument(help="Lower-case letters, digits and hyphens, as in acme.")],
@@ -350,15 +363,28 @@ def set_retargeting(
 
 
 async def _set_retargeting(name: str, enabled: bool) -> None:
-    from aftertouch.errors import NotFound
     from aftertouch.store import apps as store
 
-    async with _open_connection() as conn:
-        found = await store.find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         await store.set_retargeting(conn, found.app_id, enabled=enabled, since=datetime.now(UTC))
     out.print(f"retargeting is {'on' if enabled else 'off'} for {name}", markup=False)
+
+
+@apps.command("retention")
+def set_retention(
+    name: Annotated[str, typer.Argument(help="The app.")],
+    days: Annotated[int, typer.Argument(help="From 1 to 365; 30 unless you say otherwise.", min=1, max=365)],
+) -> None:
+    """Say how long after its launch a campaign can be retargeted. Event data is kept as long as the longest of all apps'."""
+    _run(_set_retention(name, days))
+
+
+async def _set_retention(name: str, days: int) -> None:
+    from aftertouch.store import apps as store
+
+    async with _open_app(name) as (conn, found):
+        await store.update_app(conn, found.app_id, retention_days=days)
+    out.print(f"campaigns of {name} can be retargeted for {days} days", markup=False)
 
 
 @keys.command("create")
@@ -374,15 +400,11 @@ def create_key(
 
 
 async def _create_key(name: str, scopes: list[str], display_name: str) -> None:
-    from aftertouch.errors import NotFound
     from aftertouch.store import apps as store
 
     if unknown := [scope for scope in scopes if scope not in store.SCOPES]:
         raise CommandFailed(f"no scope {', '.join(unknown)}; there are {', '.join(store.SCOPES)}")
-    async with _open_connection() as conn:
-        found = await store.find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         key, secret = await store.create_api_key(conn, found.app_id, display_name, scopes)
     err.print(f"{found.name}/apiKeys/{key.api_key} may {', '.join(key.scopes)}; its secret is shown only now:", markup=False)
     out.print(secret, markup=False)
@@ -401,14 +423,9 @@ def create_user(
 
 
 async def _create_user(name: str, email: str, role: str, password: str, reset: bool) -> None:
-    from aftertouch.errors import NotFound
-    from aftertouch.store.apps import find_app
 
     made = "" if password else secrets.token_urlsafe(12)
-    async with _open_connection() as conn:
-        found = await find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         await _admit_user(conn, found, email, role, password or made, reset=reset)
     err.print(f"{email} is a {role} of {found.name}; they sign in at /console", markup=False)
     if made:
@@ -439,15 +456,10 @@ def list_users(name: Annotated[str, typer.Argument(help="The app.")]) -> None:
 
 
 async def _list_users(name: str) -> None:
-    from aftertouch.errors import NotFound
-    from aftertouch.store.apps import find_app
     from aftertouch.store.users import list_users as read_users
 
     table = Table("User", "Role", "Made", "Last signed in", box=None)
-    async with _open_connection() as conn:
-        found = await find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         for user in await read_users(conn, found.app_id):
             signed_in = f"{user.sign_in_time:%Y-%m-%d %H:%M}" if user.sign_in_time else "never"
             table.add_row(user.email, user.role, f"{user.create_time:%Y-%m-%d}", signed_in)
@@ -559,18 +571,13 @@ def _read_address(declared: type[Channel], text: str) -> dict[str, Any]:
 
 
 async def _read_app_keys(config: Config, declared: type[Channel], app_name: str | None) -> Mapping[str, str]:
-    from aftertouch.errors import NotFound
     from aftertouch.server import read_secret_key
     from aftertouch.store.app_secrets import ensure_app_keys
-    from aftertouch.store.apps import find_app
     from aftertouch.vault import Vault
 
     if app_name is None or not declared.capabilities.browsers:
         return {}
-    async with _open_connection() as conn:
-        found = await find_app(conn, app_name)
-        if found is None:
-            raise NotFound(f"apps/{app_name}")
+    async with _open_app(app_name) as (conn, found):
         return await ensure_app_keys(conn, Vault(read_secret_key(config)), found.app_id, declared)
 
 
