@@ -188,7 +188,7 @@ async def follow_up(world: World, source: str, *steps: retargeting_pb2.FollowUpS
 
 
 async def wait_for(world: World, name: str, *states: int) -> Any:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while (campaign := await world.get_campaign(name)).state not in states:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     return campaign
