@@ -302,6 +302,19 @@ async def _open_connection() -> AsyncIterator[Any]:
             yield conn
 
 
+@asynccontextmanager
+async def _open_app(name: str) -> AsyncIterator[tuple[Any, Any]]:
+    """A connection, and the app of this name."""
+    from aftertouch.errors import NotFound
+    from aftertouch.store.apps import find_app
+
+    async with _open_connection() as conn:
+        found = await find_app(conn, name)
+        if found is None:
+            raise NotFound(f"apps/{name}")
+        yield conn, found
+
+
 @apps.command("create")
 def create_app(
     name: Annotated[str, typer.Argument(help="Lower-case letters, digits and hyphens, as in acme.")],
@@ -350,15 +363,28 @@ def set_retargeting(
 
 
 async def _set_retargeting(name: str, enabled: bool) -> None:
-    from aftertouch.errors import NotFound
     from aftertouch.store import apps as store
 
-    async with _open_connection() as conn:
-        found = await store.find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         await store.set_retargeting(conn, found.app_id, enabled=enabled, since=datetime.now(UTC))
     out.print(f"retargeting is {'on' if enabled else 'off'} for {name}", markup=False)
+
+
+@apps.command("retention")
+def set_retention(
+    name: Annotated[str, typer.Argument(help="The app.")],
+    days: Annotated[int, typer.Argument(help="From 1 to 365; 30 unless you say otherwise.", min=1, max=365)],
+) -> None:
+    """Say how long after its launch a campaign can be retargeted. Event data is kept as long as the longest of all apps'."""
+    _run(_set_retention(name, days))
+
+
+async def _set_retention(name: str, days: int) -> None:
+    from aftertouch.store import apps as store
+
+    async with _open_app(name) as (conn, found):
+        await store.update_app(conn, found.app_id, retention_days=days)
+    out.print(f"campaigns of {name} can be retargeted for {days} days", markup=False)
 
 
 @keys.command("create")
@@ -374,15 +400,11 @@ def create_key(
 
 
 async def _create_key(name: str, scopes: list[str], display_name: str) -> None:
-    from aftertouch.errors import NotFound
     from aftertouch.store import apps as store
 
     if unknown := [scope for scope in scopes if scope not in store.SCOPES]:
         raise CommandFailed(f"no scope {', '.join(unknown)}; there are {', '.join(store.SCOPES)}")
-    async with _open_connection() as conn:
-        found = await store.find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         key, secret = await store.create_api_key(conn, found.app_id, display_name, scopes)
     err.print(f"{found.name}/apiKeys/{key.api_key} may {', '.join(key.scopes)}; its secret is shown only now:", markup=False)
     out.print(secret, markup=False)
@@ -401,14 +423,9 @@ def create_user(
 
 
 async def _create_user(name: str, email: str, role: str, password: str, reset: bool) -> None:
-    from aftertouch.errors import NotFound
-    from aftertouch.store.apps import find_app
 
     made = "" if password else secrets.token_urlsafe(12)
-    async with _open_connection() as conn:
-        found = await find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         await _admit_user(conn, found, email, role, password or made, reset=reset)
     err.print(f"{email} is a {role} of {found.name}; they sign in at /console", markup=False)
     if made:
@@ -439,15 +456,10 @@ def list_users(name: Annotated[str, typer.Argument(help="The app.")]) -> None:
 
 
 async def _list_users(name: str) -> None:
-    from aftertouch.errors import NotFound
-    from aftertouch.store.apps import find_app
     from aftertouch.store.users import list_users as read_users
 
     table = Table("User", "Role", "Made", "Last signed in", box=None)
-    async with _open_connection() as conn:
-        found = await find_app(conn, name)
-        if found is None:
-            raise NotFound(f"apps/{name}")
+    async with _open_app(name) as (conn, found):
         for user in await read_users(conn, found.app_id):
             signed_in = f"{user.sign_in_time:%Y-%m-%d %H:%M}" if user.sign_in_time else "never"
             table.add_row(user.email, user.role, f"{user.create_time:%Y-%m-%d}", signed_in)
@@ -566,20 +578,16 @@ def _build_registry(config: Config, discovery: Discovery, name: str) -> Registry
 
 async def _find_channel(config: Config, registry: Registry, name: str, app_name: str | None) -> tuple[Channel, Mapping[str, str]]:
     """The channel as an app speaks through it, which is to be opened, and the app's keys on it."""
-    from aftertouch.errors import ChannelNotReady, NotFound
+    from aftertouch.errors import ChannelNotReady
     from aftertouch.ingest.accounts import name_webhook
     from aftertouch.server import read_secret_key
     from aftertouch.store.app_secrets import ensure_app_keys, read_own_settings
-    from aftertouch.store.apps import find_app
     from aftertouch.vault import SealBroken, Vault
 
     keys: Mapping[str, str] = {}
     if app_name is not None:
         vault = Vault(read_secret_key(config))
-        async with _open_connection() as conn:
-            found = await find_app(conn, app_name)
-            if found is None:
-                raise NotFound(f"apps/{app_name}")
+        async with _open_app(app_name) as (conn, found):
             keys = await ensure_app_keys(conn, vault, found.app_id, registry.types[name].channel)
             own = await read_own_settings(conn, vault, found.app_id, name)
         if own is not None:
@@ -612,19 +620,14 @@ def set_channel(
 
 
 async def _set_channel(name: str, given: Mapping[str, str], app_name: str) -> None:
-    from aftertouch.errors import NotFound
     from aftertouch.ingest.accounts import name_webhook
     from aftertouch.server import read_secret_key
     from aftertouch.store.app_secrets import merge_own_settings, put_own_settings
-    from aftertouch.store.apps import find_app
     from aftertouch.vault import Vault
 
     config, discovery = _load()
     registry, vault = _build_registry(config, discovery, name), Vault(read_secret_key(config))
-    async with _open_connection() as conn:
-        found = await find_app(conn, app_name)
-        if found is None:
-            raise NotFound(f"apps/{app_name}")
+    async with _open_app(app_name) as (conn, found):
         merged = await merge_own_settings(conn, vault, found.app_id, name, given)
         url = name_webhook(config.public_url or f"http://{config.http_address}", found, name)
         try:
@@ -651,11 +654,9 @@ def unset_channel(
 async def _unset_channel(name: str, app_name: str) -> None:
     from aftertouch.errors import NotFound
     from aftertouch.store.app_secrets import delete_own_settings
-    from aftertouch.store.apps import find_app
 
-    async with _open_connection() as conn:
-        found = await find_app(conn, app_name)
-        if found is None or not await delete_own_settings(conn, found.app_id, name):
+    async with _open_app(app_name) as (conn, found):
+        if not await delete_own_settings(conn, found.app_id, name):
             raise NotFound(f"apps/{app_name}/channelSettings/{name}")
     out.print(f"{app_name} has no settings of its own on {name} any more", markup=False)
 

@@ -188,7 +188,7 @@ async def follow_up(world: World, source: str, *steps: retargeting_pb2.FollowUpS
 
 
 async def wait_for(world: World, name: str, *states: int) -> Any:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while (campaign := await world.get_campaign(name)).state not in states:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     return campaign
@@ -419,7 +419,7 @@ async def test_person_on_another_wave_that_is_still_being_sent_is_told(shared_wo
     wave = await draft_wave(shared_world, root.name, "not_replied", "push")
     launch = shared_world.client.campaigns.LaunchCampaign
     await launch(campaigns_pb2.LaunchCampaignRequest(name=slow.name))
-    person = min(await shared_world.read_recipients(slow.name))
+    *_, person = await shared_world.read_recipients(slow.name)
 
     async def explain() -> tuple[int, list[str], str]:
         request = contacts_pb2.ExplainContactRequest(name=f"apps/acme/contacts/{person}", campaign=wave.name)

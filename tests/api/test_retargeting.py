@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text, update
 
 from aftertouch.client import read_reason
-from aftertouch.processes import run_command
+from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.retargeting import settling
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
@@ -346,6 +346,31 @@ async def test_plan_is_changed_by_command_and_begins_anew_when_it_is_put_in_agai
         assert (refusal.reason, refusal.metadata["retargetable_since"]) == ("SOURCE_BEFORE_PLAN", since)
     finally:
         await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2020-01-01")
+
+
+async def test_retention_is_changed_by_command(shared_world: World, tmp_path: Path) -> None:
+    source, environment = "apps/acme/campaigns/source-push", shared_world.make_worker_environment(tmp_path)
+
+    async def command(*arguments: str) -> str:
+        return await run_command("apps", "retention", *arguments, environment=environment)
+
+    launch_time = (await shared_world.get_campaign(source)).launch_time.ToDatetime(UTC)
+    try:
+        assert await command("acme", "7") == "campaigns of acme can be retargeted for 7 days\n"
+        await change(shared_world, campaigns, campaign="source-push", launch_time=launch_time - timedelta(days=8))
+        await change(shared_world, apps, app="acme", retargetable_since="2020-01-01")
+        refusal = await refuse(list_actions(shared_world, source))
+        assert (refusal.reason, refusal.metadata["retention_days"]) == ("SOURCE_TOO_OLD", "7")
+        await command("acme", "9")
+        assert (await list_actions(shared_world, source)).recipients
+        for days in ("0", "366"):
+            with pytest.raises(ProcessFailed):
+                await command("acme", days)
+        with pytest.raises(ProcessFailed, match="apps/nobody"):
+            await command("nobody", "30")
+    finally:
+        await change(shared_world, apps, app="acme", retention_days=30)
+        await change(shared_world, campaigns, campaign="source-push", launch_time=launch_time)
 
 
 async def change(world: World, table: Any, **values: Any) -> None:

@@ -270,17 +270,19 @@ class Readers:
         self.positions = np.random.default_rng(9).permutation(unread)
         self.sent = 0
         """Batches."""
+        self._campaign_id = made.campaign_id
         self._reached = {channel: np.cumsum(flags[made.roll[self.positions]]) for channel, flags in active.items()}
 
-    async def pour(self, stream: EventStream, tokens: Sequence[str], done: asyncio.Event) -> float:
+    async def pour(self, stream: EventStream, codec: TokenCodec, done: asyncio.Event) -> float:
         """Stream a million events a minute until it is enough; returned is how many it were in fact."""
         began = time.perf_counter()
         while not done.is_set():
             await asyncio.sleep(began + self.sent * IN_A_BATCH * 60 / A_MINUTE - time.perf_counter())
             first = self.sent * IN_A_BATCH
-            batch = self.positions[first : first + IN_A_BATCH].tolist()
+            assert first + IN_A_BATCH <= len(self.positions), "everybody has read: ask more --people"
+            tokens = codec.make(self._campaign_id, self.positions[first : first + IN_A_BATCH])
             self.sent += 1
-            await stream.send([events_pb2.Event(token=tokens[position], signal="read") for position in batch])
+            await stream.send([events_pb2.Event(token=token, signal="read") for token in tokens])
         await stream.flush()
         return self.sent * IN_A_BATCH / (time.perf_counter() - began) * 60
 
@@ -294,7 +296,6 @@ async def measure_busy(
 ) -> dict[str, float]:
     """The same questions while events stream in, each answer held to what was true after one of the batches under way."""
     readers, done = Readers(made, active), asyncio.Event()
-    tokens = codec.make(made.campaign_id, np.arange(len(made.roll)))
     counts = {action: int(np.count_nonzero(flags)) for action, flags in expect_actions(made).items()}
     unread = {
         channel: int(np.count_nonzero(expect_actions(made)["not_read"] & flags[made.roll])) for channel, flags in active.items()
@@ -302,7 +303,7 @@ async def measure_busy(
     taken: dict[str, list[float]] = {name: [] for name in quiet}
 
     async with questions.client.stream_events("readers") as stream, asyncio.TaskGroup() as group:
-        pouring = group.create_task(readers.pour(stream, tokens, done))
+        pouring = group.create_task(readers.pour(stream, codec, done))
 
         async def ask(name: str, work: Callable[[Made], Awaitable[Any]]) -> tuple[Any, int, int]:
             before, began = stream.committed, time.perf_counter()

@@ -144,18 +144,20 @@ async def match(conn: AsyncConnection, copies: Copies, sources: Sources, selecti
         channel = sources[question.source].channel
         signals[question.source] |= _express(channel.actions[question.action], channel, question).names
     known = {name: await _read_known(conn, copies, source, numbered, signals[name]) for name, source in sources.items()}
-    rolls = {name: await copies.read_roll(conn, source.campaign) for name, source in sources.items()}
 
-    def combine(part: Selection) -> Bits:
+    async def combine(part: Selection) -> Bits:
         names = {question.source for question, _ in list_questions(part)}
         if len(names) == 1:
-            # What is asked of one campaign is combined by position, and carried over once.
+            # What is asked of one campaign is combined by position, and carried over once. Of twenty large campaigns memory has
+            # room for the bits, and for a roll or two.
             (name,) = names
-            return spread(answer_selection(part, known), rolls[name], blocks)
+            roll = await copies.read_roll(conn, sources[name].campaign)
+            return await asyncio.to_thread(lambda: spread(answer_selection(part, known), roll, blocks))
         assert isinstance(part, Combination)
-        return _fold(part.operator, [combine(operand) for operand in part.operands])
+        operands = [await combine(operand) for operand in part.operands]
+        return await asyncio.to_thread(_fold, part.operator, operands)
 
-    return await asyncio.to_thread(combine, selection)
+    return await combine(selection)
 
 
 def answer_selection(selection: Selection, known: Mapping[str, Known]) -> Bits:
