@@ -21,6 +21,14 @@ _CHANNEL_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LARGEST_BATCH = 1_000
 
+UNCLEAR = Action(
+    name="unclear",
+    label="Outcome unknown",
+    short_name="outcome unknown",
+    expression="attempted & ~sent & ~failed & ~skipped",
+)
+"""An action of every channel: a crash or a silent provider leaves people of whom nobody can say more."""
+
 
 class InvalidDeclaration(Exception):
     """A class cannot be used as a channel; ``faults`` says everything that is wrong with it."""
@@ -41,6 +49,8 @@ class CompiledAction:
     @property
     def reasoned(self) -> str | None:
         """The signal by whose reasons the action can be narrowed: fewer of it have to mean fewer people."""
+        if self.action is UNCLEAR:
+            return None
         if "failed" in self.expression.names:
             return "failed"
         return "clicked" if self.expression == Expression("name", name="clicked") else None
@@ -56,6 +66,7 @@ class ChannelType:
     evidence: Mapping[str, frozenset[str]]
     """Per signal, the server's own included: the signals that prove it, itself among them."""
     actions: Mapping[str, CompiledAction]
+    """The channel's own in its order, then ``UNCLEAR``."""
 
     @property
     def name(self) -> str:
@@ -82,7 +93,7 @@ def compile_channel(candidate: object, *, distribution: str, version: str) -> Ch
     except ExpressionError as error:
         raise InvalidDeclaration([f"signals: {error}"]) from error
     actions: dict[str, CompiledAction] = {}
-    for action in candidate.actions:
+    for action in (*candidate.actions, UNCLEAR):
         try:
             expression = parse(action.expression, evidence)
             apart = None if action.apart is None else parse(action.apart, evidence)
@@ -137,6 +148,8 @@ def _find_name_faults(channel: type[Channel]) -> Iterator[str]:
         if isinstance(signal.implies, str):
             yield f"signal {signal.name!r} implies the text {signal.implies!r} where a tuple of names is expected"
     for action in channel.actions:
+        if action.name == UNCLEAR.name:
+            yield f"action {action.name!r} is the server's own and must not be declared"
         if not action.short_name.strip():
             yield f"action {action.name!r} has an empty short_name"
         if (action.apart is None) != (action.apart_label is None):

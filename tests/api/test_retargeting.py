@@ -26,7 +26,7 @@ from tests.fix_world import World, run_world
 from tests.refusals import refuse
 
 CHANNELS = ("sms", "whatsapp", "push")
-SIGNALS = {"attempted", "sent", "failed", "delivered", "read", "confirmed", "clicked", "unconfirmable"}
+SIGNALS = {"skipped", "attempted", "sent", "failed", "delivered", "read", "confirmed", "clicked", "unconfirmable"}
 """Those that an action may ask for, whether or not anybody has them."""
 ACTIVE = contacts_pb2.Subscription.State.ACTIVE
 STATES = contacts_pb2.Subscription.State

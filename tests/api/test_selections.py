@@ -80,7 +80,7 @@ ANSWERED = {
     "clicked": Words(lambda known: "clicked" in known),
     "not_clicked": Words(lambda known: "delivered" in known and "clicked" not in known),
 }
-ACTIONS: dict[str, dict[str, Words]] = {
+OWN_ACTIONS: dict[str, dict[str, Words]] = {
     "push": {
         "clicked": Words(lambda known: "clicked" in known),
         "not_clicked": Words(lambda known: "sent" in known and "clicked" not in known),
@@ -134,6 +134,9 @@ def is_pending(known: Known) -> bool:
 
 def is_unclear(known: Known) -> bool:
     return "attempted" in known and not known & {"sent", "failed", "skipped"}
+
+
+ACTIONS = {channel: {**own, "unclear": Words(is_unclear)} for channel, own in OWN_ACTIONS.items()}
 
 
 @dataclass(frozen=True)

@@ -134,11 +134,12 @@ async def open_site(directory: Path, *, people: int, time_scale: float = 0.1, **
         yield Site(directory, environment, url, server, Population(world.seed, people, url, world.shares))
 
 
-async def launch_campaigns(client: Client, *channels: str, pace: int = 0) -> dict[str, str]:
+async def launch_campaigns(client: Client, *channels: str, pace: int = 0, **times: Any) -> dict[str, str]:
     """Launch a campaign to everybody on each of the channels, and return their names by channel.
 
     Args:
         pace: of each, in messages a second; without one they may be over before anything can happen to them.
+        times: of the launch, as its request takes them.
     """
     names: dict[str, str] = {}
     for channel in channels:
@@ -156,7 +157,7 @@ async def launch_campaigns(client: Client, *channels: str, pace: int = 0) -> dic
         )
         names[channel] = draft.name
     for name in names.values():
-        await client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+        await client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name, **times))
     return names
 
 

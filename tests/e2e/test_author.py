@@ -201,7 +201,7 @@ async def use_channel(client: Client, provider: FakeProvider, http: str) -> str:
     await wait_for(client, made.name, delivered=3, read=1)
 
     listed = await client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=made.name))
-    assert {one.action.action: one.count for one in listed.actions} == {"read": 1, "not_read": 2}
+    assert {one.action.action: one.count for one in listed.actions} == {"read": 1, "not_read": 2, "unclear": 0}
     for channel in ("sms", "pager"):
         selection = campaigns_pb2.RetargetSelection(source=made.name, action="not_read")
         request = retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter, defaultdict
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.channels import Capabilities
 from aftertouch.delivery.sender import BATCHES_AT_ONCE
+from aftertouch.demo import SERVER_READY
 from aftertouch.plugins import discover_channels
 from aftertouch.processes import Child
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.report import count_campaign
+from aftertouch.rpc.values import to_timestamp
 from aftertouch.store.campaigns import find_campaign
-from aftertouch.store.engine import transaction
+from aftertouch.store.engine import open_engine, transaction
 from aftertouch.v1 import campaigns_pb2
 from tests.e2e.site import (
     Site,
@@ -29,6 +35,7 @@ from tests.e2e.site import (
     read_recipients,
     wait_until_sent,
 )
+from tests.fix_database import clone_database
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -106,6 +113,49 @@ async def test_stopped_server_leaves_nobody_unclear(tmp_path: Path, engine: Asyn
                 assert counts.signals.get("attempted", 0) < campaign.recipients
         await site.server.start()
         await check_outcome(site, names, crashes=0)
+
+
+async def test_server_restored_from_three_hours_ago_sends_nothing_that_is_past_its_deadline(
+    tmp_path: Path, postgres_url: str, template: str
+) -> None:
+    now, hour = datetime.now(UTC), timedelta(hours=1)
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(clone_database(postgres_url, template))
+        site = await stack.enter_async_context(open_site(tmp_path, people=150, database_url=url))
+        async with site.connect() as client:
+            names = await launch_campaigns(client, *CHANNELS, pace=15, send_by_time=to_timestamp(now + 2 * hour))
+            times = {"schedule_time": to_timestamp(now + hour), "send_by_time": to_timestamp(now + 2 * hour)}
+            (later,) = (await launch_campaigns(client, "sms", **times)).values()
+        await site.wait_for_messages(30)
+        await site.server.kill()
+        backup = await stack.enter_async_context(clone_database(postgres_url, urlsplit(url).path[1:]))
+        # What is sent from here on the backup does not know.
+        await site.crash()
+        await site.wait_for_messages(await site.count_messages() + 60)
+        assert await site.server.stop() == 0
+        sent = await site.count_messages()
+        engine = await stack.enter_async_context(open_engine(backup, pool_size=1))
+        async with transaction(engine) as conn:
+            moved = ", ".join(f"{column} = {column} - interval '3 hours'" for column in ("schedule_time", "send_by_time"))
+            await conn.exec_driver_sql(f"UPDATE campaigns SET {moved}, launch_time = launch_time - interval '3 hours'")
+            await conn.exec_driver_sql("UPDATE send_units SET lease_until = lease_until - interval '3 hours'")
+        environment = site.environment | {"AFTERTOUCH_DATABASE_URL": backup}
+        site.server = Child("serve", environment=environment, ready=SERVER_READY, log=tmp_path / "restored.log")
+        await stack.enter_async_context(site.server)
+        async with site.connect() as client:
+            for name in names.values():
+                campaign = await wait_until_sent(client, name)
+                counts = campaign.counts
+                assert campaign.state == SENT
+                assert ("policy", "send_by_time") in {(r.reason_class, r.reason_code) for r in counts.reasons}
+                known = {"sent", "failed", "skipped"}
+                people = await read_recipients(client, name)
+                assert counts.unclear == sum(not signals & known for signals in people.values()) < counts.recipients
+            async with asyncio.timeout(60):
+                watch = client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=later))
+                last = [campaign async for campaign in watch][-1]
+            assert (last.state, last.counts.recipients) == (campaigns_pb2.Campaign.State.FAILED, 0)
+        assert await site.count_messages() == sent
 
 
 async def test_stopped_server_stops_its_postgres(tmp_path: Path) -> None:

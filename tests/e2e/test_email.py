@@ -93,6 +93,7 @@ async def test_email_is_sent_heard_of_followed_up_and_ended(open_world: OpenWorl
                 "not_clicked": (2, 0),
                 "not_delivered": (1, 1),
                 "delivered": (3, 0),
+                "unclear": (0, 0),
             }
 
             async def preview(source: str, action: str, channel: str) -> int:

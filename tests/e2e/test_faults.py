@@ -11,7 +11,7 @@ import pytest
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.sandbox.faults import Fault, Mode
 from aftertouch.sandbox.population import CHANNELS, Channel
-from aftertouch.v1 import campaigns_pb2
+from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 from tests.fix_world import OpenWorld, World
 
 _State = campaigns_pb2.Campaign.State
@@ -123,6 +123,13 @@ async def test_silence_is_tried_again_only_where_that_cannot_message_twice(open_
         assert (campaign.state, campaign.counts.unclear) == (_State.SENT, len(unclear))
         assert unclear == list_people(world, "whatsapp") - set(handed)
         assert len(unclear) >= hushed
+        wanted = retargeting_pb2.ListRetargetContactsRequest(
+            selection=campaigns_pb2.RetargetSelection(source=names["whatsapp"], action="unclear"),
+            channel="whatsapp",
+            group=retargeting_pb2.ListRetargetContactsRequest.MATCHED,
+        )
+        pages = [page async for page in world.client.retargeting.ListRetargetContacts(wanted)]
+        assert {contact.rpartition("/")[2] for page in pages for contact in page.contacts} == unclear
         assert set(handed.values()) == {1}
         await check_nobody_written_off(world, "whatsapp", names["whatsapp"])
 

@@ -203,7 +203,7 @@ async def test_actions_are_all_known_and_counted_as_they_happened(played: Played
     source = played.sources[channel]
     listed = await played.world.client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=source.name))
     counts = {counted.action.action: counted.count for counted in listed.actions}
-    assert counts == {action: len(played.find_matching(source, action)) for action in ACTIONS[channel]}
+    assert counts == {action: len(played.find_matching(source, action)) for action in ACTIONS[channel]} | {"unclear": 0}
 
 
 @pytest.mark.parametrize(("source", "action", "target"), CELLS)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, Webhook
-from aftertouch.delivery import calls
+from aftertouch.delivery import calls, pace
 from aftertouch.delivery import sender as sending
 from aftertouch.delivery.outcomes import MOST_TRIES
 from aftertouch.delivery.pace import Pacer
@@ -167,6 +167,64 @@ async def test_taken_over_unit_is_sent_once(pigeons: Loft) -> None:
     assert len(pigeons.channel.copies) == 100
     campaign = await pigeons.get_campaign(name)
     assert (campaign.state, campaign.counts.signals["sent"], campaign.counts.unclear) == (SENT, 100, 0)
+
+
+async def test_refusals_after_somebody_else_finished_the_unit_are_tried_again(pigeons: Loft) -> None:
+    name = await pigeons.launch(4)
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def refuse_late(messages: Messages) -> Sequence[Outcome]:
+        reached.set()
+        await go_on.wait()
+        return [Refused(code="storm") for _ in messages]
+
+    pigeons.channel.script = refuse_late
+    first = await pigeons.claim()
+    slow = asyncio.create_task(pigeons.make_sender(first).run())
+    await reached.wait()
+    await pigeons.pass_time()
+    # Whoever takes it over cannot know what becomes of them.
+    await pigeons.send()
+    campaign = await pigeons.get_campaign(name)
+    assert (campaign.state, campaign.counts.unclear) == (SENT, 4)
+    go_on.set()
+    with pytest.raises(LeaseLost):
+        await slow
+    campaign = await pigeons.get_campaign(name)
+    assert (campaign.state, campaign.HasField("finish_time")) == (campaigns_pb2.Campaign.State.SENDING, False)
+    pigeons.channel.script = accept_all
+    await pigeons.pass_time()
+    again = await pigeons.claim()
+    assert again.lease > first.lease + 1, "a lease that was lost fits again"
+    await pigeons.make_sender(again).run()
+    campaign = await pigeons.get_campaign(name)
+    assert (campaign.state, campaign.counts.signals["sent"], campaign.counts.unclear) == (SENT, 4, 0)
+    assert set(pigeons.channel.copies.values()) == {2}
+
+
+async def test_provider_in_trouble_is_tried_with_one_person_after_the_other(
+    pigeons: Loft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (pace, sending):
+        # Each hold is longer than a sender waits for, and over in a moment.
+        monkeypatch.setattr(module, "back_off", lambda tries: timedelta(milliseconds=50))
+        monkeypatch.setattr(module, "HORIZON", timedelta(milliseconds=1))
+    people = 24
+    name = await pigeons.launch(people)
+
+    async def refuse(messages: Messages) -> Sequence[Outcome]:
+        return [Refused(code="storm") for _ in messages]
+
+    pigeons.channel.script = refuse
+    while len(pigeons.channel.handed) < 4 * people:
+        await pigeons.send()
+        await pigeons.pass_time()
+    assert len(pigeons.channel.copies) == people
+    assert max(pigeons.channel.copies.values()) < MOST_TRIES, "always the same ones are tried"
+    pigeons.channel.script = accept_all
+    await pigeons.send()
+    campaign = await pigeons.get_campaign(name)
+    assert (campaign.state, campaign.counts.signals["sent"]) == (SENT, people)
 
 
 async def raise_error(messages: Messages) -> Any:

@@ -161,6 +161,7 @@ def test_allow_list_leaves_the_others_out(install: Install) -> None:
         ('expression="sent"', 'expression="read"', "names the signal 'read'"),
         ('expression="sent"', 'expression="sent", apart="sent"', "needs both apart and apart_label"),
         ('expression="sent"', "expression=None", "AttributeError"),
+        ('Action(name="sent"', 'Action(name="unclear"', "action 'unclear' is the server's own"),
         ("actions = (", 'actions = (Action(name="sent", label="S", short_name="s", expression="sent"),', "declared 2 times"),
         ("webhooks=False", "webhooks=True", "capabilities.webhooks is True, but verify is not overridden"),
         ("webhooks=False", "webhooks=False, batch_size=0", "batch_size is 0, not 1 to 1,000"),

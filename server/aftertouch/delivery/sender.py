@@ -58,6 +58,8 @@ PEOPLE_AT_ONCE = 1_000
 """The same where batches are large: who has no connection after half of a request's time is refused, on any provider."""
 FIRST_BATCH = 50
 """The first messages of a unit do not wait until 500 are written."""
+TURN_SECONDS = 10.0
+"""After this a unit that has to wait for its pace is handed back, so that slow campaigns do not take every place of a channel."""
 _ZERO = timedelta(0)
 
 
@@ -118,6 +120,9 @@ class Sender:
         self._waits = Waits()
         self._is_over = False
         """Nobody else of this unit can go for now."""
+        self._turn_end = time.monotonic() + TURN_SECONDS
+        self._has_waited = False
+        """For its pace."""
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -131,6 +136,14 @@ class Sender:
             LeaseLost: somebody else has the unit, or the campaign is not being sent any more.
             DatabaseUnavailable: the lease will run out, and the unit be taken up again.
         """
+        try:
+            await self._run()
+        except LeaseLost:
+            if self._lease.has_refused:
+                await self._reopen()
+            raise
+
+    async def _run(self) -> None:
         obstacle = ""
         async with transaction(self._engine) as conn:
             campaign = await read_campaign(conn, self._unit.campaign_id)
@@ -154,19 +167,16 @@ class Sender:
             raise LeaseLost
         template = self._context.compile_content(app, campaign, self._type)
         sending = Sending(campaign, app, template, app_keys, self._unit.slot, roll, recheck)
-        try:
-            if is_look_up_due(self._channel, self._lease.unclear_since):
-                await look_up(self._drafter, self._ledger, self._channel, sending, progress)
-                async with transaction(self._engine) as conn:
-                    progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
-            self._tries = progress.tries
-            self._todo.extend(progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends).tolist())
-            await self._send_all(sending)
-            await self._settle(sending)
-        except LeaseLost:
-            if self._lease.has_refused:
-                await self._reopen(campaign)
-            raise
+        if is_look_up_due(self._channel, self._lease.unclear_since):
+            await look_up(self._drafter, self._ledger, self._channel, sending, progress)
+            async with transaction(self._engine) as conn:
+                progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
+        self._tries = progress.tries
+        todo = progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends)
+        # Whoever was tried least comes first: while a provider is in trouble the probes do not use up one person's tries.
+        self._todo.extend(todo[np.argsort(self._tries[todo], kind="stable")].tolist())
+        await self._send_all(sending)
+        await self._settle(sending)
 
     async def _prepare_recheck(self, conn: AsyncConnection, campaign: Campaign, roll: Numbers) -> Recheck | None:
         """What a wave's people are asked again just before each is sent to; None where nobody is, as in a frozen audience."""
@@ -188,13 +198,17 @@ class Sender:
                 conn, [Fact(campaign, position, kind, now) for position, kind in zip(positions, refused, strict=True)]
             )
 
+    @property
+    def _is_turn_over(self) -> bool:
+        return self._has_waited and time.monotonic() > self._turn_end
+
     async def _send_all(self, sending: Sending) -> None:
         size = self._channel.capabilities.batch_size
         lanes = min(BATCHES_AT_ONCE, max(PEOPLE_AT_ONCE // size, 1))
 
         async def send_batches() -> None:
             most = min(size, FIRST_BATCH)
-            while self._todo and not self._is_over and not self._stopping.is_set():
+            while self._todo and not (self._is_over or self._is_turn_over or self._stopping.is_set()):
                 within = [self._todo.popleft() for _ in range(min(most, len(self._todo)))]
                 most = size
                 try:
@@ -237,6 +251,7 @@ class Sender:
             self._is_over |= not admitted
         delay = admission.wait if admitted else min(admission.retry_after, HORIZON)
         if delay > _ZERO and not self._is_over:
+            self._has_waited = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay.total_seconds()):
                     await self._stopping.wait()
@@ -393,7 +408,8 @@ class Sender:
             progress = await read_progress(conn, self._type, self._unit.slot, len(sending.roll))
             now = datetime.now(UTC)
             if len(progress.find_todo(idempotent=self._channel.capabilities.idempotent_sends)):
-                delay = _ZERO if self._stopping.is_set() else self._waits.find_shortest()
+                is_next = self._stopping.is_set() or (self._is_turn_over and self._todo and not self._is_over)
+                delay = _ZERO if is_next else self._waits.find_shortest()
                 await release_unit(conn, self._unit, delay, unclear_since=since)
             elif may_look_up(self._channel, progress, since):
                 await release_unit(conn, self._unit, LOOK_UP_AFTER, unclear_since=since or now)
@@ -401,9 +417,9 @@ class Sender:
                 await update_campaign(conn, campaign.campaign_id, state="SENT", finish_time=now)
                 log.info("a campaign was sent", action="finish_campaign", campaign_id=campaign.campaign_id)
 
-    async def _reopen(self, campaign: Campaign) -> None:
+    async def _reopen(self) -> None:
         """Have people tried again who were refused here after somebody else had taken the unit over, and perhaps finished it."""
         async with transaction(self._engine) as conn:
-            current = await read_campaign(conn, campaign.campaign_id, lock=True)
-            if current is not None and await reopen_unit(conn, self._unit) and current.state == "SENT":
+            campaign = await read_campaign(conn, self._unit.campaign_id, lock=True)
+            if campaign is not None and await reopen_unit(conn, self._unit) and campaign.state == "SENT":
                 await update_campaign(conn, campaign.campaign_id, state="SENDING", finish_time=None)

@@ -14,7 +14,7 @@ from functools import reduce
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.declarations import ChannelType, CompiledAction
+from aftertouch.declarations import UNCLEAR, ChannelType, CompiledAction
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.selections import Combination, Question, Selection, Source, Sources, list_questions
 from aftertouch.rolls.chunks import CHUNK_BYTES, Bits, count_bits, count_chunks, gather, spread
@@ -55,11 +55,6 @@ def find_pending(channel: ChannelType) -> Expression:
     """Whose message was sent, and of whom nothing was heard since: no failure, and none of the channel's own signals."""
     heard = ["failed", *(signal for signal in channel.evidence if signal not in CORE_IMPLICATIONS)]
     return parse(f"sent & ~({' | '.join(heard)})", channel.evidence)
-
-
-def find_unclear(channel: ChannelType) -> Expression:
-    """Who was tried, and nothing says what became of it."""
-    return parse("attempted & ~sent & ~failed & ~skipped", channel.evidence)
 
 
 def _leave_out(expression: Expression, others: Expression | None) -> Expression:
@@ -181,9 +176,9 @@ def _fold(operator: str, operands: Sequence[Bits]) -> Bits:
 async def count_matrix(conn: AsyncConnection, copies: Copies, source: Source, channels: Sequence[str] = ()) -> Matrix:
     """Every action of the campaign's channel with its exact counts, and how many of those who match each channel reaches."""
     actions = source.channel.actions
-    pending, unclear = find_pending(source.channel), find_unclear(source.channel)
+    pending, unclear = find_pending(source.channel), actions[UNCLEAR.name].expression
     asked = [part for compiled in actions.values() for part in (compiled.expression, compiled.apart) if part is not None]
-    signals = frozenset[str]().union(*(expression.names for expression in (pending, unclear, *asked)))
+    signals = frozenset[str]().union(*(expression.names for expression in (pending, *asked)))
     known = await _read_known(conn, copies, source, await load_kinds(conn), signals)
     roll, sets = np.empty(0, np.int64), dict[str, Bits]()
     if channels:

@@ -8,7 +8,7 @@ from functools import reduce
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.declarations import ChannelType
+from aftertouch.declarations import UNCLEAR, ChannelType
 from aftertouch.retargeting.copies import Copies
 from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, CHUNK_BYTES, count_bits, count_chunks, slot_of
 from aftertouch.rolls.sql import read_receipts, read_roll_chunk
@@ -56,7 +56,7 @@ async def count_campaign(conn: AsyncConnection, copies: Copies, campaign: Campai
         for signal, proofs in evidence.items()
     }
     counts = {signal: count_bits(found) for signal, found in sorted(known.items())}
-    unclear = parse("attempted & ~sent & ~failed & ~skipped", evidence).evaluate(known.__getitem__)
+    unclear = parse(UNCLEAR.expression, evidence).evaluate(known.__getitem__)
     reasons = [
         (numbered[kind], count_bits(found))
         for kind, found in bits.items()

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import (
+    TIMESTAMP,
+    BigInteger,
     ColumnElement,
     Interval,
     Update,
     and_,
     bindparam,
+    cast,
     delete,
     exists,
     func,
     insert,
     literal,
+    literal_column,
     or_,
     select,
     tuple_,
@@ -39,6 +43,11 @@ CHANNEL = "aftertouch_send"
 """The NOTIFY channel that wakes workers; a hint only, they poll as well."""
 
 _CHUNK_MASK = (1 << SLOT_SHIFT) - 1
+_TURN: ColumnElement[datetime] = literal_column(
+    f"send_units.ready_time + (send_units.slot & {_CHUNK_MASK}) * interval '10 minutes'", TIMESTAMP(timezone=True)
+)
+"""Whose turn it is: by chunk, so that a short campaign is not kept waiting by a long one, and by how long each unit has waited,
+so that slow campaigns take turns and none waits for ever."""
 
 
 class LeaseLost(Exception):
@@ -103,8 +112,7 @@ def _write_claim(wanted: ColumnElement[bool]) -> Update:
         select(send_units.c.slot)
         .join(campaigns, campaigns.c.campaign_id == send_units.c.campaign_id)
         .where(wanted, send_units.c.ready_time <= func.clock_timestamp(), func.coalesce(~_is_held(), True))
-        # By chunk first: a short campaign is not kept waiting by a long one.
-        .order_by(send_units.c.slot.bitwise_and(_CHUNK_MASK), send_units.c.slot)
+        .order_by(_TURN, send_units.c.slot)
         .limit(1)
         .with_for_update(skip_locked=True, of=send_units)
         .scalar_subquery()
@@ -173,10 +181,14 @@ async def release_unit(
 
 
 async def reopen_unit(conn: AsyncConnection, unit: Unit) -> bool:
-    """Put back a unit that somebody else may have finished meanwhile; True when it had been."""
+    """Put back a unit that somebody else may have finished meanwhile; True when it had been.
+
+    Its leases go on from the clock, above all that counted up from nothing: an older one must not fit again.
+    """
+    lease = cast(func.extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
     made = await conn.execute(
         upsert(send_units)
-        .values(slot=unit.slot, campaign_id=unit.campaign_id)
+        .values(slot=unit.slot, campaign_id=unit.campaign_id, lease=lease)
         .on_conflict_do_nothing()
         .returning(send_units.c.slot)
     )

@@ -62,10 +62,12 @@ class ListActionsResponse(_message.Message):
     pending_count: _builtins.int
     """People whose message was sent and of whom nothing was heard since: receipts that are still out, or never come."""
     unclear_count: _builtins.int
-    """People who were tried, and nothing says what became of it. They match no action over `sent`."""
+    """People who were tried, and nothing says what became of it. They match no action over `sent`, and are the action `unclear`."""
     @_builtins.property
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActionCount]:
-        """Every action of the campaign's channel, in the channel's order."""
+        """Every action of the campaign's channel, in the channel's order; then `unclear`, which every channel has: people who were
+        tried, and nothing says what became of it, as after a crash.
+        """
 
     @_builtins.property
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
