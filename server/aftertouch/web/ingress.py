@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from aftertouch.channels import InvalidSignature, InvalidWebhook, WebhookRequest
+from aftertouch.channels import Channel, InvalidSignature, InvalidWebhook, WebhookRequest
 from aftertouch.delivery.clicks import Clicks
 from aftertouch.errors import AftertouchError
 from aftertouch.ingest.intake import Intake, TokenInvalid
@@ -34,12 +34,18 @@ LARGEST_BODY = 3 * 1024 * 1024 + 65_536
 BODY_SECONDS = 30.0
 """For a whole body to arrive; whoever sends it byte by byte would keep a connection and its memory for ever."""
 
+SMALL_BODY = 65_536
+"""All that a receipt of Twilio's or a usual one of Meta's needs, and what uvicorn holds of any connection anyway."""
+MOST_LARGE_BODIES = 16
+"""Larger ones that are taken at once, so that they hold 50 MB at the most whoever sends them; others are asked to come again."""
+
 WEBHOOKS = "/v1/webhooks"
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS"})
 
 
 def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, clicks: Clicks, public_url: str) -> ASGIApp:
     """The HTTP application."""
+    large = asyncio.Semaphore(MOST_LARGE_BODIES)
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
@@ -83,6 +89,16 @@ def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, click
         if channel is None or not channel.capabilities.webhooks:
             return PlainTextResponse(f"no channel {name!r} takes webhooks here", 404)
         headers = _read_headers(scope)
+        if _is_small(headers):
+            return await take(scope, receive, name, rest, channel, headers)
+        if large.locked():
+            return PlainTextResponse("too many large bodies at once", 503, headers={"retry-after": "1"})
+        async with large:
+            return await take(scope, receive, name, rest, channel, headers)
+
+    async def take(
+        scope: Scope, receive: Receive, name: str, rest: str, channel: Channel, headers: Mapping[str, str]
+    ) -> Response:
         body = await _receive_body(headers, receive, LARGEST_BODY)
         if isinstance(body, Response):
             return body
@@ -125,6 +141,11 @@ def create_ingress(registry: Registry, intake: Intake, browsers: Browsers, click
 def _read_headers(scope: Scope) -> dict[str, str]:
     # ASGI has the names in lower case.
     return {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+
+
+def _is_small(headers: Mapping[str, str]) -> bool:
+    """True when the client has said that its body is; without a length it may be any."""
+    return int(headers.get("content-length", 0)) <= SMALL_BODY and "transfer-encoding" not in headers
 
 
 async def _receive_body(headers: Mapping[str, str], receive: Receive, most_bytes: int) -> bytes | Response:
