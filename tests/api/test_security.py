@@ -9,6 +9,7 @@ import hmac
 import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -602,6 +603,35 @@ async def test_webhook_that_comes_byte_by_byte_is_given_up(untouched: Hooks, mon
     assert b" 408 " in answer.split(b"\r\n")[0]
     writer.close()
     await writer.wait_closed()
+
+
+@pytest.mark.parametrize("announced", ["content-length: 3000000", "transfer-encoding: chunked"])
+async def test_large_webhooks_beyond_a_few_at_once_are_asked_to_come_again(untouched: Hooks, announced: str) -> None:
+    """They would hold as much memory as somebody likes; small ones are taken meanwhile."""
+    host, _, port = untouched.world.addresses.http.rpartition(":")
+    head = f"POST /v1/webhooks/whatsapp HTTP/1.1\r\nhost: x\r\n{announced}\r\n\r\n".encode()
+    async with AsyncExitStack() as stack:
+
+        async def begin() -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            stack.push_async_callback(writer.wait_closed)
+            stack.callback(writer.close)
+            writer.write(head)
+            return reader
+
+        readers = [await begin() for _ in range(ingress.MOST_LARGE_BODIES + 1)]
+        lines = [asyncio.create_task(reader.readline()) for reader in readers]
+        (refused,), held = await asyncio.wait(lines, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        assert b" 503 " in await refused
+        assert len(held) == ingress.MOST_LARGE_BODIES
+        assert (await untouched.send("POST", untouched.url("sms"), b"MessageStatus=x", **FORM))[0] == 403
+        for line in held:
+            line.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+    # Whoever left has made room.
+    async with asyncio.timeout(60):
+        while (await untouched.send("POST", untouched.url("sms"), b"x" * 100_000, **FORM))[0] != 403:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 async def test_webhook_that_is_not_utf8_is_refused(untouched: Hooks) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import aiohttp
+import uvloop
 from twilio.request_validator import RequestValidator
-from yarl import URL
+
+from aftertouch.http import HttpClient, encode_headers, split_url
 
 CONNECTIONS = 128
 
@@ -41,20 +42,27 @@ def sign_callbacks(url: str, account_sid: str, auth_token: str, tokens: list[str
 
 
 async def send_callbacks(requests: list[list[str]]) -> float:
-    """Send all, 128 at a time, and return the seconds until the last is answered; each has to be answered 204."""
-    left = iter(requests)
+    """Send all, 128 at a time, and return the seconds until the last is answered; each has to be answered 204.
 
-    async def send(session: aiohttp.ClientSession) -> None:
-        for address, body, signature in left:
-            headers = {"content-type": "application/x-www-form-urlencoded", "x-twilio-signature": signature}
-            async with session.post(URL(address, encoded=True), data=body, headers=headers) as response:
-                if response.status != 204:
-                    raise RuntimeError(f"answered {response.status}")
+    By our own client, on uvloop: aiohttp's takes more of a core than the server that is measured.
+    """
+    form = encode_headers({"content-type": "application/x-www-form-urlencoded"})
+    prepared = iter(
+        [
+            (*split_url(address), form + encode_headers({"x-twilio-signature": signature}), body.encode())
+            for address, body, signature in requests
+        ]
+    )
 
-    connector = aiohttp.TCPConnector(limit=CONNECTIONS)
-    async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session:
+    async def send(client: HttpClient) -> None:
+        for request in prepared:
+            answer = await client.post(*request)
+            if answer.status != 204:
+                raise RuntimeError(f"answered {answer.status}")
+
+    async with HttpClient(timeout=60) as client:
         began = time.perf_counter()
-        await asyncio.gather(*(send(session) for _ in range(CONNECTIONS)))
+        await asyncio.gather(*(send(client) for _ in range(CONNECTIONS)))
         return time.perf_counter() - began
 
 
@@ -69,4 +77,4 @@ async def run_apart(file: Path) -> float:
 
 
 if __name__ == "__main__":
-    print(asyncio.run(send_callbacks(json.loads(Path(sys.argv[1]).read_text()))))
+    print(uvloop.run(send_callbacks(json.loads(Path(sys.argv[1]).read_text()))))

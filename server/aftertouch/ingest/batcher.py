@@ -29,7 +29,9 @@ GATHER_SECONDS = 0.002
 LARGEST_COMMIT = 100_000
 """Events in one transaction; more waits for the next."""
 LARGEST_BACKLOG = 500_000
-"""Events that may wait in a process; submitters are held back until there is room. About 30 bytes each, so 15 MB."""
+"""Events that may wait in a process. About 30 bytes each, so 15 MB, and four times as much while they are written."""
+STREAMED_PERCENT = 80
+"""Of it that streams may take, which are held back until there is room; the rest is for those who wait for an answer."""
 RETRY_SECONDS = 0.25
 """Between two tries while the database is away."""
 
@@ -81,7 +83,10 @@ class Batcher:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._waiting: deque[Submission] = deque()
+        self._prompt: deque[Submission] = deque()
+        """What somebody waits for an answer to: a webhook, a call, a message that was sent."""
+        self._streamed: deque[Submission] = deque()
+        """What streams brought, which comes after it: a client that pours delays nobody."""
         self._backlog = 0
         self._commits: deque[_Commit] = deque()
         """One, or two when there is much to do."""
@@ -93,16 +98,22 @@ class Batcher:
     async def submit(self, submission: Submission) -> asyncio.Future[None]:
         """Take it when there is room, and return what is done when it is durable.
 
+        A stream's is held back while there is no room, as is what waits for the database anyway; others are told.
+
         The future raises ``DatabaseUnavailable`` (it may or may not be durable: submit it again), or that it is not:
         ``StreamSuperseded``, or ``PositionOutOfOrder`` after one of its stream that could not be stored. ``submit`` itself raises
         ``ServerStopping``. Submissions of one stream are stored in the order in which they were taken, and none without those
         before it.
         """
+        most = LARGEST_BACKLOG if submission.stream is None else LARGEST_BACKLOG * STREAMED_PERCENT // 100
         async with self._changed:
-            await self._changed.wait_for(lambda: self._is_closed or self._backlog < LARGEST_BACKLOG)
+            if submission.is_patient:
+                await self._changed.wait_for(lambda: self._is_closed or self._backlog < most)
             if self._is_closed:
                 raise ServerStopping
-            self._waiting.append(submission)
+            if self._backlog >= most:
+                raise DatabaseUnavailable
+            (self._prompt if submission.stream is None else self._streamed).append(submission)
             self._backlog += len(submission.batch)
             self._changed.notify_all()
         return submission.done
@@ -111,8 +122,8 @@ class Batcher:
         """Commit what is submitted until ``close``, then what is left."""
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._may_begin() or (self._is_closed and not self._waiting))
-                if not self._waiting:
+                await self._changed.wait_for(lambda: self._may_begin() or (self._is_closed and not self._is_waiting))
+                if not self._is_waiting:
                     break
             if not self._commits:
                 await asyncio.sleep(GATHER_SECONDS)
@@ -128,9 +139,13 @@ class Batcher:
             self._is_closed = True
             self._changed.notify_all()
 
+    @property
+    def _is_waiting(self) -> bool:
+        return bool(self._prompt or self._streamed)
+
     def _may_begin(self) -> bool:
         """A second transaction takes part in the work when it will be a whole one; smaller ones gather more company."""
-        if not self._waiting or len(self._commits) > 1:
+        if not self._is_waiting or len(self._commits) > 1:
             return False
         if not self._commits:
             return True
@@ -140,9 +155,12 @@ class Batcher:
     def _take(self) -> list[Submission]:
         group: list[Submission] = []
         count = 0
-        while self._waiting and (not group or count + len(self._waiting[0].batch) <= LARGEST_COMMIT):
-            group.append(self._waiting.popleft())
-            count += len(group[-1].batch)
+        # Half of it for the prompt ones at first: calls that pour delay no stream either.
+        parts = ((self._prompt, LARGEST_COMMIT // 2), (self._streamed, LARGEST_COMMIT), (self._prompt, LARGEST_COMMIT))
+        for waiting, most in parts:
+            while waiting and (not group or count + len(waiting[0].batch) <= most):
+                group.append(waiting.popleft())
+                count += len(group[-1].batch)
         return group
 
     async def _commit(self, commit: _Commit) -> None:

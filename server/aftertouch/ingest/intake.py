@@ -49,7 +49,7 @@ _Source = tuple[str, int | None]
 
 
 class _Arrival(NamedTuple):
-    """A webhook, and who waits for it; nobody does any more once ``done`` is cancelled."""
+    """A webhook, and who waits for it; nobody does any more once ``done`` is done."""
 
     webhook: Webhook
     done: asyncio.Future[None]
@@ -141,15 +141,19 @@ class Intake:
 
     async def _store_in_time(self, source: _Source, webhook: Webhook) -> bool:
         """Store it with whatever else arrives; False when the database is away, or takes too long."""
-        arrival = _Arrival(webhook, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        arrival = _Arrival(webhook, loop.create_future())
         self._arrivals[source].append(arrival)
         if source not in self._storing:
             self._storing[source] = self._call(self._store_arrivals(source))
+        # Not asyncio.timeout, which costs 7 µs.
+        timer = loop.call_later(ANSWER_SECONDS, _answer, arrival, DatabaseUnavailable())
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await arrival.done
-        except (TimeoutError, DatabaseUnavailable):
+            await arrival.done
+        except DatabaseUnavailable:
             return False
+        finally:
+            timer.cancel()
         return True
 
     async def _store_arrivals(self, source: _Source) -> None:

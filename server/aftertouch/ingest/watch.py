@@ -99,10 +99,10 @@ async def watch_events(
     """
     slots = slot_range(campaign.campaign_id) if campaign else _ALL_SLOTS
     async with transaction(engine) as conn:
-        after = (await read_horizon(conn), 0)
+        now = after = (await read_horizon(conn), 0)
         if resume_token:
-            horizon, after = after, decode_resume_token(resume_token)
-            if after > horizon:
+            after = decode_resume_token(resume_token)
+            if after > now:
                 text = "is not of this database, or was made before it was restored: list what you need, then watch without one"
                 raise FieldsInvalid([Violation("resume_token", text)])
             dropped = await read_last_dropped(conn)

@@ -37,6 +37,11 @@ LARGEST_BODY = 3 * 1024 * 1024 + 65_536
 BODY_SECONDS = 30.0
 """For a whole body to arrive; whoever sends it byte by byte would keep a connection and its memory for ever."""
 
+SMALL_BODY = 65_536
+"""All that a receipt of Twilio's or a usual one of Meta's needs, and what uvicorn holds of any connection anyway."""
+MOST_LARGE_BODIES = 16
+"""Larger ones that are taken at once, so that they hold 50 MB at the most whoever sends them; others are asked to come again."""
+
 WEBHOOKS = "/v1/webhooks"
 ANSWERING = "x-aftertouch-webhooks"
 """The header by which an answer to HEAD names the channel whose webhooks arrive at the address."""
@@ -47,6 +52,7 @@ def create_ingress(
     registry: Registry, accounts: Accounts, intake: Intake, browsers: Browsers, clicks: Clicks, public_url: str
 ) -> ASGIApp:
     """The HTTP application."""
+    large = asyncio.Semaphore(MOST_LARGE_BODIES)
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
@@ -108,6 +114,22 @@ def create_ingress(
             # Nothing is reported so; but whoever asks whether this address leads here, as the console does, is told.
             return Response(status_code=405, headers={"allow": "GET, POST", ANSWERING: name})
         headers = _read_headers(scope)
+        if _is_small(headers):
+            return await take(scope, receive, name, channel, app_id, rest, headers)
+        if large.locked():
+            return PlainTextResponse("too many large bodies at once", 503, headers={"retry-after": "1"})
+        async with large:
+            return await take(scope, receive, name, channel, app_id, rest, headers)
+
+    async def take(
+        scope: Scope,
+        receive: Receive,
+        name: str,
+        channel: Channel,
+        app_id: int | None,
+        rest: str,
+        headers: Mapping[str, str],
+    ) -> Response:
         body = await _receive_body(headers, receive, LARGEST_BODY)
         if isinstance(body, Response):
             return body
@@ -150,6 +172,11 @@ def create_ingress(
 def _read_headers(scope: Scope) -> dict[str, str]:
     # ASGI has the names in lower case.
     return {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+
+
+def _is_small(headers: Mapping[str, str]) -> bool:
+    """True when the client has said that its body is; without a length it may be any."""
+    return int(headers.get("content-length", 0)) <= SMALL_BODY and "transfer-encoding" not in headers
 
 
 async def _receive_body(headers: Mapping[str, str], receive: Receive, most_bytes: int) -> bytes | Response:
