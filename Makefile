@@ -13,6 +13,7 @@ demo: .venv/server ## Set up, then run the main job end to end on an embedded da
 	$(BIN)/aftertouch demo
 
 test: .venv/dev ## Set up, then run all tests on an embedded database (ARGS='-k name' chooses, ARGS='--dsn URL' takes another).
+	@! command -v npm >/dev/null || $(MAKE) --no-print-directory peers || echo "what others wrote could not be installed"
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-faults: .venv/dev ## Kill and cut everything at random while events come in, 3 minutes with one process and 3 with two (ARGS='--seconds 600'); nothing may be missing.

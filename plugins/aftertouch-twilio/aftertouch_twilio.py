@@ -73,6 +73,7 @@ CODES: Mapping[ReasonClass, Sequence[str]] = {
     ReasonClass.CONFIG: (
         *("20003", "20005", "20404", "21408", "21608", "21609", "30002"),  # account, permissions, callback address
         *("21212", "21603", "21606", "21654", "21655", "21656", "21701", "21702", "21703", "21704", "21705"),  # sender, content
+        "21910",  # sender and recipient are of different channels
         *("30018", "30024", "30032", "30033", "30034", "30035"),  # sender registration
         *("63001", "63002", "63005", "63007", "63008", "63013", "63021", "63026", "63051"),  # channel set-up and policy
         *("63027", "63028", "63030", "63040", "63041", "63042"),  # templates

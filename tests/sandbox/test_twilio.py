@@ -335,28 +335,37 @@ async def test_person_on_whatsapp_is_not_reached_for_metas_reasons(
         assert entry.signals["failed"].code == code
 
 
-async def test_template_is_shown_with_its_variables_and_its_approval(
+async def test_templates_are_listed_page_by_page_with_their_approval(
     make_settings: Callable[..., SandboxSettings], receiver: Receiver, http: aiohttp.ClientSession
 ) -> None:
-    paused = "HX" + "2" * 32
-    settings = make_settings(templates={CONTENT_SID: ("1", "2"), paused: ()}, template_statuses={paused: "PAUSED"})
+    templates = {"summer_sale": ("1", "2"), "winter_sale": (), "spring_sale": ("first_name",)}
+    settings = make_settings(templates=templates, template_statuses={"winter_sale": "PAUSED"})
     async with Sandbox(settings) as sandbox:
-        headers = authorize(settings.account_sid, settings.auth_token)
+        target = f"{sandbox.url}/v1/ContentAndApprovals"
+        contents = []
+        following: str | None = f"{target}?PageSize=2"
+        while following:
+            async with http.get(following, headers=authorize(settings.account_sid, settings.auth_token)) as response:
+                page = await response.json()
+            contents += page["contents"]
+            following = page["meta"]["next_page_url"]
+            if following:
+                assert following.startswith("https://content.twilio.com/v1/ContentAndApprovals?")
+                following = following.replace("https://content.twilio.com", sandbox.url)
+        shown = {item["approval_requests"]["name"]: item for item in contents}
+        assert {name: tuple(item["variables"]) for name, item in shown.items()} == templates
+        assert {name: item["approval_requests"]["status"] for name, item in shown.items()} == {
+            "summer_sale": "approved",
+            "winter_sale": "paused",
+            "spring_sale": "approved",
+        }
+        async with http.get(target) as response:
+            assert response.status == 401
 
-        async def get(path: str, **options: Any) -> tuple[int, dict[str, Any]]:
-            async with http.get(f"{sandbox.url}/v1/Content/{path}", **{"headers": headers, **options}) as response:
-                return response.status, await response.json()
-
-        status, shown = await get(CONTENT_SID)
-        assert (status, shown["language"], [*shown["variables"]]) == (200, "en_US", ["1", "2"])
-        for sid, approval in ((CONTENT_SID, "approved"), (paused, "paused")):
-            status, shown = await get(f"{sid}/ApprovalRequests")
-            assert (status, shown["whatsapp"]["status"]) == (200, approval)
-        unknown = "HX" + "3" * 32
-        assert [(await get(path))[0] for path in (unknown, f"{unknown}/ApprovalRequests")] == [404, 404]
-        assert (await get(CONTENT_SID, headers={}))[0] == 401
-        refused, answer = await post(sandbox, http, make_whatsapp_fields(sandbox, receiver, ContentSid=unknown))
-        assert (refused, answer["code"]) == (400, 21655)
+        status, _ = await post(sandbox, http, make_whatsapp_fields(sandbox, receiver, ContentSid=shown["summer_sale"]["sid"]))
+        assert status == 201
+        status, answer = await post(sandbox, http, make_whatsapp_fields(sandbox, receiver, ContentSid="HX" + "3" * 32))
+        assert (status, answer["code"]) == (400, 21655)
 
 
 async def test_fault_of_whatsapp_strikes_no_text(sandbox: Sandbox, receiver: Receiver, http: aiohttp.ClientSession) -> None:

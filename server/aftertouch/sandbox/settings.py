@@ -96,8 +96,8 @@ class SandboxSettings:
     verify_token: str = field(default="sandbox-verify-token", repr=False)
     whatsapp_webhook_url: str | None = None
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The approved templates, for Twilio by their ContentSid, and the names of their body parameters ("1", "2", … if
-    positional). Empty: every template is approved and takes what it is given."""
+    """The approved templates and the names of their body parameters ("1", "2", … if positional). Empty: at Meta every template is
+    approved and takes what it is given; Twilio lists none, and takes every ContentSid."""
 
     template_statuses: Mapping[str, str] = field(default_factory=dict)
     """Of those that are not ``APPROVED`` after all, as it is listed."""

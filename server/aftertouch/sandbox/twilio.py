@@ -7,6 +7,7 @@ As strict as the real one about forms, fields and credentials; error codes and s
 from __future__ import annotations
 
 import binascii
+import hashlib
 import hmac
 import json
 import re
@@ -302,13 +303,13 @@ class Twilio:
         self._inbox = _Inbox(settings)
         self._stopped: set[str] = set()
         self._texts: dict[str, _Text] = {}
+        self._contents = {name_content(name): name for name in settings.templates}
         self._texts_to: defaultdict[str, list[_Text]] = defaultdict(list)
         self.routes = [
             Route("/2010-04-01/Accounts/{account}/Messages.json", self._create, methods=["POST"]),
             Route("/2010-04-01/Accounts/{account}/Messages.json", self._list, methods=["GET"]),
             Route("/2010-04-01/Accounts/{account}/Messages/{sid}.json", self._fetch, methods=["GET"]),
-            Route("/v1/Content/{content}", self._show_content, methods=["GET"]),
-            Route("/v1/Content/{content}/ApprovalRequests", self._show_approval, methods=["GET"]),
+            Route("/v1/ContentAndApprovals", self._list_contents, methods=["GET"]),
         ]
 
     def clear(self) -> None:
@@ -353,44 +354,53 @@ class Twilio:
         text = self._texts.get(request.path_params["sid"])
         return JSONResponse(self._describe(text)) if text else _answer_error(20404)
 
-    async def _show_content(self, request: HttpRequest) -> Response:
-        """A template of the account (https://www.twilio.com/docs/content/content-api-resources)."""
+    async def _list_contents(self, request: HttpRequest) -> Response:
+        """The account's templates and what WhatsApp said of them (https://www.twilio.com/docs/content/content-api-resources)."""
+        query = request.query_params
         try:
-            parameters = self._find_content(request)
+            self._check_credentials(request)
+            size = _read_number(query.get("PageSize", "50"), 1, _LARGEST_PAGE)
+            page = _read_number(query.get("Page", "0"), 0, 10**6)
         except _Refused as refused:
             return _answer_error(refused.code)
-        sid = request.path_params["content"]
-        placeholders = "".join(f" {{{{{name}}}}}" for name in parameters or ())
+        start = page * size
+        address = f"https://content.twilio.com{request.url.path}?PageSize={size}"
+        names = list(self._settings.templates)
         return JSONResponse(
             {
-                "account_sid": self._settings.account_sid,
-                "sid": sid,
-                "friendly_name": sid,
-                "language": "en_US",
-                "variables": None if parameters is None else dict.fromkeys(parameters, "example"),
-                "types": {"twilio/text": {"body": f"Hello{placeholders}"}},
-                "links": {"approval_fetch": f"https://content.twilio.com/v1/Content/{sid}/ApprovalRequests"},
+                "contents": [self._describe_content(name) for name in names[start : start + size]],
+                "meta": {
+                    "page": page,
+                    "page_size": size,
+                    "first_page_url": f"{address}&Page=0",
+                    "previous_page_url": f"{address}&Page={page - 1}" if page else None,
+                    "next_page_url": f"{address}&Page={page + 1}" if start + size < len(names) else None,
+                    "url": f"{address}&Page={page}",
+                    "key": "contents",
+                },
             }
         )
 
-    async def _show_approval(self, request: HttpRequest) -> Response:
-        """What WhatsApp said of it."""
-        try:
-            self._find_content(request)
-        except _Refused as refused:
-            return _answer_error(refused.code)
-        sid = request.path_params["content"]
-        status = self._settings.template_statuses.get(sid, "approved").lower()
-        approval = {"type": "whatsapp", "name": "template", "category": "MARKETING", "status": status, "rejection_reason": ""}
-        return JSONResponse({"sid": sid, "account_sid": self._settings.account_sid, "whatsapp": approval})
-
-    def _find_content(self, request: HttpRequest) -> Sequence[str] | None:
-        """The names of a template's variables; None where every template takes what it is given."""
-        self._check_credentials(request)
-        sid = request.path_params["content"]
-        if not _CONTENT_SID.fullmatch(sid) or (self._settings.templates and sid not in self._settings.templates):
-            raise _Refused(20404)
-        return self._settings.templates.get(sid)
+    def _describe_content(self, name: str) -> dict[str, Any]:
+        parameters = self._settings.templates[name]
+        return {
+            "date_created": "2026-01-01T09:00:00Z",
+            "date_updated": "2026-01-01T09:00:00Z",
+            "sid": name_content(name),
+            "account_sid": self._settings.account_sid,
+            "friendly_name": name,
+            "language": "en_US",
+            "variables": dict.fromkeys(parameters, "example"),
+            "types": {"twilio/text": {"body": " ".join(["Hello", *(f"{{{{{each}}}}}" for each in parameters)])}},
+            "approval_requests": {
+                "name": name,
+                "category": "MARKETING",
+                "content_type": "twilio/text",
+                "status": self._settings.template_statuses.get(name, "approved").lower(),
+                "rejection_reason": "",
+                "allow_category_change": True,
+            },
+        }
 
     async def _list(self, request: HttpRequest) -> Response:
         """The messages of the account that match, the newest first, a page at a time."""
@@ -457,7 +467,10 @@ class Twilio:
     def _take(self, fields: Mapping[str, str]) -> _Text:
         _check_recipient(fields)
         self._check_sender(fields)
-        _check_content(fields, self._settings.templates)
+        _check_content(fields)
+        sid = fields.get("ContentSid")
+        if sid and (not _CONTENT_SID.fullmatch(sid) or (self._contents and sid not in self._contents)):
+            raise _Refused(21655)
         _check_options(fields)
         return self._take_whatsapp(fields) if fields["To"].startswith(WHATSAPP) else self._take_text(fields)
 
@@ -495,7 +508,8 @@ class Twilio:
         address = fields["To"].removeprefix(WHATSAPP)
         person, token = self._population.find_phone(address), _read_token(fields)
         content = {name: fields[name] for name in ("ContentSid", "ContentVariables", "Body") if name in fields}
-        title = fields.get("ContentSid") or fields["Body"]
+        content_sid = fields.get("ContentSid")
+        title = self._contents.get(content_sid, content_sid) if content_sid else fields["Body"]
         sid = f"{'MM' if 'ContentSid' in fields else 'SM'}{uuid4().hex}"
         entry = self._truth.record("whatsapp", address, person, token=token, message_id=sid, title=title, content=content)
         text = self._keep(sid, fields, entry)
@@ -614,6 +628,11 @@ def _matches_date(name: str, sent: datetime, given: str) -> bool:
             return sent.date() == day
 
 
+def name_content(name: str) -> str:
+    """The ContentSid of a template."""
+    return f"HX{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
+
+
 def _read_token(fields: Mapping[str, str]) -> str:
     return parse_qs(urlsplit(fields.get("StatusCallback", "")).query).get("t", [""])[0]
 
@@ -637,7 +656,7 @@ def _check_recipient(fields: Mapping[str, str]) -> None:
         raise _Refused(21211)
 
 
-def _check_content(fields: Mapping[str, str], templates: Mapping[str, Sequence[str]]) -> None:
+def _check_content(fields: Mapping[str, str]) -> None:
     if not (fields.get("Body") or fields.get("ContentSid")):
         raise _Refused(21602)
     if len(fields.get("Body", "")) > _LONGEST_BODY:
@@ -648,9 +667,6 @@ def _check_content(fields: Mapping[str, str], templates: Mapping[str, Sequence[s
         raise _Refused(21656) from None
     if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
         raise _Refused(21656)
-    sid = fields.get("ContentSid")
-    if sid and (not _CONTENT_SID.fullmatch(sid) or (templates and sid not in templates)):
-        raise _Refused(21655)
 
 
 def _check_options(fields: Mapping[str, str]) -> None:
