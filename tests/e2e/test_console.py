@@ -137,16 +137,24 @@ async def make_draft(tab: Tab) -> None:
 
 
 async def list_pages(tab: Tab, campaign: str) -> list[str]:
-    """Every page of the console; the last one is a draft's."""
+    """Every page of the console that has an address; the last one is a draft's."""
+    await tab.open("/contacts/import")
+    file = {"name": "people.csv", "mimeType": "text/csv", "buffer": b"external_id,sms.phone\nby-file,no number\n"}
+    await tab.page.set_input_files("#file", files=[file])
+    await tab.page.click("main .foot button")
+    await expect(tab.page.locator("main table")).to_contain_text("by-file")
+    imported = tab.page.url.rpartition("/console")[2]
     await tab.open(f"/campaigns/{campaign}/retarget?channel=push")
     await make_draft(tab)
     draft = tab.page.url.rpartition("/console")[2]
     return [
+        imported,
         "/campaigns",
         "/campaigns?q=nothing-is-called-so",
         "/campaigns/new",
         f"/campaigns/{campaign}",
         f"/campaigns/{campaign}/retarget",
+        f"/campaigns/{campaign}/retarget?action=failed&reason_class=recipient_gone&when=delay",
         "/contacts",
         "/contacts/person?id=user-000001",
         f"/contacts/explain?id=user-000001&campaign={campaign}",
@@ -271,7 +279,67 @@ async def test_no_page_has_a_barrier(themed: Tab, campaign: str) -> None:
     await themed.open("/campaigns")
     await themed.page.click(f"#retarget-{campaign}")
     await themed.page.wait_for_selector("dialog[open] form")
+    await themed.page.wait_for_selector("#funnel .drops")
     assert await themed.find_violations() == [], "the dialog"
+    await themed.page.check("#when-delay")
+    assert await themed.find_violations() == [], "the dialog with a delay"
+
+
+async def test_no_answer_to_a_form_has_a_barrier(themed: Tab, world: World, campaign: str) -> None:
+    """What is not seen at an address: refusals, what was just made, and a draft with its preview and everything wrong."""
+    page = themed.page
+
+    async def check(what: str) -> None:
+        await page.wait_for_load_state("networkidle")
+        assert await themed.find_violations() == [], what
+        themed.faults = [fault for fault in themed.faults if "status of 40" not in fault]
+
+    for path in ("/campaigns/no-such", "/contacts/person?id=no-such"):
+        await themed.open(path)
+        await check(path)
+    await themed.open("/keys")
+    await page.fill("#display_name", "a key")
+    await page.check("#scope-read")
+    await page.click("text=Make key")
+    await page.wait_for_selector("#secret")
+    await check("a key that was made")
+    await themed.open("/users")
+    await page.fill("#email", "not-an-email@")
+    await page.evaluate("for (const form of document.forms) form.noValidate = true")
+    await page.click("text=Make user")
+    await page.wait_for_selector("#email-fault")
+    await check("a user that was refused")
+    await themed.open("/channels")
+    await page.click("text=Check the webhook addresses")
+    await page.wait_for_selector("p.good")
+    await check("channels that were checked")
+    await themed.open("/lists")
+    await page.fill("#display_name", "Some")
+    await page.fill("#list_id", f"some-{await page.evaluate('Date.now()')}")
+    await page.fill("#contacts", "user-000001\nnobody-of-this-name")
+    await page.click("text=Make list")
+    await expect(page.locator("main")).to_contain_text("nobody-of-this-name")
+    await check("a list that was filled")
+    await themed.open("/rules")
+    await page.fill("#messages", "many")
+    await page.click("main .foot button")
+    await page.wait_for_selector("#messages-fault")
+    await check("rules that were refused")
+    await themed.open(f"/campaigns/{campaign}/retarget?channel=sms")
+    await make_draft(themed)
+    await page.fill("#field-content-body", "{{ first_name")
+    await page.check("#when-later")
+    await page.click("#launch")
+    await page.wait_for_selector(".fault")
+    await check("a launch that was refused")
+    await page.fill("#field-content-body", "Hello {{ first_name | default: 'you' }}")
+    await page.wait_for_selector("#preview .bubble")
+    await expect(page.locator("#review")).to_contain_text("segments")
+    await check("a draft with its preview and its review")
+    await page.fill("#schedule_time", (datetime.now(UTC) + timedelta(days=2)).strftime("%Y-%m-%dT%H:%M"))
+    await page.click("#launch")
+    await expect(page.locator("#live .badge")).to_have_text("Scheduled")
+    await check("a campaign that is scheduled")
 
 
 async def test_sign_in_has_no_barrier(browser: Browser, world: World) -> None:
@@ -321,7 +389,7 @@ async def test_pages_work_without_scripts(browser: Browser, world: World, campai
         await tab.open("/campaigns")
         await page.click(f"#retarget-{campaign}")
         await page.check("#where-sms")
-        await page.click("#make-draft")
+        await make_draft(tab)
         await page.fill("#field-content-body", "Hello")
         await page.click("#launch")
         await expect(page.locator("h1")).to_have_text("Retarget: Summer Sale (not read)")
@@ -352,6 +420,41 @@ async def test_launch_is_scheduled_in_the_viewers_zone_and_taken_back(browser: B
         await page.click("text=Back to draft")
         await page.wait_for_url("**/edit")
         assert (await world.get_campaign(name)).state == campaigns_pb2.Campaign.DRAFT
+
+
+async def test_delay_that_is_chosen_in_the_dialog_is_what_the_launch_waits_for(tab: Tab, world: World, campaign: str) -> None:
+    page = tab.page
+    await tab.open("/campaigns")
+    await page.click(f"#retarget-{campaign}")
+    await page.click("label[for=when-delay]")
+    await page.fill("#delay", "36")
+    # Choosing whom and where counts again, and leaves the rest of the dialog as it is.
+    await page.click("label[for=where-push]")
+    await page.wait_for_function("document.querySelector('#where-push').checked && document.querySelector('#funnel .drops')")
+    await expect(page.locator("#delay")).to_have_value("36")
+    await make_draft(tab)
+    await expect(page.locator("#when-delay")).to_be_checked()
+    await expect(page.locator("#delay")).to_have_value("36")
+    await page.fill("#field-content-title", "Last hours")
+    await page.fill("#field-content-url", "https://shop.example/")
+    await page.fill("#delay", "48")
+    await page.click("#launch")
+    await expect(page.locator("#live .badge")).to_have_text("Scheduled")
+    wave = await world.get_campaign(f"apps/acme/campaigns/{page.url.rpartition('/')[2]}")
+    source = await world.get_campaign(f"apps/acme/campaigns/{campaign}")
+    assert wave.schedule_time.ToDatetime() == source.finish_time.ToDatetime() + timedelta(hours=48)
+
+
+async def test_earlier_message_is_begun_with_and_saved(tab: Tab, campaign: str) -> None:
+    page = tab.page
+    await tab.open(f"/campaigns/{campaign}/retarget?channel=whatsapp&action=read")
+    await make_draft(tab)
+    await page.select_option("#copy", label="Summer Sale")
+    await expect(page.locator("#field-content-template")).to_have_value("summer_sale")
+    await expect(page.locator("#saved")).to_have_text("Saved")
+    await page.wait_for_selector("#preview .bubble")
+    await page.reload()
+    await expect(page.locator("#field-content-template")).to_have_value("summer_sale")
 
 
 async def test_message_is_sent_to_one_person_as_a_test(tab: Tab, world: World, campaign: str) -> None:

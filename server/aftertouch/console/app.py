@@ -250,13 +250,19 @@ def _admit(console: Console, page: Page) -> Callable[[Request], Awaitable[Respon
             return _send_to_sign_in(console, request, page)
         visit = Visit(console, request, *found, session=token)
         request.scope["visit"] = visit
-        if page.method == "POST" and not await _is_asked_for(visit):
-            return visit.render("refusal.html", 403, status=403, text="This change was not asked for by a page of this session.")
-        if not visit.may(page.scope):
-            raise ScopeInsufficient(page.path, page.scope)
-        if "\0" in str(request.path_params):
-            raise NotFound("a name with the character U+0000")
-        return await page.serve(visit)
+        try:
+            if page.method == "POST" and not await _is_asked_for(visit):
+                text = "This change was not asked for by a page of this session."
+                return visit.render("refusal.html", 403, status=403, text=text)
+            if not visit.may(page.scope):
+                raise ScopeInsufficient(page.path, page.scope)
+            if "\0" in str(request.path_params):
+                raise NotFound("a name with the character U+0000")
+            return await page.serve(visit)
+        finally:
+            if not visit.keeps_upload:
+                # A browser sends a file along also where none was chosen.
+                await request.close()
 
     return answer
 

@@ -228,6 +228,7 @@ async def start_import(visit: Visit) -> Response:
     lines.seek(0)
     async with transaction(visit.console.engine) as conn:
         number = await store.create_import(conn, visit.app.app_id, upload.filename[:200])
+    visit.keeps_upload = True
     visit.console.tasks.start(_import(visit, number, lines), f"import {number}")
     return visit.redirect(f"/contacts/imports/{number}")
 

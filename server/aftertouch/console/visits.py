@@ -112,6 +112,8 @@ class Visit:
         self.session = session
         self.caller = Caller(app, SCOPES[user.role], f"users/{user.email}")
         self.client = LocalClient(console.engine, console.servicers, self.caller)
+        self.keeps_upload = False
+        """True when work that outlasts the request reads the file that came with it, and closes it."""
 
     @property
     def parent(self) -> str:
