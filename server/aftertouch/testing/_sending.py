@@ -29,7 +29,7 @@ from aftertouch.channels import (
     Unclear,
 )
 from aftertouch.testing._provider import Answer, FakeProvider, Fault, ProviderRequest, Response
-from aftertouch.testing._subject import TOKENS, Subject
+from aftertouch.testing._subject import TOKENS, Subject, needs
 
 in_own_loop = pytest.mark.asyncio(loop_scope="function")
 """Marks a check whatever the author's asyncio_mode; a loop for each keeps one check's mess out of the next."""
@@ -244,6 +244,7 @@ class SendingChecks(Subject):
                 leaks = self.find_leaks(text, sent.channel, sent.messages[0])
                 assert not leaks, f"after {way}, {place} shows {', '.join(leaks)}"
 
+    @needs("look_up")
     @in_own_loop
     async def test_look_up_finds_what_was_taken(self) -> None:
         finding = await self._look_up(taken=1)
@@ -252,6 +253,7 @@ class SendingChecks(Subject):
         )
         assert len(finding.message_id) <= 256, f"message_id has {len(finding.message_id)} characters; 256 are allowed"
 
+    @needs("look_up")
     @in_own_loop
     async def test_look_up_of_what_was_never_taken_finds_nothing(self) -> None:
         finding = await self._look_up(taken=0)
@@ -259,10 +261,12 @@ class SendingChecks(Subject):
             f"the provider never took the message, but look_up says {finding!r}: the person is counted as reached"
         )
 
+    @needs("look_up")
     @in_own_loop
     async def test_look_up_answers_each_message(self) -> None:
         await self._look_up(taken=0, count=min(len(TOKENS), self.channel.capabilities.batch_size))
 
+    @needs("look_up")
     @in_own_loop
     async def test_look_up_at_a_provider_in_trouble_is_unclear(self) -> None:
         ways: dict[str, Response | Fault] = {
@@ -282,8 +286,6 @@ class SendingChecks(Subject):
 
     async def _look_up(self, *, taken: int, count: int = 1, instead: Response | Fault | None = None) -> Finding:
         """What look_up says of the first of ``count`` messages, of which the provider took the first ``taken``."""
-        if not self.channel.capabilities.look_up:
-            pytest.skip(f"{self.channel.name} declares no look_up")
         messages: list[Message[Address, Content]] = []
 
         def answer(request: ProviderRequest) -> Response | Fault:

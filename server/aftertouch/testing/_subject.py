@@ -6,12 +6,11 @@ its channel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
-import pytest
 from pydantic import SecretBytes, SecretStr
 
 from aftertouch.channels import Address, Channel, Content, Message, Settings, WebhookRequest
@@ -21,8 +20,19 @@ from aftertouch.testing._provider import FakeProvider, ProviderRequest, Response
 WEBHOOK_BASE_URL = "https://hooks.example/webhooks"
 UNHEARD_OF = "unheard_of"
 """A status that no provider knows today."""
+Check = TypeVar("Check", bound=Callable[..., object])
 TOKENS = tuple(f"Contract-_Token-{number:08d}" for number in range(5))
 """Tokens with every kind of character that the base64url alphabet has."""
+
+
+def needs(*capabilities: str) -> Callable[[Check], Check]:
+    """Mark a check as one of these capabilities: a channel that does not declare them has no such check, not a skipped one."""
+
+    def mark(check: Check) -> Check:
+        check.__dict__["needs"] = capabilities
+        return check
+
+    return mark
 
 
 class Subject:
@@ -47,6 +57,13 @@ class Subject:
     """What stands in for the provider; a subclass of yours where it speaks no HTTP."""
     patience: ClassVar[float] = 10
     """Seconds that a call to a provider that does not answer may take."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if channel := getattr(cls, "channel", None):
+            for name in dir(cls):
+                if not all(getattr(channel.capabilities, needed) for needed in getattr(getattr(cls, name), "needs", ())):
+                    setattr(cls, name, None)
 
     def accept(self, request: ProviderRequest) -> Response:
         """The provider takes the message. Give each a name of its own, where the provider does."""
@@ -133,11 +150,6 @@ class Subject:
     def find_samples(self, folder_of: Path) -> list[Path]:
         """The recorded webhooks."""
         return sorted((folder_of / self.samples).glob("*.json")) if self.samples else []
-
-    def require_webhooks(self) -> None:
-        """Skip the running check for a channel without webhooks."""
-        if not self.channel.capabilities.webhooks:
-            pytest.skip(f"{self.channel.name} declares no webhooks")
 
 
 def _place(value: object, provider_url: str) -> object:
