@@ -72,6 +72,7 @@ class TestWhatsAppOverTwilio(ChannelContract):
     content = {"template": "summer_sale_2026", "language": "en_US", "body": ["Words for Ada only"]}
     refusals = ("21211", "63024", "20003", "63016")
     reported = ("sent", "delivered", "read", "failed")
+    samples = "samples_twilio"
     signature_header = "x-twilio-signature"
 
     def accept(self, request: ProviderRequest) -> Response:
