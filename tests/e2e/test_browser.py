@@ -89,7 +89,7 @@ class Site:
             return [json.loads(text) for text in await answer.json()]
 
     async def wait_for(self, name: str, signal: str, count: int) -> campaigns_pb2.Campaign:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while (campaign := await self.world.get_campaign(name)).counts.signals[signal] != count:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         return campaign

@@ -13,6 +13,9 @@ from aftertouch.channels import ReasonClass
 LEAST_OUTCOMES = 200
 """Before that a share means nothing."""
 
+MOST_DEFECTS = 3
+"""Calls in a row in which the channel itself failed: its messages are unclear, and so would everybody's be who is left."""
+
 _OF_THE_PERSON = frozenset({ReasonClass.RECIPIENT_GONE, ReasonClass.OPTED_OUT, ReasonClass.CAPPED})
 
 
@@ -32,11 +35,18 @@ class Breaker:
         self._in_a_row = 0
         self._failed = 0
         self._seen = 0
+        self._defects = 0
+        self._last_defect = ""
 
     def note_sent(self) -> None:
         """A message was taken."""
         self._in_a_row = 0
         self._seen += 1
+
+    def note_call(self, defect: str) -> None:
+        """The channel was called; ``defect`` is how it failed itself, empty when it did not."""
+        self._defects = self._defects + 1 if defect else 0
+        self._last_defect = defect
 
     def note_failed(self, reason_class: ReasonClass) -> None:
         """A person failed for good."""
@@ -48,6 +58,11 @@ class Breaker:
 
     def find_reason(self) -> str:
         """Why the campaign has to stop, for a person; empty when it may go on."""
+        if self._defects >= MOST_DEFECTS:
+            return (
+                f"the channel itself failed {self._defects} times in a row: {self._last_defect}; the log tells more, "
+                "whom it was handed is unclear; mend the plugin, then resume"
+            )
         most, percent = self._settings.most_in_a_row, self._settings.most_percent
         if most and self._in_a_row >= most:
             return f"{self._in_a_row} messages in a row failed; see the reasons, mend the cause, then resume"

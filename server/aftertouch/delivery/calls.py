@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TypeVar
@@ -14,6 +15,12 @@ from aftertouch.channels import Accepted, Address, Channel, Content, Finding, Me
 
 log = structlog.get_logger()
 
+
+@dataclass(frozen=True, kw_only=True)
+class Defect(Unclear):
+    """What became of a message is unclear because the channel itself failed; ``detail`` is how."""
+
+
 LONGEST_CALL = timedelta(seconds=20)
 """Above the channels' own limits of 10 and 15 seconds, below the 30 that a process is usually given to stop."""
 
@@ -22,7 +29,7 @@ T = TypeVar("T")
 
 
 async def send_messages(channel: Channel, messages: Messages) -> Sequence[Outcome]:
-    """Have the channel send messages; those of a call that failed are ``Unclear``."""
+    """Have the channel send messages; those of a call that failed are a ``Defect``."""
     return await _call(channel, "send", channel.send, _is_outcome, messages)
 
 
@@ -52,12 +59,16 @@ async def _call(
                 raise
             # A cancellation that is not ours came out of the channel, like any other exception.
             log.exception("a channel failed", action=action, channel=channel.name)
-            return [Unclear(detail=type(error).__name__)] * len(batch)
+            return [Defect(detail=_DEFECTS.get(type(error), type(error).__name__))] * len(batch)
         return answered
 
     # At once, so that all of them take no longer than one: an orderly stop waits for that, and so does a lease.
     batches = [ask_batch(messages[start : start + size]) for start in range(0, len(messages), size)]
     return [answer for answers in await asyncio.gather(*batches) for answer in answers]
+
+
+_DEFECTS: dict[type[BaseException], str] = {TimeoutError: "no answer in time", TypeError: "a TypeError, or an unsound answer"}
+"""In words, where the exception's name says little to somebody who does not read the log."""
 
 
 def _is_outcome(answer: object) -> bool:

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from aftertouch.channels import Accepted, Channel, Limit, Outcome, ReasonClass, Unclear
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.breaker import Breaker
-from aftertouch.delivery.calls import send_messages
+from aftertouch.delivery.calls import Defect, send_messages
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import stop_sending
 from aftertouch.delivery.drafts import READ_AT_ONCE, Draft, Drafter, Drafts, Sending
@@ -303,6 +303,8 @@ class Sender:
         begun_at = time.monotonic()
         answered = iter(await send_messages(self._channel, [message for draft in drafts for message in draft.messages]))
         outcomes = [[next(answered) for _ in draft.messages] for draft in drafts]
+        defects = [outcome for own in outcomes for outcome in own if isinstance(outcome, Defect)]
+        self._breaker.note_call(f"{self._channel.name}: {defects[0].detail}" if defects else "")
         holds = self._find_holds(drafts, outcomes)
         in_trouble = any(map(self._pacer.is_in_trouble, holds))
         # At once for this process: recording takes a while.

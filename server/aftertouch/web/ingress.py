@@ -19,7 +19,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from aftertouch.channels import Channel, InvalidSignature, InvalidWebhook, WebhookRequest
+from aftertouch.channels import (
+    Channel,
+    InvalidSignature,
+    InvalidWebhook,
+    Receipt,
+    Reply,
+    Standing,
+    Webhook,
+    WebhookRequest,
+)
 from aftertouch.delivery.clicks import Clicks
 from aftertouch.errors import AftertouchError
 from aftertouch.ingest.accounts import APPS, Accounts
@@ -33,6 +42,9 @@ log = structlog.get_logger()
 
 LARGEST_BODY = 3 * 1024 * 1024 + 65_536
 """Meta's webhooks hold up to 3 MB (Cloud API: webhooks); other providers stay far below."""
+
+MOST_ITEMS = 20_000
+"""What one request may bring: Meta's have up to 1,000 updates, and a plugin that invents more would hold everybody up."""
 
 BODY_SECONDS = 30.0
 """For a whole body to arrive; whoever sends it byte by byte would keep a connection and its memory for ever."""
@@ -145,7 +157,7 @@ def create_ingress(
         )
         try:
             channel.verify(received)
-            webhook = channel.parse(received)
+            webhook = _check_webhook(channel.parse(received))
         except InvalidSignature as error:
             log.warning("a webhook was not authentic", action="receive_webhook", channel=name)
             return PlainTextResponse(str(error) or "the signature is wrong", 403)
@@ -167,6 +179,23 @@ def create_ingress(
         return Response(given.body, given.status, dict(given.headers), given.content_type)
 
     return serve
+
+
+def _check_webhook(webhook: object) -> Webhook:
+    """What a channel read, as far as the server can take it.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    if not isinstance(webhook, Webhook):
+        raise TypeError(f"parse returned {type(webhook).__name__} where a Webhook is expected")
+    items = (*webhook.receipts, *webhook.replies, *webhook.standings, *webhook.unrecognized)
+    if len(items) > MOST_ITEMS:
+        raise ValueError(f"parse returned {len(items)} items, and one request can bring {MOST_ITEMS}")
+    kinds = (Receipt, webhook.receipts), (Reply, webhook.replies), (Standing, webhook.standings), (str, webhook.unrecognized)
+    if strange := [type(item).__name__ for kind, given in kinds for item in given if not isinstance(item, kind)]:
+        raise TypeError(f"parse returned {strange[0]} among what should be receipts, replies, standings or texts")
+    return webhook
 
 
 def _read_headers(scope: Scope) -> dict[str, str]:
