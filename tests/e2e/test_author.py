@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -143,9 +144,9 @@ async def test_channel_of_a_stranger_comes_works_and_goes(second_environment: Pa
         command = second_environment / "bin" / "aftertouch"
         made = await asyncio.to_thread(run_quietly, command, "channels", "new", "radio", "--directory", tmp_path, **settings)
         assert "aftertouch_radio.py" in made, "the wheel lacks the templates"
-        told = await asyncio.to_thread(
-            run_quietly, *(command, "channels", "test", "pager", "--to", "desk", "--content", '{"text": "Hello"}'), **settings
-        )
+        # As the tutorial says it.
+        (said,) = re.findall(r"^aftertouch (channels test .*)$", (ROOT / "docs/plugins/tutorial.md").read_text(), re.MULTILINE)
+        told = await asyncio.to_thread(run_quietly, command, *shlex.split(said), **settings)
         assert told.startswith("accepted as m-")
         assert provider.requests[0].read_json()["text"] == "Hello"
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import inspect
+import json
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -14,6 +17,8 @@ import pytest
 
 from aftertouch import channels, hookspecs, testing
 from aftertouch.testing._subject import Subject
+from aftertouch.testing._webhooks import _read_request as read_request
+from aftertouch.testing._webhooks import _write_webhook as write_webhook
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "plugins"
@@ -55,6 +60,34 @@ def test_snippets_show_every_marked_part() -> None:
         if marker
     }
     assert marked == {(param.values[0], param.values[1]) for param in SNIPPETS if param.values[1]}
+
+
+def load_example() -> Subject:
+    """What the example's contract says of its channel."""
+    spec = importlib.util.spec_from_file_location("example_contract", EXAMPLE / "tests" / "test_console.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    contract: Subject = module.TestConsole()
+    return contract
+
+
+def test_every_other_block_is_run_somewhere() -> None:
+    """The example's code is run by its own tests; what else is shown is run as it stands, or is the command of a test."""
+    fence = re.compile(r"(?P<marker><!-- from [^\n]* -->\n)?^```(\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+    blocks = [match["code"] for page in sorted(PAGES.glob("*.md")) for match in fence.finditer(page.read_text())]
+    shown = {code for code in blocks if code not in {param.values[2] for param in SNIPPETS}}
+    (sample,) = [code for code in shown if code.startswith("{")]
+    assert shown - {sample} == {
+        'pip install ".[testing]"\n',  # tests/unit/test_contract.py: the contract in a foreign project
+        "$ pytest\n",  # tests/e2e/test_author.py: a new channel keeps the contract
+        'aftertouch channels test pager --to ada --content \'{"text": "Hello"}\'\n',  # the same, as it stands here
+    }
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["testing"]
+    channel = load_example().build()
+    recorded = json.loads(sample)
+    assert write_webhook(channel.parse(read_request(recorded["request"], channel))) == recorded["expect"]
 
 
 def list_public() -> Iterator[tuple[str, type]]:

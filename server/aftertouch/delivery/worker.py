@@ -184,7 +184,7 @@ class Worker:
             raise
         except Exception:
             # A defect must not spin: the unit rests while the others go on.
-            log.exception("a unit failed", action="send_unit", slot=unit.slot)
+            log.exception("a unit failed", action="send_unit", slot=unit.slot, channel=channel.name)
             delay = DEFECT_DELAY
         finally:
             del self._senders[lease]
