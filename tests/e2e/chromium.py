@@ -51,7 +51,7 @@ class Chromium:
         future = self._answers[number] = asyncio.get_running_loop().create_future()
         message = {"id": number, "method": method, "params": parameters, **({"sessionId": session} if session else {})}
         await self._socket.send(json.dumps(message))
-        answer = await asyncio.wait_for(future, 30)
+        answer = await asyncio.wait_for(future, 120)
         if "error" in answer:
             raise ScriptFailed(f"{method}: {answer['error']}")
         result: dict[str, Any] = answer["result"]
@@ -59,7 +59,7 @@ class Chromium:
 
     async def wait_for(self, find: Callable[[dict[str, Any]], Any]) -> Any:
         """The first thing that is found in an event, of the past too."""
-        async with asyncio.timeout(30), self._news:
+        async with asyncio.timeout(120), self._news:
             while True:
                 for event in self.events:
                     if found := find(event):

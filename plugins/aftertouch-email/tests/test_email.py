@@ -37,7 +37,7 @@ def make_channel(port: str = "9", **values: object) -> EmailChannel:
         "sender": "Shop Ñ <news@shop.example>",
         "unsubscribe_secret": "a secret of 32 characters or more",
         "webhook_key": WEBHOOK_KEY,
-        "timeout_seconds": 2,
+        "timeout_seconds": 30,
     }
     return EmailChannel(EmailSettings.model_validate({**given, **values}), webhook_url=WEBHOOK_URL)
 
