@@ -56,3 +56,12 @@ def test_limits_of_zero_never_stop() -> None:
     for _ in range(10 * LEAST_OUTCOMES):
         breaker.note_failed(ReasonClass.CONTENT)
     assert not breaker.find_reason()
+
+
+def test_channel_that_fails_by_itself_three_times_in_a_row_stops_the_campaign() -> None:
+    breaker = Breaker(BreakerSettings(most_in_a_row=0, most_percent=0))
+    for defect in ("sms: RuntimeError", "sms: RuntimeError", "", "sms: RuntimeError", "sms: RuntimeError"):
+        breaker.note_call(defect)
+        assert breaker.find_reason() == ""
+    breaker.note_call("sms: KeyError")
+    assert "failed 3 times in a row: sms: KeyError" in breaker.find_reason()
