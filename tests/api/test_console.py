@@ -69,7 +69,7 @@ async def sent(world: World) -> campaigns_pb2.Campaign:
 
 
 def fill_path(path: str, campaign: str = "no-such") -> str:
-    return path.format(campaign=campaign, number="1", key="0123456789ab", list="no-such")
+    return path.format(campaign=campaign, number="1", key="0123456789ab", list="no-such", channel="sms")
 
 
 def read_id(name: str) -> str:
@@ -932,8 +932,7 @@ async def test_channels_tell_of_an_address_that_leads_elsewhere(postgres_url: st
             assert text.count("Nobody answers there") == 3
 
 
-async def test_admin_sets_an_account_of_the_apps_own_and_goes_back(world: World, admin: Visitor, marketer: Visitor) -> None:
-    assert (await marketer.get("/channels/sms/own"))[0] == 403
+async def test_admin_sets_an_account_of_the_apps_own_and_goes_back(world: World, admin: Visitor) -> None:
     _, text = await admin.get("/channels/sms/own")
     assert 'name="own.auth_token" type="password"' in text
     assert "own.api_url" not in text
@@ -950,6 +949,15 @@ async def test_admin_sets_an_account_of_the_apps_own_and_goes_back(world: World,
     assert not any(value in text for value in right.values())
     assert f'value="{own_address}"' in (await admin.get("/channels"))[1]
     assert "Channels/UpdateChannelSettings" in (await admin.get("/audit"))[1]
+    # What is left empty stays, what is to be forgotten goes, and a whole that does not fit is refused.
+    assert "Also the key of the webhooks" in text
+    assert re.findall(r'name="forget" value="(\w+)"', text) == ["sender"]
+    status, text = await admin.post("/channels/sms/own", {"forget": "sender"})
+    assert (status, "set either messaging_service_sid or sender" in text) == (400, True)
+    change = {"own.messaging_service_sid": "MG" + "1" * 32, "forget": "sender"}
+    assert (await admin.post("/channels/sms/own", change))[0] == 303
+    _, text = await admin.get("/channels/sms/own")
+    assert re.findall(r'name="forget" value="(\w+)"', text) == ["messaging_service_sid"]
     assert await admin.post("/channels/sms/own/delete") == (303, "/console/channels")
     assert own_address not in (await admin.get("/channels"))[1]
 
