@@ -136,20 +136,26 @@ class Address(BaseModel, ABC):
 
 
 class Content(BaseModel):
-    """What a campaign says on this channel. Every string in it is a Liquid template until it reaches ``send``, rendered."""
+    """What a campaign says on this channel. Every string in it is a Liquid template until it reaches ``send``, rendered.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    The text below a field is its description in the schema, which people who write messages read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Settings(BaseModel):
-    """The operator's settings for a channel, read from ``AFTERTOUCH_<CHANNEL>_<FIELD>``. Use ``SecretStr`` for secrets."""
+    """The operator's settings for a channel, read from ``AFTERTOUCH_<CHANNEL>_<FIELD>``. Use ``SecretStr`` for secrets.
+
+    The text below a field is its description, for whoever sets it.
+    """
 
     by_app: ClassVar[frozenset[str]] = frozenset()
     """Fields that an app may set for itself, to send from an account of its own. Whoever does sets all of them: nothing of the
     operator's account is used along with it. The other fields stay the operator's; never name one here that decides which host is
     spoken to, since apps are strangers to the operator's network."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
 
 A = TypeVar("A", bound="Address", covariant=True)

@@ -949,6 +949,15 @@ async def test_admin_sets_an_account_of_the_apps_own_and_goes_back(world: World,
     assert not any(value in text for value in right.values())
     assert f'value="{own_address}"' in (await admin.get("/channels"))[1]
     assert "Channels/UpdateChannelSettings" in (await admin.get("/audit"))[1]
+    # What is left empty stays, what is to be forgotten goes, and a whole that does not fit is refused.
+    assert "Also the key of the webhooks" in text
+    assert re.findall(r'name="forget" value="(\w+)"', text) == ["sender"]
+    status, text = await admin.post("/channels/sms/own", {"forget": "sender"})
+    assert (status, "set either messaging_service_sid or sender" in text) == (400, True)
+    change = {"own.messaging_service_sid": "MG" + "1" * 32, "forget": "sender"}
+    assert (await admin.post("/channels/sms/own", change))[0] == 303
+    _, text = await admin.get("/channels/sms/own")
+    assert re.findall(r'name="forget" value="(\w+)"', text) == ["messaging_service_sid"]
     assert await admin.post("/channels/sms/own/delete") == (303, "/console/channels")
     assert own_address not in (await admin.get("/channels"))[1]
 

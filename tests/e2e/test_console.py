@@ -430,7 +430,9 @@ async def test_delay_that_is_chosen_in_the_dialog_is_what_the_launch_waits_for(t
     await page.fill("#delay", "36")
     # Choosing whom and where counts again, and leaves the rest of the dialog as it is.
     await page.click("label[for=where-push]")
-    await page.wait_for_function("document.querySelector('#where-push').checked && document.querySelector('#funnel .drops')")
+    await expect(page.locator(".htmx-request")).to_have_count(0)
+    await expect(page.locator("#where-push")).to_be_checked()
+    await expect(page.locator("#funnel .drops")).to_be_visible()
     await expect(page.locator("#delay")).to_have_value("36")
     await make_draft(tab)
     await expect(page.locator("#when-delay")).to_be_checked()

@@ -6,8 +6,6 @@ from between that file's markers. So what is read was run by a test, and what is
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import sys
 import textwrap
@@ -74,10 +72,9 @@ def make_channels() -> str:
 
 
 def _make_table(model: type[BaseModel], name: Callable[[str], str]) -> str:
-    told = _read_docstrings(model)
     lines = ["| setting | default | meaning |", "|---|---|---|"]
     for field, info in model.model_fields.items():
-        meaning = " ".join((info.description or told.get(field, "")).split()).replace("``", "`").replace("<", "&lt;")
+        meaning = " ".join((info.description or "").split()).replace("``", "`").replace("<", "&lt;")
         if get_origin(info.annotation) is Literal:
             meaning += ": " + ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
         lines.append(f"| `{name(field)}` | {_show_default(info)} | {meaning} |")
@@ -88,17 +85,6 @@ def _show_default(info: FieldInfo) -> str:
     if info.default is PydanticUndefined:
         return "needed"
     return "" if info.default in (None, "", ()) else f"`{info.default}`"
-
-
-def _read_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The text below each field of a model."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
-    assert isinstance(definition, ast.ClassDef)
-    told = {}
-    for field, below in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            told[field.target.id] = str(ast.literal_eval(below.value))
-    return told
 
 
 def cut_snippet(path: Path, name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page, async_playwright, expect
 
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.server import keep_house
@@ -66,8 +66,9 @@ async def shoot(page: Page, base: str, sale: str, suffix: str) -> None:
     await page.click(f"#retarget-{sale}")
     await page.wait_for_selector("#funnel .drops")
     await page.click("label[for=where-sms]")
-    await page.wait_for_selector(".htmx-request", state="detached")
-    await page.wait_for_function("document.querySelector('#where-sms').checked && document.querySelector('#funnel .drops')")
+    await expect(page.locator(".htmx-request")).to_have_count(0)
+    await expect(page.locator("#where-sms")).to_be_checked()
+    await expect(page.locator("#funnel .drops")).to_be_visible()
     await save("retarget")
     await page.click("#make-draft")
     await page.wait_for_url("**/edit")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -76,27 +77,58 @@ async def _render_own(visit: Visit, faults: Mapping[str, str]) -> Response:
         own = await visit.client.channels.GetChannelSettings(request)
     except NotFound:
         own = None
-    fields = visit.console.registry.types[name].channel.settings_model.model_fields
+    schema = visit.console.registry.types[name].channel.settings_model.model_json_schema()
+    kept = own.set_values if own else ()
     return visit.render(
         "own.html",
         400 if faults else 200,
         channel=channel,
         name=name,
         own=own,
-        fields=[
-            (field, "SecretStr" in str(fields[field].annotation), own is not None and field in own.set_values)
+        settings=[
             # As the channel has them: an account comes before how fast it may send.
-            for field in fields
+            _describe_setting(field, shape, is_required=field in schema.get("required", ()), is_set=field in kept)
+            for field, shape in schema["properties"].items()
             if field in channel.app_settings
         ],
         faults=faults,
     )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a channel that an app may have of its own; never its value."""
+
+    name: str
+    label: str
+    hint: str
+    is_secret: bool
+    is_required: bool
+    is_set: bool
+    default: str
+    choices: Sequence[str]
+
+
+def _describe_setting(name: str, shape: Mapping[str, Any], *, is_required: bool, is_set: bool) -> Setting:
+    shapes = [shape, *shape.get("anyOf", ())]
+    default = shape.get("default")
+    return Setting(
+        name,
+        name.replace("_", " ").capitalize(),
+        " ".join(str(shape.get("description", "")).replace("``", "").split()),
+        is_secret=any(part.get("writeOnly") for part in shapes),
+        is_required=is_required,
+        is_set=is_set,
+        default="" if default is None else str(default),
+        choices=[choice for part in shapes for choice in part.get("enum", ())],
+    )
+
+
 async def change_own(visit: Visit) -> Response:
-    """Set what was filled in; what was left empty stays as it is."""
+    """Set what was filled in, and forget what was chosen to be; what was left empty stays as it is."""
     name, form = visit.param("channel"), await visit.read_form()
     values = {key.removeprefix("own."): str(value) for key, value in form.items() if key.startswith("own.") and value}
+    values |= {str(forgotten): "" for forgotten in form.getlist("forget")}
     given = channels_pb2.ChannelSettings(name=visit.name("channelSettings", name), values=values)
     try:
         await visit.client.channels.UpdateChannelSettings(channels_pb2.UpdateChannelSettingsRequest(channel_settings=given))
