@@ -7,6 +7,7 @@ close.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import os
 import secrets
@@ -181,6 +182,22 @@ def _spare_collections() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what is freed, up to 64 MB, instead of giving it back and asking for it again a moment later.
+
+    Every commit fills arrays of megabytes, and most of the time went into new pages for them: grouping 100,000 events into bits
+    took 10 to 19 ms instead of 2.5. Larger blocks, as rolls of millions are, come and go as ever.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 16 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""As in glibc's malloc.h."""
 
 
 async def keep_house(engine: AsyncEngine) -> None:
