@@ -322,7 +322,7 @@ async def open_bench(people: int) -> AsyncIterator[tuple[Bench, str, str, str]]:
                 "AFTERTOUCH_SMS_API_URL": url,
                 "AFTERTOUCH_WHATSAPP_PHONE_NUMBER_ID": "1",
                 # Meta's own pace, 80 a second, is not what is measured.
-                "AFTERTOUCH_WHATSAPP_MESSAGES_PER_SECOND": "100000",
+                "AFTERTOUCH_WHATSAPP_MESSAGES_PER_SECOND": "10000",
                 "AFTERTOUCH_WHATSAPP_SECONDS_BETWEEN_MESSAGES": "0",
                 "AFTERTOUCH_WHATSAPP_ACCESS_TOKEN": "a token of the benchmark",
                 "AFTERTOUCH_WHATSAPP_APP_SECRET": "a secret of the benchmark",

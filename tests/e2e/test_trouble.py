@@ -79,10 +79,12 @@ async def finish(world: World, name: str) -> campaigns_pb2.Campaign:
 @pytest.mark.parametrize("channel", CHANNELS)
 async def test_retry_after_is_kept_and_the_other_channels_go_on(world: World, channel: Channel) -> None:
     asked = 4.0
+    # Slow enough that few are under way when the provider says it, and that all channels are still sending then.
+    names = {name: await launch(world, name, messages_per_second=10) for name in CHANNELS}
+    async with asyncio.timeout(60):
+        while {arrival.channel for arrival in world.sandbox.faults.arrivals} != set(CHANNELS):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     world.sandbox.faults.set(Fault(channel=channel, mode="429_retry_after", retry_after=asked, times=1))
-    # Slow enough that few are under way when the provider says it.
-    names = {channel: await launch(world, channel, messages_per_second=20)}
-    names |= {other: await launch(world, other) for other in CHANNELS if other != channel}
     for name in names.values():
         await finish(world, name)
     arrivals = list(world.sandbox.faults.arrivals)
@@ -109,6 +111,21 @@ async def test_outage_writes_nobody_off(world: World, channel: Channel, mode: Mo
     assert campaign.counts.signals["sent"] == campaign.counts.recipients
     assert struck <= 2 * campaign.counts.recipients, "the provider was asked again and again meanwhile"
     await check_books(world, [name], most_unclear=0)
+
+
+@pytest.mark.timeout(600)  # the last back-off may be as long as the outage
+async def test_minute_of_errors_writes_nobody_off(world: World) -> None:
+    for channel in CHANNELS:
+        world.sandbox.faults.set(Fault(channel=channel, mode="500"))
+    names = [await launch(world, channel) for channel in CHANNELS]
+    await asyncio.sleep(60)
+    struck = dict(world.sandbox.faults.strikes)
+    world.sandbox.faults.clear()
+    for channel, name in zip(CHANNELS, names, strict=True):
+        campaign = await finish(world, name)
+        assert campaign.counts.signals["sent"] == campaign.counts.recipients
+        assert 1 < struck[f"{channel} 500"] < 2 * campaign.counts.recipients, "once in vain, or again and again"
+    await check_books(world, names, most_unclear=0)
 
 
 @pytest.mark.parametrize("mode", ["stall", "reset"])
