@@ -159,6 +159,7 @@ ROW_ACTIONS = {
     "not_replied": "delivered IS NOT NULL AND replied IS NULL",
     "clicked": "clicked IS NOT NULL",
     "not_clicked": "delivered IS NOT NULL AND clicked IS NULL",
+    "unclear": "sent IS NULL AND failed IS NULL",
 }
 """WhatsApp's actions as a table of rows is asked for them."""
 
@@ -246,6 +247,7 @@ def expect_actions(made: Made) -> dict[str, Flags]:
         "not_replied": delivered & ~made.signals["replied"],
         "clicked": made.signals["clicked"],
         "not_clicked": delivered & ~made.signals["clicked"],
+        "unclear": ~made.signals["sent"] & ~failed,
     }
 
 

@@ -116,7 +116,7 @@ async def select_positions(
 ) -> set[int]:
     """Of whom an expression is true, from the bits as they are read."""
     chunks = count_chunks(size)
-    versions = await read_versions(conn, campaign_id, sorted({kind for of in kinds.values() for kind in of}), chunks)
+    versions = await read_versions(conn, campaign_id, sorted({kind for of in kinds.values() for kind in of}), chunks, {}, None)
     found = await read_bits(conn, campaign_id, size, {kind: np.flatnonzero(seen) for kind, seen in versions.items()})
     whole: dict[int, Bits] = {}
     for kind, seen in versions.items():

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.rolls.chunks import CHUNK_BYTES, Bits, Numbers, count_chunks
-from aftertouch.rolls.sql import ReadBits, read_bits, read_roll, read_versions
+from aftertouch.rolls.sql import ReadBits, Sight, read_bits, read_roll, read_sight, read_versions
 from aftertouch.store.campaigns import Campaign
 
 _MOST_BYTES = 256 * 1024 * 1024
@@ -29,6 +29,8 @@ class _Receipts:
 
     versions: NDArray[np.uint32]
     bits: Bits
+    sight: Sight | None = None
+    """Of the snapshot by which it was last found to be true; None when it was read outside of any."""
 
 
 class Copies:
@@ -58,7 +60,10 @@ class Copies:
         chunks = count_chunks(campaign.recipients)
         kept = self._receipts.get(campaign.campaign_id, {})
         empty = _Receipts(np.zeros(chunks, np.uint32), np.zeros(chunks * CHUNK_BYTES, np.uint8))
-        versions = await read_versions(conn, campaign.campaign_id, kinds, chunks)
+        sight = await read_sight(conn)
+        since = _find_since(sight, [kept.get(kind, empty).sight for kind in kinds]) if kinds else None
+        known = {kind: copy.versions for kind, copy in kept.items()}
+        versions = await read_versions(conn, campaign.campaign_id, kinds, chunks, known, since)
         stale = {kind: np.flatnonzero(seen != kept.get(kind, empty).versions) for kind, seen in versions.items()}
         # A row that is not there is not read: this transaction may have begun before another one's that left the copy.
         wanted = {kind: places[versions[kind][places] != 0] for kind, places in stale.items()}
@@ -67,18 +72,39 @@ class Copies:
             lambda: {kind: _merge(kept.get(kind, empty), places, read.get(kind)) for kind, places in stale.items() if len(places)}
         )
         found = {kind: kept.get(kind, empty) for kind in versions} | merged
-        self._receipts[campaign.campaign_id] = self._receipts.get(campaign.campaign_id, {}) | merged
+        if sight:
+            found = {kind: replace(copy, sight=sight) for kind, copy in found.items()}
+        self._receipts[campaign.campaign_id] = self._receipts.get(campaign.campaign_id, {}) | found
         self._receipts.move_to_end(campaign.campaign_id)
         self._forget()
         return {kind: receipts.bits for kind, receipts in found.items()}
 
     def _forget(self) -> None:
         rolls = sum(roll.nbytes for roll in self._rolls.values())
-        receipts = sum(kind.bits.nbytes for kinds in self._receipts.values() for kind in kinds.values())
+        receipts = sum(map(_weigh, self._receipts.values()))
         while self._rolls and rolls > self._most_bytes:
             rolls -= self._rolls.popitem(last=False)[1].nbytes
         while self._receipts and receipts > self._most_bytes:
-            receipts -= sum(kind.bits.nbytes for kind in self._receipts.popitem(last=False)[1].values())
+            receipts -= _weigh(self._receipts.popitem(last=False)[1])
+
+
+def _weigh(kinds: Mapping[int, _Receipts]) -> int:
+    """Bytes; kinds of which nobody has heard share theirs."""
+    return sum({id(kind.bits): kind.bits.nbytes for kind in kinds.values()}.values())
+
+
+def _find_since(sight: Sight | None, kept: Sequence[Sight | None]) -> int | None:
+    """The transaction from which on rows may differ from copies that were true by these sights; None where all may.
+
+    Once whatever was under way at a snapshot is over, a later one sees all that it saw; a row that is new since was written by a
+    transaction that the snapshot did not see, and so not before its first. No row of receipts is ever deleted.
+    """
+    seen = [one for one in kept if one is not None]
+    if sight is None or len(seen) < len(kept) or sight.first < max(one.end for one in seen):
+        return None
+    since = min(one.first for one in seen)
+    # Transactions further apart than half the circle cannot be told earlier from later.
+    return since if sight.end - since < 1 << 31 else None
 
 
 def _merge(kept: _Receipts, stale: Numbers, new: ReadBits | None) -> _Receipts:
