@@ -104,7 +104,7 @@ class Stream:
         return (await self.read()).committed_position
 
     async def read(self) -> events_pb2.StreamEventsResponse:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             response = await self.call.read()
         if response is grpc.aio.EOF:
             raise AssertionError(f"the stream ended: {await self.call.code()} {await self.call.details()}")
@@ -120,7 +120,7 @@ class Stream:
     async def fail(self) -> tuple[grpc.StatusCode, str]:
         """Read to the end, which is a refusal: its status and reason."""
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while await self.call.read() is not grpc.aio.EOF:
                     pass
         except grpc.aio.AioRpcError as error:
@@ -187,7 +187,7 @@ async def test_half_closed_stream_ends_after_its_last_acknowledgement(world: Wor
         await stream.send(*(batch(place, delivered(tokens)) for place in (1, 2, 3)))
         await stream.call.done_writing()
         await stream.read_until(3)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await stream.call.read() is grpc.aio.EOF
         assert await stream.call.code() is grpc.StatusCode.OK
 

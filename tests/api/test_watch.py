@@ -43,7 +43,7 @@ class Watcher:
 
     async def read(self) -> list[events_pb2.WatchedEvent]:
         """The next answer's events."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             answer = await anext(self._answers)
         self.resume_token = answer.resume_token
         return list(answer.events)
