@@ -106,6 +106,7 @@ async def test_sign_in_with_a_wrong_part_says_the_same_whatever_is_wrong(visitor
         ("acme", "nobody@acme.example", PASSWORD),
         ("evil", USERS["viewer"], PASSWORD),
         ("nothing", USERS["viewer"], PASSWORD),
+        ("ac\0me", "vera\0@acme.example", PASSWORD),
     ):
         data = {"app": app, "email": email, "password": password}
         response, text = await visitor.request("POST", "/sign-in", data=data)

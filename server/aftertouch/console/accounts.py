@@ -72,14 +72,20 @@ class Accounts:
         async with transaction(engine) as conn:
             if await store.count_failures(conn, app, email, FAILURE_WINDOW) >= MOST_FAILURES:
                 raise TooManyFailures
-            found = await find_app(conn, app)
-            user = await store.find_user(conn, found.app_id, email) if found else None
+            user = await find_account(conn, app, email)
         is_right = await self.is_right(password, user.password_hash if user else self._decoy)
         async with transaction(engine) as conn:
             if user is None or not is_right:
                 await store.record_failure(conn, app, email)
                 return None
             return await store.create_session(conn, user.user_id)
+
+
+async def find_account(conn: AsyncConnection, app: str, email: str) -> store.User | None:
+    """The user of this email in the app of this id, whatever a stranger gave for them."""
+    # PostgreSQL takes no U+0000.
+    found = await find_app(conn, app) if "\0" not in app + email else None
+    return await store.find_user(conn, found.app_id, email) if found else None
 
 
 def check_user(email: str, role: str) -> str:

@@ -9,12 +9,12 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from aftertouch.console.accounts import FAILURE_WINDOW, TooManyFailures
+from aftertouch.console.accounts import FAILURE_WINDOW, TooManyFailures, find_account
 from aftertouch.console.issuer import IssuerFailed, Trip
 from aftertouch.console.visits import PREFIX, Console, Visit, is_ours, name_faults, set_cookie, set_session
 from aftertouch.errors import FieldsInvalid, NotFound, Violation
 from aftertouch.store import users as store
-from aftertouch.store.apps import find_app, list_apps
+from aftertouch.store.apps import list_apps
 from aftertouch.store.audit import record_entry
 from aftertouch.store.engine import transaction
 
@@ -86,8 +86,7 @@ async def come_back(console: Console, request: Request) -> Response:
         text = f"{console.issuer.host} did not say who you are. Try again; your operator's log has the reason."
         return await _render(console, request, app, "", text, 403, trip.next if trip else "")
     async with transaction(console.engine) as conn:
-        found = await find_app(conn, trip.app)
-        user = await store.find_user(conn, found.app_id, email) if found else None
+        user = await find_account(conn, trip.app, email)
         token = await store.create_session(conn, user.user_id) if user else ""
     if user is None:
         text = f"{email} is no user of this app. Ask an admin of it to make you one."
