@@ -52,7 +52,7 @@ class Child:
             raise RuntimeError("the process was not started")
         return self._process
 
-    async def start(self, *, seconds: float = 60.0) -> None:
+    async def start(self, *, seconds: float = 120.0) -> None:
         """Start it, again after ``kill``, and wait until it is ready."""
         self.lines.clear()
         with self._log.open("ab") as log:

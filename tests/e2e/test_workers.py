@@ -53,6 +53,7 @@ async def launch(world: World, channel: str, pace: int = 0) -> str:
     return name
 
 
+@pytest.mark.timeout(600)  # eight processes start at once, and six of them again
 @pytest.mark.parametrize("count", [2, 8])
 async def test_workers_of_which_one_dies_every_second_miss_nobody_and_text_nobody_twice(
     world: World, tmp_path: Path, count: int
@@ -81,7 +82,7 @@ async def test_workers_of_which_one_dies_every_second_miss_nobody_and_text_nobod
                     await world.expire_leases()
                     group.create_task(replace(victim))
         for name in names:
-            await world.wait_until_sent(name, seconds=120)
+            await world.wait_until_sent(name, seconds=240)
         await check_books(world, names, most_unclear=KILLS * PACE)
 
 
