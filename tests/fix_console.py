@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import aiohttp
 import pytest
-from playwright.async_api import Browser, async_playwright
+from playwright.async_api import Browser, async_playwright, expect
 
 from aftertouch.console.accounts import Accounts
 from aftertouch.store import users as store
@@ -17,6 +17,8 @@ from aftertouch.store.apps import create_app, find_app
 from aftertouch.store.engine import transaction
 from tests.fix_world import World
 
+PATIENCE_MS = 90_000
+"""How long the browser waits for what a page is to show."""
 PASSWORD = "three words and more"
 _CSRF = re.compile(r'name="csrf" value="([0-9a-f]{64})"')
 
@@ -92,6 +94,8 @@ async def browser() -> AsyncIterator[Browser]:
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("there is no Chromium; on Debian, `apt-get install chromium` brings it")
+    # Five seconds are not enough on a crowded machine.
+    expect.set_options(timeout=PATIENCE_MS)
     async with async_playwright() as playwright:
         found = await playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)
         yield found

@@ -13,7 +13,7 @@ import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, expect
 
 from aftertouch.v1 import campaigns_pb2
-from tests.fix_console import PASSWORD, create_user
+from tests.fix_console import PASSWORD, PATIENCE_MS, create_user
 from tests.fix_database import clone_database
 from tests.fix_issuer import CLIENT, run_issuer
 from tests.fix_world import World, run_world
@@ -32,6 +32,7 @@ class Tab:
         self.base = base
         self.faults: list[str] = []
         self.clicks = 0
+        page.set_default_timeout(PATIENCE_MS)
         page.on("request", self._note_request)
         page.on("console", self._note_message)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
@@ -185,7 +186,7 @@ async def test_follow_up_takes_four_clicks_and_the_message(tab: Tab, world: Worl
     await page.wait_for_selector("#preview .bubble")
     await tab.click("#launch")
     await page.wait_for_url(f"{tab.base}/console/campaigns/c-*")
-    await expect(page.locator("#live .badge")).to_have_text("Sent", timeout=30_000)
+    await expect(page.locator("#live .badge")).to_have_text("Sent")
     assert tab.clicks == 4
     wave = await world.get_campaign(f"apps/acme/campaigns/{page.url.rpartition('/')[2]}")
     source = await world.read_recipients(f"apps/acme/campaigns/{campaign}")
@@ -224,7 +225,7 @@ async def test_follow_up_is_made_by_keyboard_alone(tab: Tab, world: World, campa
     await tab_to(page, "#launch")
     await keys.press("Enter")
     await page.wait_for_url(f"{tab.base}/console/campaigns/c-*")
-    await expect(page.locator("#live .badge")).to_have_text("Sent", timeout=30_000)
+    await expect(page.locator("#live .badge")).to_have_text("Sent")
 
 
 async def tab_to(page: Page, selector: str) -> None:
