@@ -11,6 +11,9 @@ import pytest
 from aftertouch.channels import Accepted, NotTaken, Outcome, Unclear
 from aftertouch.delivery.lookup import LOOK_UP_AFTER, LOOK_UP_FOR
 from aftertouch.delivery.outcomes import MOST_TRIES
+from aftertouch.store.app_secrets import delete_own_settings, put_own_settings
+from aftertouch.store.apps import find_app
+from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from tests.e2e.pigeons import Loft, Messages, OwlChannel, accept_all, open_loft
 from tests.fix_database import clone_database
@@ -73,6 +76,25 @@ async def test_looked_up_people_are_sent_or_sent_again_or_stay_unclear(owls: Lof
     campaign = await owls.get_campaign(name)
     assert (campaign.state, campaign.counts.signals["sent"], campaign.counts.unclear) == (State.SENT, 2, 1)
     assert len(owls.channel.handed) == 4
+
+
+async def test_what_may_have_gone_by_another_account_is_not_asked_of_the_new_one(owls: Loft) -> None:
+    name = await owls.launch(2)
+    await crash_in_a_call(owls)
+    handed = list(owls.channel.handed)
+    # Whoever asked the account that the app has now would hear that it never took them.
+    owls.channel.findings |= {"p0-0": NotTaken(), "p1-0": NotTaken()}
+    core = owls.world.core
+    async with transaction(core.engine) as conn:
+        app = await find_app(conn, owls.client.parent.removeprefix("apps/"))
+        assert app is not None
+        await put_own_settings(conn, core.context.vault, app.app_id, "owl", {})
+        assert await delete_own_settings(conn, app.app_id, "owl")
+    await owls.pass_time(LOOK_UP_AFTER)
+    await owls.send()
+    assert (owls.channel.asked, owls.channel.handed) == ([], handed)
+    campaign = await owls.get_campaign(name)
+    assert (campaign.state, campaign.counts.unclear) == (State.SENT, 2)
 
 
 async def test_message_found_late_is_sent(owls: Loft) -> None:

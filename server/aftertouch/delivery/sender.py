@@ -42,6 +42,7 @@ from aftertouch.retargeting.recheck import Recheck
 from aftertouch.retargeting.selections import Combination, Question
 from aftertouch.rolls.chunks import CHUNK, Numbers, chunk_of
 from aftertouch.rolls.sql import read_roll_chunk
+from aftertouch.store.app_secrets import has_changed_since
 from aftertouch.store.apps import read_app
 from aftertouch.store.campaigns import Campaign, read_campaign, update_campaign
 from aftertouch.store.contacts import hold_addresses, set_states
@@ -120,6 +121,9 @@ class Sender:
         self._waits = Waits()
         self._is_over = False
         """Nobody else of this unit can go for now."""
+        self._may_ask = channel.capabilities.look_up
+        """What became of unclear messages; not where they may have gone by another account, which alone knows them: this one
+        would say that they were never taken, and they would be sent again."""
         self._turn_end = time.monotonic() + TURN_SECONDS
         self._has_waited = False
         """For its pace."""
@@ -155,6 +159,8 @@ class Sender:
                 await self._take_back(conn, campaign, len(roll))
             progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
             app_keys = await self._context.read_app_keys(conn, app, self._type)
+            if self._may_ask and campaign.launch_time is not None:
+                self._may_ask = not await has_changed_since(conn, app.app_id, campaign.channel, campaign.launch_time)
             try:
                 recheck = await self._prepare_recheck(conn, campaign, roll)
             except NotFound as error:
@@ -167,7 +173,7 @@ class Sender:
             raise LeaseLost
         template = self._context.compile_content(app, campaign, self._type)
         sending = Sending(campaign, app, template, app_keys, self._unit.slot, roll, recheck)
-        if is_look_up_due(self._channel, self._lease.unclear_since):
+        if self._may_ask and is_look_up_due(self._channel, self._lease.unclear_since):
             await look_up(self._drafter, self._ledger, self._channel, sending, progress)
             async with transaction(self._engine) as conn:
                 progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
@@ -413,7 +419,7 @@ class Sender:
                 is_next = self._stopping.is_set() or (self._is_turn_over and self._todo and not self._is_over)
                 delay = _ZERO if is_next else self._waits.find_shortest()
                 await release_unit(conn, self._unit, delay, unclear_since=since)
-            elif may_look_up(self._channel, progress, since):
+            elif self._may_ask and may_look_up(self._channel, progress, since):
                 await release_unit(conn, self._unit, LOOK_UP_AFTER, unclear_since=since or now)
             elif await finish_unit(conn, self._unit):
                 await update_campaign(conn, campaign.campaign_id, state="SENT", finish_time=now)

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import structlog
 from sqlalchemy import ColumnElement, delete, exists, insert, literal, select
@@ -20,6 +20,10 @@ log = structlog.get_logger()
 
 IDENTITY = "identity"
 _SETTINGS = "settings/"
+_CHANGED = "changed/"
+"""Without a secret: when an app came to another account on a channel, also where it has none any more."""
+_SPREAD = timedelta(minutes=1)
+"""How much earlier than its commit a change may be dated, and how much longer a batch may be under way by the account before."""
 VALID_IDENTITY_SECRETS = 2
 """The newest, and the one before it: a site can change over without an hour in which nobody is known."""
 
@@ -89,6 +93,7 @@ async def put_own_settings(conn: AsyncConnection, vault: Vault, app_id: int, cha
     """Take these for an app's settings of a channel, in place of all that it had."""
     await delete_own_settings(conn, app_id, channel)
     await _store(conn, vault, app_id, _name_settings(channel), json.dumps(dict(values)))
+    await _note_change(conn, app_id, channel)
 
 
 async def delete_own_settings(conn: AsyncConnection, app_id: int, channel: str) -> bool:
@@ -96,7 +101,25 @@ async def delete_own_settings(conn: AsyncConnection, app_id: int, channel: str) 
     columns = app_secrets.c
     await _lock(conn, app_id)
     gone = delete(app_secrets).where(columns.app_id == app_id, columns.name == _name_settings(channel))
-    return (await conn.execute(gone)).rowcount > 0
+    if not (await conn.execute(gone)).rowcount:
+        return False
+    await _note_change(conn, app_id, channel)
+    return True
+
+
+async def has_changed_since(conn: AsyncConnection, app_id: int, channel: str, time: datetime) -> bool:
+    """True when something that an app sent on a channel since then may have gone by another account than it has now."""
+    columns = app_secrets.c
+    changed = exists().where(
+        columns.app_id == app_id, columns.name == f"{_CHANGED}{channel}", columns.create_time > time - _SPREAD
+    )
+    return bool((await conn.execute(select(changed))).scalar())
+
+
+async def _note_change(conn: AsyncConnection, app_id: int, channel: str) -> None:
+    name = f"{_CHANGED}{channel}"
+    await conn.execute(delete(app_secrets).where(app_secrets.c.app_id == app_id, app_secrets.c.name == name))
+    await conn.execute(insert(app_secrets).values(app_id=app_id, name=name, sealed=b""))
 
 
 async def read_own_settings(conn: AsyncConnection, vault: Vault, app_id: int, channel: str) -> OwnSettings | None:

@@ -66,7 +66,7 @@ app_secrets = Table(
     "app_secrets",
     metadata,
     Column("app_id", BigInteger, nullable=False),
-    Column("name", Text, nullable=False, comment="identity, or keys/ or settings/ and a channel"),
+    Column("name", Text, nullable=False, comment="identity, or keys/, settings/ or changed/ and a channel"),
     Column("secret_id", BigInteger, Identity(always=True), nullable=False),
     Column("sealed", LargeBinary, nullable=False, comment="AES-GCM under a key of the server's"),
     _time("create_time", default=True),

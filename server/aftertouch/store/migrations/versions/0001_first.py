@@ -21,7 +21,7 @@ def upgrade() -> None:
     op.create_table(
         "app_secrets",
         sa.Column("app_id", sa.BigInteger(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False, comment="identity, or keys/ or settings/ and a channel"),
+        sa.Column("name", sa.Text(), nullable=False, comment="identity, or keys/, settings/ or changed/ and a channel"),
         sa.Column("secret_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("sealed", sa.LargeBinary(), nullable=False, comment="AES-GCM under a key of the server's"),
         sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
