@@ -6,7 +6,8 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +21,12 @@ from twilio.request_validator import RequestValidator
 
 from aftertouch.client import Client
 from aftertouch.delivery.reconciliation import Reconciler
+from aftertouch.ingest import accounts
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, channels_pb2, contacts_pb2
+from tests.e2e.spools import count_rows, wait_until_drained
+from tests.e2e.test_spool import stop_backends, take_away
 from tests.fix_world import OpenWorld, World
 from tests.refusals import refuse
 from tests.sandbox.conftest import CERTAIN
@@ -203,6 +207,41 @@ async def test_account_of_one_app_can_say_nothing_of_anothers_messages(house: Ho
     assert await house.report("acme", house.settings.auth_token, {**failed, "MessageSid": message_id}) == 204
     assert "failed" in (await world.read_recipients(campaign.name))["ada"].signals
     assert await read_standing(world.client) == "OPTED_OUT"
+
+
+@pytest.mark.parametrize("take", [take_away, stop_backends])
+async def test_what_an_apps_account_reports_in_an_outage_is_kept_and_is_still_that_apps(
+    open_world: OpenWorld,
+    database_url: str,
+    tmp_path: Path,
+    take: Callable[[str], AbstractAsyncContextManager[None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It has to be looked at anew for each webhook, and cannot be.
+    monkeypatch.setattr(accounts, "KEEP_SECONDS", 0.0)
+    settings = SandboxSettings(size=5, time_scale=0.02, shares=CERTAIN)
+    async with open_world(settings, data_dir=tmp_path) as world:
+        async with world.connect("rival", await world.create_key("rival", "admin")) as rival:
+            house = House(world, settings, rival)
+            await set_own(world.client, **house.own)
+            await set_own(rival, **RIVAL)
+            await world.import_people()
+            campaign = await world.create_campaign("sms")
+            await world.launch(campaign.name)
+            tokens = [entry.token for entry in world.sandbox.truth.entries]
+            assert len(tokens) == 5
+            failed = {"MessageStatus": "failed", "ErrorCode": "30003", "MessageSid": "SM" + "9" * 32}
+            assert await house.report("acme", settings.auth_token, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
+            assert await house.report("rival", RIVAL_SECRET, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
+            async with take(database_url):
+                assert await house.report("rival", RIVAL_SECRET, failed, f"?t={tokens[0]}") == 204
+                assert await house.report("acme", settings.auth_token, failed, f"?t={tokens[1]}") == 204
+                assert await house.report("acme", RIVAL_SECRET, failed, f"?t={tokens[2]}") == 403
+                # Where backends hang, new connections may find one that does not.
+                assert count_rows(tmp_path) == 2 or take is stop_backends
+            await wait_until_drained(tmp_path)
+            signals = (await world.get_campaign(campaign.name)).counts.signals
+            assert (signals["delivered"], signals["failed"]) == (5, 1)
 
 
 async def test_stop_to_one_account_ends_nothing_at_another(house: House) -> None:

@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.channels import Channel
-from aftertouch.errors import ChannelNotReady
+from aftertouch.errors import ChannelNotReady, DatabaseUnavailable
 from aftertouch.ingest.lookups import Kept
 from aftertouch.plugins import OpeningFailed, Registry, SettingsWrong, enter
 from aftertouch.store.app_secrets import OwnSettings, list_own_channels, read_own_settings
@@ -29,7 +30,11 @@ log = structlog.get_logger()
 APPS = "/v1/apps"
 """Below it the webhooks of apps with settings of their own."""
 KEEP_SECONDS = 1.0
-"""How long it is remembered that a path leads to no app; strangers' requests cost no query of the database more often."""
+"""How long it is remembered where a path leads, or that it leads to no app; requests cost no query of the database more often."""
+READ_SECONDS = 2.0
+"""Then the database hangs."""
+MOST_READS = 100
+"""That wait for a database that hangs."""
 _SEALED = "the app's own settings cannot be opened: is AFTERTOUCH_SECRET_KEY the one that they were set with?"
 
 
@@ -64,12 +69,17 @@ class Accounts:
         self._opening: dict[tuple[int, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closing: set[asyncio.Task[None]] = set()
         self._found: Kept[tuple[str, str], tuple[float, Account | None]] = Kept(10_000)
+        self._reads: dict[tuple[str, str], asyncio.Task[Account | None]] = {}
 
     async def __aenter__(self) -> Accounts:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Close what apps have of their own; nobody uses it any more."""
+        for read in self._reads.values():
+            read.cancel()
+        if self._reads:
+            await asyncio.wait(list(self._reads.values()), timeout=READ_SECONDS)
         for key in list(self._own):
             self._retire(key)
         if self._closing:
@@ -117,14 +127,44 @@ class Accounts:
     async def find_own(self, app_name: str, name: str, now: float) -> Account | None:
         """The account of an app that a path names; None where it has none. ``now`` is of any clock that only goes on.
 
+        While the database is away it is what it was: webhooks are verified and go into the spool.
+
         Raises:
-            DatabaseUnavailable
+            DatabaseUnavailable: and it was never looked at.
         """
-        kept = self._found.get((app_name, name))
-        if kept is None or kept[0] <= now:
-            kept = now + KEEP_SECONDS, await self._read_own(app_name, name)
-            self._found.put((app_name, name), kept)
+        key = app_name, name
+        kept = self._found.get(key)
+        if kept is not None and kept[0] > now:
+            return kept[1]
+        if kept is not None:
+            # Whoever comes meanwhile goes by it: a database that hangs holds up a request a second.
+            self._found.put(key, (now + KEEP_SECONDS, kept[1]))
+        if key not in self._reads:
+            if len(self._reads) >= MOST_READS and kept is None:
+                raise DatabaseUnavailable
+            self._reads[key] = asyncio.create_task(self._read_own(app_name, name), name="read an app's account")
+            self._reads[key].add_done_callback(partial(self._forget_read, key))
+        read = self._reads[key]
+        # Not cancelled when it hangs: psycopg would wait for the server's word on that.
+        await asyncio.wait({read}, timeout=READ_SECONDS)
+        if read.done():
+            try:
+                account = read.result()
+            except DatabaseUnavailable:
+                if kept is None:
+                    raise
+            else:
+                self._found.put(key, (now + KEEP_SECONDS, account))
+                return account
+        if kept is None:
+            raise DatabaseUnavailable
         return kept[1]
+
+    def _forget_read(self, key: tuple[str, str], read: asyncio.Task[Account | None]) -> None:
+        del self._reads[key]
+        if not read.cancelled():
+            # Whoever still waits gets it.
+            read.exception()
 
     async def _read_own(self, app_name: str, name: str) -> Account | None:
         if name not in self._registry.types:
