@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,14 +20,17 @@ from sqlalchemy import text
 from twilio.request_validator import RequestValidator
 
 from aftertouch.client import Client
+from aftertouch.contact_files import read_contacts
+from aftertouch.delivery import sender
 from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.ingest import accounts
-from aftertouch.sandbox import SandboxSettings
+from aftertouch.rpc.values import to_struct
+from aftertouch.sandbox import SandboxSettings, TwilioAccount
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, channels_pb2, contacts_pb2
 from tests.e2e.spools import count_rows, wait_until_drained
 from tests.e2e.test_spool import stop_backends, take_away
-from tests.fix_world import OpenWorld, World
+from tests.fix_world import CONTENT, OpenWorld, World
 from tests.refusals import refuse
 from tests.sandbox.conftest import CERTAIN
 
@@ -220,28 +223,30 @@ async def test_what_an_apps_account_reports_in_an_outage_is_kept_and_is_still_th
     # It has to be looked at anew for each webhook, and cannot be.
     monkeypatch.setattr(accounts, "KEEP_SECONDS", 0.0)
     settings = SandboxSettings(size=5, time_scale=0.02, shares=CERTAIN)
-    async with open_world(settings, data_dir=tmp_path) as world:
-        async with world.connect("rival", await world.create_key("rival", "admin")) as rival:
-            house = House(world, settings, rival)
-            await set_own(world.client, **house.own)
-            await set_own(rival, **RIVAL)
-            await world.import_people()
-            campaign = await world.create_campaign("sms")
-            await world.launch(campaign.name)
-            tokens = [entry.token for entry in world.sandbox.truth.entries]
-            assert len(tokens) == 5
-            failed = {"MessageStatus": "failed", "ErrorCode": "30003", "MessageSid": "SM" + "9" * 32}
-            assert await house.report("acme", settings.auth_token, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
-            assert await house.report("rival", RIVAL_SECRET, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
-            async with take(database_url):
-                assert await house.report("rival", RIVAL_SECRET, failed, f"?t={tokens[0]}") == 204
-                assert await house.report("acme", settings.auth_token, failed, f"?t={tokens[1]}") == 204
-                assert await house.report("acme", RIVAL_SECRET, failed, f"?t={tokens[2]}") == 403
-                # Where backends hang, new connections may find one that does not.
-                assert count_rows(tmp_path) == 2 or take is stop_backends
-            await wait_until_drained(tmp_path)
-            signals = (await world.get_campaign(campaign.name)).counts.signals
-            assert (signals["delivered"], signals["failed"]) == (5, 1)
+    async with (
+        open_world(settings, data_dir=tmp_path) as world,
+        world.connect("rival", await world.create_key("rival", "admin")) as rival,
+    ):
+        house = House(world, settings, rival)
+        await set_own(world.client, **house.own)
+        await set_own(rival, **RIVAL)
+        await world.import_people()
+        campaign = await world.create_campaign("sms")
+        await world.launch(campaign.name)
+        tokens = [entry.token for entry in world.sandbox.truth.entries]
+        assert len(tokens) == 5
+        failed = {"MessageStatus": "failed", "ErrorCode": "30003", "MessageSid": "SM" + "9" * 32}
+        assert await house.report("acme", settings.auth_token, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
+        assert await house.report("rival", RIVAL_SECRET, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
+        async with take(database_url):
+            assert await house.report("rival", RIVAL_SECRET, failed, f"?t={tokens[0]}") == 204
+            assert await house.report("acme", settings.auth_token, failed, f"?t={tokens[1]}") == 204
+            assert await house.report("acme", RIVAL_SECRET, failed, f"?t={tokens[2]}") == 403
+            # Where backends hang, new connections may find one that does not.
+            assert count_rows(tmp_path) == 2 or take is stop_backends
+        await wait_until_drained(tmp_path)
+        signals = (await world.get_campaign(campaign.name)).counts.signals
+        assert (signals["delivered"], signals["failed"]) == (5, 1)
 
 
 async def test_stop_to_one_account_ends_nothing_at_another(house: House) -> None:
@@ -312,6 +317,115 @@ async def test_settings_that_cannot_be_opened_any_more_pause_what_is_being_sent(
     await world.client.campaigns.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=campaign.name))
     await world.wait_until_sent(campaign.name)
     assert "sent" in (await world.read_recipients(campaign.name))["ada"].signals
+
+
+@dataclass
+class Tenant:
+    """An app with everybody as its contacts."""
+
+    world: World
+    client: Client
+
+    async def create_campaign(self) -> str:
+        """A text to everybody."""
+        campaign = campaigns_pb2.Campaign(
+            display_name="Sale",
+            channel="sms",
+            content=to_struct(CONTENT["sms"]),
+            audience=campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers()),
+        )
+        request = campaigns_pb2.CreateCampaignRequest(parent=self.client.parent, campaign=campaign)
+        return (await self.client.campaigns.CreateCampaign(request)).name
+
+    async def get(self, name: str) -> campaigns_pb2.Campaign:
+        return await self.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
+
+    async def send(self, name: str) -> campaigns_pb2.Campaign:
+        """Launch a campaign, and wait until all is sent and all is heard that is going to be heard."""
+        await self.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
+        async with asyncio.timeout(120):
+            while (await self.get(name)).state == campaigns_pb2.Campaign.State.SENDING:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await self.world.sandbox.outbox.drain()
+        return await self.get(name)
+
+
+@asynccontextmanager
+async def open_tenants(world: World, *apps: str) -> AsyncIterator[list[Tenant]]:
+    """Apps whose people are all the same: the sandbox's."""
+    async with AsyncExitStack() as stack:
+        tenants = []
+        for app in apps:
+            client = await stack.enter_async_context(world.connect(app, await world.create_key(app, "admin")))
+            assert (await client.import_contacts(read_contacts(world.sandbox.population.list_rows()))).rejected_count == 0
+            tenants.append(Tenant(world, client))
+        yield tenants
+
+
+async def count_texts(world: World, *accounts: TwilioAccount) -> list[int]:
+    """How many messages each account was given, as it says itself."""
+    counts = []
+    for account in accounts:
+        url = f"{world.sandbox.url}/2010-04-01/Accounts/{account.account_sid}/Messages.json?PageSize=1000"
+        headers = {"Authorization": aiohttp.encode_basic_auth(account.account_sid, account.auth_token)}
+        async with aiohttp.ClientSession(headers=headers) as http, http.get(url) as response:
+            counts.append(len((await response.json())["messages"]))
+    return counts
+
+
+NORTH = TwilioAccount(account_sid="AC" + "a" * 32, auth_token="the-token-of-north", sender="+13125550101")
+SOUTH = TwilioAccount(account_sid="AC" + "b" * 32, auth_token="the-token-of-south", sender="+13125550102")
+
+
+async def test_apps_on_two_accounts_send_hear_and_pace_apart_from_each_other(open_world: OpenWorld) -> None:
+    settings = SandboxSettings(size=10, time_scale=0.02, shares=CERTAIN, duplicate_share=0, more_accounts=(NORTH, SOUTH))
+    environment = {"AFTERTOUCH_SMS_MESSAGES_PER_SECOND": "200"}
+    async with (
+        open_world(settings, environment=environment) as world,
+        open_tenants(world, "north", "south", "acme") as (north, south, acme),
+    ):
+        await set_own(north.client, **vars(NORTH), messages_per_second="200")
+        await set_own(south.client, **vars(SOUTH), messages_per_second="200")
+        for tenant in (north, south, acme):
+            campaign = await tenant.send(await tenant.create_campaign())
+            assert (campaign.counts.signals["sent"], campaign.counts.signals["delivered"]) == (10, 10)
+        shared = TwilioAccount(account_sid=settings.account_sid, auth_token=settings.auth_token, sender="")
+        assert await count_texts(world, NORTH, SOUTH, shared) == [10, 10, 10]
+        async with transaction(world.core.engine) as conn:
+            limits = set((await conn.execute(text("SELECT key FROM paces WHERE key LIKE 'sms/%'"))).scalars())
+            apps = {row.app: row.app_id for row in await conn.execute(text("SELECT app, app_id FROM apps"))}
+        # A limit of one account holds up no other.
+        assert limits == {"sms/account", f"sms/apps/{apps['north']}/account", f"sms/apps/{apps['south']}/account"}
+        # What somebody tells one number is told to nobody else.
+        person = world.sandbox.population.get_person(1)
+        assert world.sandbox.more_twilio[NORTH.account_sid].receive(person.phone, "STOP")
+        await world.sandbox.outbox.drain()
+        reached = [(await tenant.send(await tenant.create_campaign())).counts.recipients for tenant in (north, south, acme)]
+        assert reached == [9, 10, 10]
+
+
+async def test_campaign_that_is_being_sent_goes_on_by_the_apps_new_account(
+    open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The unit is not handed back for any other reason.
+    monkeypatch.setattr(sender, "TURN_SECONDS", 3600.0)
+    settings = SandboxSettings(
+        size=20, time_scale=0.02, shares=CERTAIN, duplicate_share=0, strict_retries=True, more_accounts=(NORTH, SOUTH)
+    )
+    async with open_world(settings) as world, open_tenants(world, "north") as (north,):
+        await set_own(north.client, **vars(NORTH), messages_per_second="1")
+        sending = asyncio.create_task(north.send(await north.create_campaign()))
+        async with asyncio.timeout(60):
+            while (await count_texts(world, NORTH))[0] < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await set_own(north.client, **vars(SOUTH), messages_per_second="200")
+        campaign = await sending
+        first, second = await count_texts(world, NORTH, SOUTH)
+        # Everybody was sent to, and nobody twice.
+        assert (first + second, campaign.counts.signals["sent"]) == (20, 20)
+        assert min(first, second) > 0
+        # What the account before has still to say is taken from nobody any more.
+        assert campaign.counts.signals["delivered"] >= second
 
 
 async def test_operator_sets_an_apps_account_and_sends_one_by_it(house: House, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import psycopg
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.channels import Channel
 from aftertouch.delivery.breaker import Breaker, BreakerSettings
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import stop_sending
@@ -27,6 +26,7 @@ from aftertouch.delivery.leftovers import close_leftover
 from aftertouch.delivery.pace import Pacer
 from aftertouch.delivery.sender import Sender
 from aftertouch.errors import ChannelNotReady, DatabaseUnavailable
+from aftertouch.ingest.accounts import Account
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.plugins import Registry
 from aftertouch.store.apps import read_app
@@ -68,6 +68,8 @@ class Worker:
         self._news = asyncio.Condition()
         self._is_stopping = False
         self._senders: dict[Lease, Sender] = {}
+        self._used: dict[Lease, tuple[int, Account]] = {}
+        """Which app's unit is sent by which account."""
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work until ``stopping`` is set. Units under way end between two batches and are handed back at once."""
@@ -167,14 +169,16 @@ class Worker:
                 async with transaction(self._engine) as conn:
                     await release_unit(conn, unit, unclear_since=lease.unclear_since)
                 return
-            await self._send_by(account.channel, account.scope, breaker, lease)
+            await self._send_by(account, campaign.app_id, breaker, lease)
 
-    async def _send_by(self, channel: Channel, scope: str, breaker: Breaker, lease: Lease) -> None:
+    async def _send_by(self, account: Account, app_id: int, breaker: Breaker, lease: Lease) -> None:
         unit, delay, types = lease.unit, timedelta(0), self._registry.types
-        sender = Sender(self._engine, self._ledger, self._context, self._pacer, breaker, types, channel, lease, scope)
+        sender = Sender(
+            *(self._engine, self._ledger, self._context, self._pacer, breaker, types, account.channel, lease, account.scope)
+        )
         if self._is_stopping:
             sender.stop()
-        self._senders[lease] = sender
+        self._senders[lease], self._used[lease] = sender, (app_id, account)
         try:
             await sender.run()
             return
@@ -184,10 +188,10 @@ class Worker:
             raise
         except Exception:
             # A defect must not spin: the unit rests while the others go on.
-            log.exception("a unit failed", action="send_unit", slot=unit.slot, channel=channel.name)
+            log.exception("a unit failed", action="send_unit", slot=unit.slot, channel=account.channel.name)
             delay = DEFECT_DELAY
         finally:
-            del self._senders[lease]
+            del self._senders[lease], self._used[lease]
         # Whoever pauses or cancels the campaign waits for this.
         async with transaction(self._engine) as conn:
             await release_unit(conn, unit, delay, unclear_since=lease.unclear_since)
@@ -201,13 +205,18 @@ class Worker:
         return breaker
 
     async def _beat(self) -> None:
-        """Prolong the leases of all units under way, and stop those that were lost, or whose campaign is not sent any more."""
+        """Prolong the leases of all units under way, and stop those that were lost, or whose campaign is not sent any more.
+
+        One whose app has come to another account is handed back as well, and goes on by that.
+        """
         while True:
             leases = list(self._senders)
             asked_at = time.monotonic()
             try:
                 async with transaction(self._engine) as conn:
                     going_on = await prolong_leases(conn, [lease.unit for lease in leases], LEASE)
+                    used = set(self._used.values())
+                    outdated = await self._context.accounts.list_outdated(conn, used) if used else []
             except DatabaseUnavailable as error:
                 log.warning("leases are not prolonged", action="prolong_leases", reason=error.reason)
             else:
@@ -216,6 +225,9 @@ class Worker:
                         lease.renew(asked_at)
                     elif sender := self._senders.get(lease):
                         sender.stop()
+                for lease, pair in self._used.items():
+                    if pair in outdated:
+                        self._senders[lease].stop()
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS), self._news:
                     await self._news.wait()

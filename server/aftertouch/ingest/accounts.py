@@ -1,14 +1,15 @@
 """Accounts: with whose settings a channel speaks for an app, which are the server's, or the app's own.
 
 An app's own channel is opened at its first use in a process, replaced when its settings change, and closed after its last use.
-The settings are read in the caller's transaction, so whoever sends next sends by the newest.
+The settings are read in the caller's transaction, so whoever sends next sends by the newest; whoever is sending asks every few
+seconds whether they still are.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from aftertouch.channels import Channel
 from aftertouch.errors import ChannelNotReady, DatabaseUnavailable
 from aftertouch.ingest.lookups import Kept
 from aftertouch.plugins import OpeningFailed, Registry, SettingsWrong, enter
-from aftertouch.store.app_secrets import OwnSettings, list_own_channels, read_own_settings
+from aftertouch.store.app_secrets import OwnSettings, list_own_channels, read_own_settings, read_versions
 from aftertouch.store.apps import App, find_app
 from aftertouch.store.engine import transaction
 from aftertouch.vault import Vault
@@ -113,6 +114,11 @@ class Accounts:
                 self._retire(key)
                 account = self._own[key] = opened
             return account
+
+    async def list_outdated(self, conn: AsyncConnection, used: Collection[tuple[int, Account]]) -> list[tuple[int, Account]]:
+        """Those of these apps with an account that have another one by now."""
+        versions = await read_versions(conn, {app_id for app_id, _ in used})
+        return [pair for pair in used if versions.get((pair[0], pair[1].channel.name), 0) != pair[1].version]
 
     async def list_ready(self, conn: AsyncConnection, app: App) -> Mapping[str, Channel]:
         """Every channel that an app can speak through."""

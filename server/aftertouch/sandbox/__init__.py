@@ -5,6 +5,6 @@ It judges the server, so it shares no code with it: signatures, encryption and l
 
 from .population import Population
 from .server import Sandbox, run
-from .settings import SandboxSettings, Shares
+from .settings import SandboxSettings, Shares, TwilioAccount
 
-__all__ = ["Population", "Sandbox", "SandboxSettings", "Shares", "run"]
+__all__ = ["Population", "Sandbox", "SandboxSettings", "Shares", "TwilioAccount", "run"]

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -61,11 +62,20 @@ class Sandbox:
             stack.callback(listener.close)
             self.outbox = await stack.enter_async_context(Outbox(settings))
             twilio = Twilio(settings, self.population, self.truth, self.faults, self.outbox)
+            self.more_twilio = {
+                account.account_sid: Twilio(
+                    replace(settings, **vars(account)),
+                    *(self.population, self.truth, self.faults, self.outbox),
+                    account=account.account_sid,
+                )
+                for account in settings.more_accounts
+            }
+            more_routes = [route for more in self.more_twilio.values() for route in more.routes]
             self.meta = Meta(settings, self.population, self.truth, self.faults, self.outbox)
             push = Push(settings, self.url, self.population, self.truth, self.faults, self.outbox)
             self.control = Control(self.truth, self.faults, self.outbox, twilio, self.meta, push)
             # Push first: it is what most messages are, and its path would also fit Meta's.
-            app = Starlette(routes=[*push.routes, *twilio.routes, *self.control.routes, *self.meta.routes])
+            app = Starlette(routes=[*push.routes, *more_routes, *twilio.routes, *self.control.routes, *self.meta.routes])
             await stack.enter_async_context(_Serving(app, listener))
             stack.callback(self.faults.clear)
             self._stack = stack.pop_all()

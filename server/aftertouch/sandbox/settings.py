@@ -68,6 +68,15 @@ class Shares:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TwilioAccount:
+    """One more account at Twilio, with a number of its own."""
+
+    account_sid: str
+    auth_token: str = field(repr=False)
+    sender: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SandboxSettings:
     """A sandbox, as it is started. Equal seeds and sizes give equal people and equal fates."""
 
@@ -82,6 +91,8 @@ class SandboxSettings:
     messaging_service_sid: str = "MG5a4db0c05a4db0c05a4db0c05a4db0c0"
     sender: str = "+15005550006"
     """The one number that may be given as ``From``."""
+    more_accounts: tuple[TwilioAccount, ...] = ()
+    """Further accounts at Twilio, for texts."""
 
     whatsapp_provider: Literal["meta", "twilio"] = "meta"
     """Through whose API a server reaches people on WhatsApp; both answer in any case."""

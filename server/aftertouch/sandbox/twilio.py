@@ -293,7 +293,17 @@ def sign_callback(auth_token: str, url: str, parameters: Mapping[str, str]) -> s
 class Twilio:
     """One account."""
 
-    def __init__(self, settings: SandboxSettings, population: Population, truth: Truth, faults: Faults, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        population: Population,
+        truth: Truth,
+        faults: Faults,
+        outbox: Outbox,
+        *,
+        account: str = "{account}",
+    ) -> None:
+        """``account`` is what its path begins with; by default that is all that no other account takes."""
         self._settings = settings
         self._population = population
         self._truth = truth
@@ -306,9 +316,9 @@ class Twilio:
         self._contents = {name_content(name): name for name in settings.templates}
         self._texts_to: defaultdict[str, list[_Text]] = defaultdict(list)
         self.routes = [
-            Route("/2010-04-01/Accounts/{account}/Messages.json", self._create, methods=["POST"]),
-            Route("/2010-04-01/Accounts/{account}/Messages.json", self._list, methods=["GET"]),
-            Route("/2010-04-01/Accounts/{account}/Messages/{sid}.json", self._fetch, methods=["GET"]),
+            Route(f"/2010-04-01/Accounts/{account}/Messages.json", self._create, methods=["POST"]),
+            Route(f"/2010-04-01/Accounts/{account}/Messages.json", self._list, methods=["GET"]),
+            Route(f"/2010-04-01/Accounts/{account}/Messages/{{sid}}.json", self._fetch, methods=["GET"]),
             Route("/v1/ContentAndApprovals", self._list_contents, methods=["GET"]),
         ]
 
@@ -451,7 +461,7 @@ class Twilio:
 
     def _authenticate(self, request: HttpRequest) -> None:
         self._check_credentials(request)
-        if request.path_params["account"] != self._settings.account_sid:
+        if request.path_params.get("account", self._settings.account_sid) != self._settings.account_sid:
             raise _Refused(20404)
 
     def _check_credentials(self, request: HttpRequest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -146,6 +146,17 @@ async def list_own_channels(conn: AsyncConnection, app_id: int) -> list[str]:
         .order_by(columns.name)
     )
     return [row.name.removeprefix(_SETTINGS) for row in rows]
+
+
+async def read_versions(conn: AsyncConnection, app_ids: Collection[int]) -> dict[tuple[int, str], int]:
+    """The versions of the settings that these apps have of their own, by app and channel."""
+    columns = app_secrets.c
+    rows = await conn.execute(
+        select(columns.app_id, columns.name, columns.secret_id).where(
+            columns.app_id.in_(app_ids), columns.name.startswith(_SETTINGS, autoescape=True)
+        )
+    )
+    return {(row.app_id, row.name.removeprefix(_SETTINGS)): row.secret_id for row in rows}
 
 
 async def list_owners(conn: AsyncConnection, channel: str) -> set[int]:

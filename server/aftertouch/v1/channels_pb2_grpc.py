@@ -89,7 +89,7 @@ class ChannelsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateChannelSettings(self, request, context):
-        """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+        """Has a channel speak for the app through an account of its own, within seconds: its messages, limits, webhooks
         and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
         Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
         """
@@ -98,7 +98,8 @@ class ChannelsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteChannelSettings(self, request, context):
-        """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND.
+        """Has the channel speak for the app through the server's account again, where it has one. What the provider still reports of
+        messages that went by the app's own is refused from then on. Reasons: RESOURCE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,12 +41,14 @@ class ChannelsStub:
     GetChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.GetChannelSettingsRequest, _channels_pb2.ChannelSettings]
     """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND."""
     UpdateChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.UpdateChannelSettingsRequest, _channels_pb2.ChannelSettings]
-    """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+    """Has a channel speak for the app through an account of its own, within seconds: its messages, limits, webhooks
     and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
     Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
     """
     DeleteChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.DeleteChannelSettingsRequest, _empty_pb2.Empty]
-    """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND."""
+    """Has the channel speak for the app through the server's account again, where it has one. What the provider still reports of
+    messages that went by the app's own is refused from then on. Reasons: RESOURCE_NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class ChannelsAsyncStub(ChannelsStub):
@@ -60,12 +62,14 @@ class ChannelsAsyncStub(ChannelsStub):
     GetChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.GetChannelSettingsRequest, _channels_pb2.ChannelSettings]  # type: ignore[assignment]
     """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND."""
     UpdateChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.UpdateChannelSettingsRequest, _channels_pb2.ChannelSettings]  # type: ignore[assignment]
-    """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+    """Has a channel speak for the app through an account of its own, within seconds: its messages, limits, webhooks
     and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
     Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
     """
     DeleteChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.DeleteChannelSettingsRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND."""
+    """Has the channel speak for the app through the server's account again, where it has one. What the provider still reports of
+    messages that went by the app's own is refused from then on. Reasons: RESOURCE_NOT_FOUND.
+    """
 
 class ChannelsServicer(metaclass=_abc_1.ABCMeta):
     """Channels are what plugins provide: installing one adds it here, with its signals and actions."""
@@ -100,7 +104,7 @@ class ChannelsServicer(metaclass=_abc_1.ABCMeta):
         request: _channels_pb2.UpdateChannelSettingsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_channels_pb2.ChannelSettings, _abc.Awaitable[_channels_pb2.ChannelSettings]]:
-        """Has a channel speak for the app through an account of its own, from the next work unit on: its messages, limits, webhooks
+        """Has a channel speak for the app through an account of its own, within seconds: its messages, limits, webhooks
         and what people write are apart from everybody else's. The settings are checked as a whole, and stored encrypted.
         Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID.
         """
@@ -111,6 +115,8 @@ class ChannelsServicer(metaclass=_abc_1.ABCMeta):
         request: _channels_pb2.DeleteChannelSettingsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Has the channel speak for the app through the server's account again, where it has one. Reasons: RESOURCE_NOT_FOUND."""
+        """Has the channel speak for the app through the server's account again, where it has one. What the provider still reports of
+        messages that went by the app's own is refused from then on. Reasons: RESOURCE_NOT_FOUND.
+        """
 
 def add_ChannelsServicer_to_server(servicer: ChannelsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
