@@ -110,6 +110,8 @@ def _check_mailbox(text: str) -> str:
 class EmailSettings(Settings):
     """Which server mail leaves by, from whom, and how what comes back is proved."""
 
+    by_app = frozenset(("username", "password", "sender", "reply_to", "unsubscribe_secret", "webhook_key"))
+
     host: str
     """Of the SMTP server; SendGrid's is ``smtp.sendgrid.net``."""
     port: int = Field(default=587, ge=1, le=65_535)

@@ -623,6 +623,7 @@ async def _set_channel(name: str, given: Mapping[str, str], app_name: str) -> No
     from aftertouch.ingest.accounts import name_webhook
     from aftertouch.server import read_secret_key
     from aftertouch.store.app_secrets import merge_own_settings, put_own_settings
+    from aftertouch.store.audit import record_entry
     from aftertouch.vault import Vault
 
     config, discovery = _load()
@@ -633,13 +634,16 @@ async def _set_channel(name: str, given: Mapping[str, str], app_name: str) -> No
         try:
             registry.build_own(name, merged, url)
         except SettingsWrong as error:
-            raise CommandFailed(
-                "these settings cannot be used:\n" + "\n".join(f"  {f}: {t}" for f, t in error.faults), 2
-            ) from None
+            raise CommandFailed("these settings cannot be used:\n" + "\n".join(f"  {text}" for text in error.texts), 2) from None
         await put_own_settings(conn, vault, found.app_id, name, merged)
+        await record_entry(conn, found.app_id, "command line", "Channels/UpdateChannelSettings", _name_own(app_name, name))
     out.print(f"{app_name} speaks through its own account on {name}: {', '.join(sorted(merged))}", markup=False)
     if discovery.types[name].channel.capabilities.webhooks:
         out.print(f"its provider has to report to {url}", markup=False)
+
+
+def _name_own(app_name: str, channel: str) -> str:
+    return f"apps/{app_name}/channelSettings/{channel}"
 
 
 @channels.command("unset")
@@ -654,10 +658,12 @@ def unset_channel(
 async def _unset_channel(name: str, app_name: str) -> None:
     from aftertouch.errors import NotFound
     from aftertouch.store.app_secrets import delete_own_settings
+    from aftertouch.store.audit import record_entry
 
     async with _open_app(app_name) as (conn, found):
         if not await delete_own_settings(conn, found.app_id, name):
-            raise NotFound(f"apps/{app_name}/channelSettings/{name}")
+            raise NotFound(_name_own(app_name, name))
+        await record_entry(conn, found.app_id, "command line", "Channels/DeleteChannelSettings", _name_own(app_name, name))
     out.print(f"{app_name} has no settings of its own on {name} any more", markup=False)
 
 

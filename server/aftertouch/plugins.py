@@ -47,7 +47,12 @@ class SettingsWrong(Exception):
 
     def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
         self.faults = tuple(faults)
-        super().__init__("; ".join(f"{field}: {text}" for field, text in self.faults))
+        super().__init__("; ".join(self.texts))
+
+    @property
+    def texts(self) -> list[str]:
+        """What is wrong, with the fields."""
+        return [f"{field}: {text}" if field else text for field, text in self.faults]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,11 @@ class Registry:
         except ValidationError as error:
             faults = error.errors(include_url=False, include_context=False, include_input=False)
             raise SettingsWrong(
-                (str(fault["loc"][0]) if fault["loc"] else "", _redact(fault["msg"], values.values())) for fault in faults
+                (
+                    str(fault["loc"][0]) if fault["loc"] else "",
+                    _redact(fault["msg"].removeprefix("Value error, "), values.values()),
+                )
+                for fault in faults
             ) from None
         except Exception as error:
             raise SettingsWrong([("", f"building failed: {_describe(error, values.values())}")]) from None

@@ -26,6 +26,7 @@ from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.ingest import accounts
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, TwilioAccount
+from aftertouch.store.audit import list_entries
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, channels_pb2, contacts_pb2
 from tests.e2e.spools import count_rows, wait_until_drained
@@ -444,6 +445,8 @@ async def test_operator_sets_an_apps_account_and_sends_one_by_it(house: House, t
     assert (await call(*one))[0] == 2, "the server has no account"
     values = [f"{name}={value}" for name, value in house.own.items() if name != "auth_token"]
     assert (await call("set", "sms", *values, "--app", "acme"))[0] == 2, "the token is missing"
+    status, said = await call("set", "sms", *values, "auth_token=x", "sender=+13125550101", "--app", "acme")
+    assert (status, said.splitlines()[-1]) == (2, "  set either messaging_service_sid or sender")
     assert (await call("set", "sms", *values, "auth_token=-", "api_url=http://10.0.0.1", "--app", "acme", answer="x\n"))[0] == 2
     status, text = await call("set", "sms", *values, "auth_token=-", "--app", "acme", answer=f"{house.settings.auth_token}\n")
     assert status == 0, text
@@ -455,3 +458,10 @@ async def test_operator_sets_an_apps_account_and_sends_one_by_it(house: House, t
     assert (await call("unset", "sms", "--app", "acme"))[0] == 0
     assert (await call("unset", "sms", "--app", "acme"))[0] == 1
     assert (await call(*one))[0] == 2
+    async with transaction(house.world.core.engine) as conn:
+        entries = [(entry.actor, entry.method, entry.resource) for entry in await list_entries(conn, 1, None, 10)]
+    own = "apps/acme/channelSettings/sms"
+    assert entries == [
+        ("command line", "Channels/DeleteChannelSettings", own),
+        ("command line", "Channels/UpdateChannelSettings", own),
+    ]

@@ -204,7 +204,7 @@ class Accounts:
         try:
             self._registry.build_own(name, stored.values, self.name_webhook(app, name))
         except SettingsWrong as error:
-            return [f"{field}: {text}" if field else text for field, text in error.faults]
+            return error.texts
         return []
 
     async def _open(self, app: App, name: str, stored: OwnSettings) -> Account:
