@@ -60,6 +60,8 @@ class ConsoleContent(Content):
 class ConsoleSettings(Settings):
     """Where messages go, what proves that they are ours, and what proves that receipts are the provider's."""
 
+    by_app = frozenset(("api_key", "webhook_secret"))
+
     url: HttpUrl
     api_key: SecretStr
     webhook_secret: SecretStr

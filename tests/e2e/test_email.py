@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from aftertouch.rpc.values import to_struct
-from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
+from aftertouch.v1 import campaigns_pb2, channels_pb2, contacts_pb2, retargeting_pb2
 from tests.fix_world import OpenWorld, World
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "plugins" / "aftertouch-email" / folder) for folder in ("", "tests")]
@@ -112,3 +112,36 @@ async def test_email_is_sent_heard_of_followed_up_and_ended(open_world: OpenWorl
             assert await post(world, spam) == 204
             assert await preview(text.name, "sent", "email") == 2
             assert (await world.get_campaign(sale.name)).counts.signals["complained"] == 1
+
+
+async def test_app_sends_mail_by_a_mailbox_of_its_own_where_the_server_has_none(open_world: OpenWorld) -> None:
+    async with SmtpProvider(lambda _: Response(status=250, body="2.0.0 Ok")) as provider:
+        environment = {
+            "AFTERTOUCH_EMAIL_HOST": "127.0.0.1",
+            "AFTERTOUCH_EMAIL_PORT": provider.url,
+            "AFTERTOUCH_EMAIL_SECURITY": "none",
+        }
+        async with open_world(environment=environment, extra=[EmailChannel]) as world:
+            own = {"sender": "Acme <news@acme.example>", "unsubscribe_secret": "a secret of Acme's, 32 characters long"}
+            settings = channels_pb2.ChannelSettings(name="apps/acme/channelSettings/email", values=own)
+            given = channels_pb2.UpdateChannelSettingsRequest(channel_settings=settings)
+            await world.client.channels.UpdateChannelSettings(given)
+            person = contacts_pb2.Contact(external_id="ada", attributes=to_struct({"first_name": "Ada"}))
+            person.subscriptions.add(channel="email").address.update({"email": "ada@home.example"})
+            request = contacts_pb2.UpsertContactsRequest(parent=world.client.parent, contacts=[person])
+            await world.client.contacts.UpsertContacts(request)
+            everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+            sale = campaigns_pb2.Campaign(display_name="Sale", channel="email", content=to_struct(CONTENT), audience=everybody)
+            made = campaigns_pb2.CreateCampaignRequest(parent=world.client.parent, campaign=sale)
+            sale = await world.client.campaigns.CreateCampaign(made)
+            await world.launch(sale.name)
+            (request_seen,) = provider.requests
+            mail = request_seen.body.decode().replace("\r", "")
+            assert "From: Acme <news@acme.example>" in mail
+            unsubscribe = re.search(r"^List-Unsubscribe: <https?://[^/]+(.*)>$", mail, re.MULTILINE)
+            assert unsubscribe is not None
+            assert unsubscribe[1].startswith("/v1/apps/acme/webhooks/email/")
+            url = f"http://{world.addresses.http}{unsubscribe[1]}"
+            async with aiohttp.ClientSession() as http, http.post(url, data="List-Unsubscribe=One-Click") as done:
+                assert done.status == 200
+            assert (await world.get_campaign(sale.name)).counts.signals["unsubscribed"] == 1
