@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+from aftertouch_sms import SmsChannel
 from sqlalchemy import text
 from twilio.request_validator import RequestValidator
 
@@ -26,6 +27,7 @@ from aftertouch.delivery.reconciliation import Reconciler
 from aftertouch.ingest import accounts
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, TwilioAccount
+from aftertouch.store.apps import find_app
 from aftertouch.store.audit import list_entries
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, channels_pb2, contacts_pb2
@@ -427,6 +429,39 @@ async def test_campaign_that_is_being_sent_goes_on_by_the_apps_new_account(
         assert min(first, second) > 0
         # What the account before has still to say is taken from nobody any more.
         assert campaign.counts.signals["delivered"] >= second
+
+
+async def test_channels_of_apps_are_closed_when_too_many_are_open_and_nobody_uses_them(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    async def note(channel: SmsChannel, *_: object) -> None:
+        closed.append(channel.settings.account_sid)
+
+    monkeypatch.setattr(accounts, "MOST_OPEN", 1)
+    monkeypatch.setattr(SmsChannel, "__aexit__", note)
+    await set_own(house.world.client, **house.own)
+    await set_own(house.rival, **RIVAL)
+    core = house.world.core
+    found = core.context.accounts
+
+    async def find(app: str) -> accounts.Account:
+        async with transaction(core.engine) as conn:
+            return await found.find(conn, await find_app(conn, app), "sms")
+
+    first = await find("acme")
+    assert await find("acme") is first
+    with found.hold(first):
+        second = await find("rival")
+        await asyncio.sleep(0.1)
+        assert closed == [], "somebody is sending by it"
+    async with asyncio.timeout(30):
+        while not closed:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert closed == [house.own["account_sid"]]
+    assert await find("rival") is second
+    assert await find("acme") is not first
 
 
 async def test_operator_sets_an_apps_account_and_sends_one_by_it(house: House, tmp_path: Path) -> None:

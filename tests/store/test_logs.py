@@ -10,6 +10,8 @@ from psycopg.errors import CheckViolation
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from aftertouch.store.apps import create_app
+from aftertouch.store.campaigns import create_campaign
 from aftertouch.store.engine import driver, transaction
 from aftertouch.store.logs import Attempt, EventBatch, find_messages, join_batches, store_attempts, store_events
 from aftertouch.store.partitions import DAYS_AHEAD, LOGS, create_partitions, drop_partitions, list_days, read_last_dropped
@@ -121,6 +123,19 @@ async def test_attempt_is_found_by_its_channels_message_id_only(engine: AsyncEng
         assert await find_messages(conn, "sms", ["SM1", "SM2", ""]) == {"SM1": attempt}
         assert await find_messages(conn, "whatsapp", ["SM1"]) == {}
         assert await find_messages(conn, "sms", []) == {}
+
+
+async def test_message_id_that_two_accounts_gave_names_each_apps_own_message(engine: AsyncEngine) -> None:
+    async with transaction(engine) as conn:
+        attempts = {}
+        for name in ("north", "south"):
+            app = await create_app(conn, name, name)
+            campaign = await create_campaign(conn, app.app_id, "sale", {"display_name": "Sale", "channel": "sms"})
+            attempts[app.app_id] = Attempt(campaign.campaign_id << 20, 7, 1, b"hash", "sms", "17")
+        await store_attempts(conn, list(attempts.values()))
+        for app_id, attempt in attempts.items():
+            assert await find_messages(conn, "sms", ["17"], app_id) == {"17": attempt}
+        assert await find_messages(conn, "sms", ["17"], max(attempts) + 1) == {}
 
 
 async def test_partition_holds_exactly_its_day(engine: AsyncEngine) -> None:

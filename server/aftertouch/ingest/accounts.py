@@ -8,7 +8,7 @@ seconds whether they still are.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +34,8 @@ KEEP_SECONDS = 1.0
 """How long it is remembered where a path leads, or that it leads to no app; requests cost no query of the database more often."""
 READ_SECONDS = 2.0
 """Then the database hangs."""
+MOST_OPEN = 200
+"""Channels of apps that stay open for their next use; each has connections to its provider."""
 MOST_READS = 100
 """That wait for a database that hangs."""
 _SEALED = "the app's own settings cannot be opened: is AFTERTOUCH_SECRET_KEY the one that they were set with?"
@@ -66,7 +68,8 @@ class Accounts:
         self._vault = vault
         self._public_url = public_url
         self._shared = {name: Account(channel) for name, channel in registry.channels.items()}
-        self._own: dict[tuple[int, str], Account] = {}
+        self._own: OrderedDict[tuple[int, str], Account] = OrderedDict()
+        """Open ones, the least recently used first."""
         self._opening: dict[tuple[int, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closing: set[asyncio.Task[None]] = set()
         self._found: Kept[tuple[str, str], tuple[float, Account | None]] = Kept(10_000)
@@ -113,6 +116,9 @@ class Accounts:
                 opened = await self._open(app, name, stored)
                 self._retire(key)
                 account = self._own[key] = opened
+            self._own.move_to_end(key)
+            while len(self._own) > MOST_OPEN:
+                self._retire(next(iter(self._own)))
             return account
 
     async def list_outdated(self, conn: AsyncConnection, used: Collection[tuple[int, Account]]) -> list[tuple[int, Account]]:

@@ -231,7 +231,8 @@ class Ledger:
         by_message = [index for index, receipt in enumerate(receipts) if not receipt.token and receipt.message_id]
         if by_message:
             async with transaction(self._engine) as conn:
-                attempts = await find_messages(conn, channel, [receipts[index].message_id or "" for index in by_message])
+                message_ids = [receipts[index].message_id or "" for index in by_message]
+                attempts = await find_messages(conn, channel, message_ids, app_id)
             for index in by_message:
                 if attempt := attempts.get(receipts[index].message_id or ""):
                     chunk = attempt.slot & ((1 << SLOT_SHIFT) - 1)

@@ -188,15 +188,22 @@ async def keep_unrecognized(conn: AsyncConnection, channel: str, items: Sequence
     await conn.execute(insert(unrecognized_receipts), [{"channel": channel, "item": item} for item in items])
 
 
-async def find_messages(conn: AsyncConnection, channel: str, message_ids: Sequence[str]) -> dict[str, Attempt]:
-    """The attempts that brought these provider's message ids, as long as the log is kept."""
+async def find_messages(
+    conn: AsyncConnection, channel: str, message_ids: Sequence[str], app_id: int | None = None
+) -> dict[str, Attempt]:
+    """The attempts that brought these provider's message ids, as long as the log is kept.
+
+    Args:
+        app_id: only those of this app. Its own account may give an id that another account has given as well.
+    """
     if not message_ids:
         return {}
     pg = await driver(conn)
     rows = await pg.execute(
         "SELECT slot, position, kind, address_hash, channel, message_id FROM attempts"
-        " WHERE message_id = ANY(%b) AND message_id <> '' AND channel = %b",
-        (list(message_ids), channel),
+        " WHERE message_id = ANY(%b) AND message_id <> '' AND channel = %b"
+        " AND (%b::bigint IS NULL OR EXISTS (SELECT FROM campaigns WHERE app_id = %b AND campaign_id = slot >> %b))",
+        (list(message_ids), channel, app_id, app_id, SLOT_SHIFT),
     )
     return {row[5]: Attempt(*row) for row in await rows.fetchall()}
 
