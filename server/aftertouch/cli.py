@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -467,24 +467,56 @@ async def _list_users(name: str) -> None:
 
 
 @channels.callback()
-def list_channels(context: typer.Context) -> None:
+def list_channels(
+    context: typer.Context,
+    app_name: Annotated[str | None, typer.Option("--app", help="For whom: an app may have accounts of its own.")] = None,
+) -> None:
     """List the installed channels with their health, missing settings and broken plugins."""
-    if context.invoked_subcommand is not None:
-        return
+    if context.invoked_subcommand is None:
+        _run(_list_channels(app_name))
+
+
+async def _list_channels(app_name: str | None) -> None:
     config, discovery = _load()
     registry = build_registry(discovery, os.environ, webhook_base_url=f"{config.public_url or ''}/v1/webhooks")
-    table = Table("Channel", "State", "From", "Actions", box=None)
+    own = {} if app_name is None else await _find_own_problems(config, registry, app_name)
+    problems = {**registry.obstacles, **own}
+    table = Table("Channel", "State", "Account", "From", "Actions", box=None)
     for name, found in sorted(registry.types.items()):
-        state = "ready" if name in registry.channels else "not ready"
-        table.add_row(name, state, f"{found.distribution} {found.version}", ", ".join(found.actions))
+        state, account = "not ready" if problems.get(name) else "ready", "its own" if name in own else "server's"
+        table.add_row(name, state, account, f"{found.distribution} {found.version}", ", ".join(found.actions))
     out.print(table)
-    for name, obstacles in sorted(registry.obstacles.items()):
+    for name, obstacles in sorted(problems.items()):
         for obstacle in obstacles:
             out.print(f"{name}: {obstacle}", markup=False)
     for problem in registry.problems:
         err.print(f"broken: {problem.entry_point} of {problem.distribution}: {problem.cause}", markup=False)
     if registry.problems:
         raise CommandFailed("some plugins are broken; the others work")
+
+
+async def _find_own_problems(config: Config, registry: Registry, app_name: str) -> Mapping[str, Sequence[str]]:
+    """What is wrong with the settings that an app has of its own, by channel; nothing where they can be used."""
+    from aftertouch.ingest.accounts import name_webhook
+    from aftertouch.server import read_secret_key
+    from aftertouch.store.app_secrets import list_own_channels, read_own_settings
+    from aftertouch.vault import SealBroken, Vault
+
+    vault = Vault(read_secret_key(config))
+    problems: dict[str, Sequence[str]] = {}
+    async with _open_app(app_name) as (conn, found):
+        for name in await list_own_channels(conn, found.app_id):
+            stored = await read_own_settings(conn, vault, found.app_id, name)
+            if name not in registry.types or stored is None:
+                continue
+            try:
+                registry.build_own(name, stored.require_values(), name_webhook(config.public_url or "", found, name))
+                problems[name] = []
+            except SettingsWrong as error:
+                problems[name] = error.texts
+            except SealBroken as error:
+                problems[name] = [str(error)]
+    return problems
 
 
 @channels.command("new")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -487,6 +488,10 @@ async def test_operator_sets_an_apps_account_and_sends_one_by_it(house: House, t
     assert status == 0, text
     assert "/v1/apps/acme/webhooks/sms" in text
     assert house.settings.auth_token not in text
+    status, text = await call("--app", "acme")
+    assert (status, re.findall(r"^ *sms +(\S.*?)  +(\S.*?)  ", text, re.MULTILINE)) == (0, [("ready", "its own")]), text
+    status, text = await call()
+    assert (status, re.findall(r"^ *sms +(\S.*?)  +(\S.*?)  ", text, re.MULTILINE)) == (0, [("not ready", "server's")]), text
     status, text = await call(*one)
     assert (status, "accepted as SM" in text) == (0, True), text
     assert len(house.world.sandbox.truth.entries) == 1
