@@ -954,7 +954,7 @@ async def test_admin_sets_an_account_of_the_apps_own_and_goes_back(world: World,
     assert "Also the key of the webhooks" in text
     assert re.findall(r'name="forget" value="(\w+)"', text) == ["sender"]
     status, text = await admin.post("/channels/sms/own", {"forget": "sender"})
-    assert (status, "set either messaging_service_sid or sender" in text) == (400, True)
+    assert (status, "Set either messaging_service_sid or sender." in text) == (400, True)
     change = {"own.messaging_service_sid": "MG" + "1" * 32, "forget": "sender"}
     assert (await admin.post("/channels/sms/own", change))[0] == 303
     _, text = await admin.get("/channels/sms/own")
