@@ -1,5 +1,7 @@
 """Which fixtures there are, and which PostgreSQL the tests run on: an embedded one, or the one of --dsn."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +19,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 # How long an example takes is up to whoever else uses the machine: it says of none that it is wrong.
 settings.register_profile("aftertouch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aftertouch")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as there are cores: of two, each worker was seen to take a quarter of one, the rest was waiting."""
+    return max(2, (os.cpu_count() or 1) * 3 // 2)
