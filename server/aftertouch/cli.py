@@ -10,7 +10,7 @@ import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +41,10 @@ for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 
 SANDBOX_USER = "you@example.com"
+ServerAddress = Annotated[
+    str,
+    typer.Option(envvar=["AFTERTOUCH_ADDRESS", "AFTERTOUCH_GRPC_ADDRESS"], help="The server's gRPC address.", show_envvar=True),
+]
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -69,23 +73,25 @@ def main() -> None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    from uvicorn.loops.auto import auto_loop_factory
+    # Closed when what it needs is not installed: it would be told as never awaited.
+    with closing(work):
+        from uvicorn.loops.auto import auto_loop_factory
 
-    from aftertouch.errors import AftertouchError
-    from aftertouch.ingest.spool import SpoolUnusable
-    from aftertouch.store.embedded import EmbeddedPostgresError
-    from aftertouch.store.engine import SchemaMismatch
-    from aftertouch.supervisor import ServersFailed
+        from aftertouch.errors import AftertouchError
+        from aftertouch.ingest.spool import SpoolUnusable
+        from aftertouch.store.embedded import EmbeddedPostgresError
+        from aftertouch.store.engine import SchemaMismatch
+        from aftertouch.supervisor import ServersFailed
 
-    try:
-        # uvloop where there is one: a fifth less CPU for a webhook, the same for events on a stream, and a POST to a provider
-        # costs 17 µs instead of 45.
-        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-            runner.run(work)
-    except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, ServersFailed, SpoolUnusable, OSError) as error:
-        raise CommandFailed(str(error)) from error
-    except KeyboardInterrupt:
-        raise CommandFailed("stopped", 130) from None
+        try:
+            # uvloop where there is one: a fifth less CPU for a webhook, the same for events on a stream, and a POST to a provider
+            # costs 17 µs instead of 45.
+            with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+                runner.run(work)
+        except (AftertouchError, EmbeddedPostgresError, SchemaMismatch, ServersFailed, SpoolUnusable, OSError) as error:
+            raise CommandFailed(str(error)) from error
+        except KeyboardInterrupt:
+            raise CommandFailed("stopped", 130) from None
 
 
 def _discover(allowed: frozenset[str] | None = None) -> Discovery:
@@ -150,10 +156,12 @@ async def _serve(with_sandbox: bool) -> None:
             world.meta.webhooks.url = f"http://{addresses.http}/v1/webhooks/whatsapp"
             password = await _settle_in(engine, world, addresses.grpc)
             if config.serve_console:
-                out.print(f"sign in at http://{addresses.http}/console as {SANDBOX_USER} with {password}", markup=False)
+                page = f"http://{addresses.http}/console"
+                out.print(f"sign in at {page} to the app sandbox as {SANDBOX_USER} with {password}", markup=False)
         out.print(f"gRPC on {addresses.grpc}, webhooks on http://{addresses.http}", markup=False)
         ready = ", ".join(sorted(registry.channels)) or "none"
-        out.print(f"channels that can send: {ready}; `aftertouch channels` tells about the others", markup=False)
+        others = "" if with_sandbox else "; `aftertouch channels` tells about the others"
+        out.print(f"channels that can send: {ready}{others}", markup=False)
         await stopping.wait()
         out.print("stopping …")
 
@@ -427,7 +435,8 @@ async def _create_user(name: str, email: str, role: str, password: str, reset: b
     made = "" if password else secrets.token_urlsafe(12)
     async with _open_app(name) as (conn, found):
         await _admit_user(conn, found, email, role, password or made, reset=reset)
-    err.print(f"{email} is a {role} of {found.name}; they sign in at /console", markup=False)
+    app_name = found.name.removeprefix("apps/")
+    err.print(f"{email} has the role {role}; they sign in at /console to the app {app_name}", markup=False)
     if made:
         out.print(made, markup=False)
 
@@ -704,7 +713,7 @@ def import_contacts(
     file: Annotated[Path, typer.Argument(help="CSV with a header; see --help.", exists=True, dir_okay=False)],
     app_name: Annotated[str, typer.Option("--app", help="The app.")],
     key: Annotated[str, typer.Option(envvar="AFTERTOUCH_API_KEY", help="An API key that may manage.", show_default=False)],
-    address: Annotated[str, typer.Option(help="The server's gRPC address.")] = "127.0.0.1:7070",
+    address: ServerAddress = "127.0.0.1:7070",
 ) -> None:
     """Import people from a CSV file, showing progress, and report the rows that cannot be taken, with reasons.
 
@@ -735,7 +744,7 @@ def erase_contact(
     external_id: Annotated[str, typer.Argument(help="Who.")],
     app_name: Annotated[str, typer.Option("--app", help="The app.")],
     key: Annotated[str, typer.Option(envvar="AFTERTOUCH_API_KEY", help="An API key that may manage.", show_default=False)],
-    address: Annotated[str, typer.Option(help="The server's gRPC address.")] = "127.0.0.1:7070",
+    address: ServerAddress = "127.0.0.1:7070",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Erase a person for good, and say what was removed. The counts of campaigns stay as they are."""
@@ -766,7 +775,7 @@ def import_list(
     app_name: Annotated[str, typer.Option("--app", help="The app.")],
     key: Annotated[str, typer.Option(envvar="AFTERTOUCH_API_KEY", help="An API key that may manage.", show_default=False)],
     display_name: Annotated[str | None, typer.Option(help="For people, when the list is made.")] = None,
-    address: Annotated[str, typer.Option(help="The server's gRPC address.")] = "127.0.0.1:7070",
+    address: ServerAddress = "127.0.0.1:7070",
 ) -> None:
     """Add the people of a CSV file to a list, which is made when it is new, and report the rows that cannot be added.
 
@@ -833,7 +842,8 @@ def _told_as_failure() -> Iterator[None]:
     try:
         yield
     except CallError as error:
-        raise CommandFailed(f"the server answered {error.code().name}: {error.details()}") from error
+        hint = "; is that its address? --address says where it is" if error.code().name == "UNAVAILABLE" else ""
+        raise CommandFailed(f"the server answered {error.code().name}: {error.details()}{hint}") from error
 
 
 class _LeftOut:
@@ -867,4 +877,4 @@ class _LeftOut:
         for index, text in sorted(self._told.items()):
             err.print(f"row {index + 1} {text}", markup=False)
         if count:
-            raise CommandFailed(f"{count:,} rows were rejected; the others are stored")
+            raise CommandFailed(f"{count:,} {'row was' if count == 1 else 'rows were'} rejected; any others are stored")

@@ -450,7 +450,7 @@ async def test_command_names_the_rows_it_left_out(shared_world: World, tmp_path:
         await run_import(shared_world, file, "acme", shared_world.secret)
     assert "row 2 (csv-4): subscriptions[0].address.phone: " in str(failed.value)
     assert "row 3 (no external_id): external_id: " in str(failed.value)
-    assert "2 rows were rejected; the others are stored" in str(failed.value)
+    assert "2 rows were rejected; any others are stored" in str(failed.value)
     assert "Traceback" not in str(failed.value)
     assert (await get(shared_world, "csv-3")).external_id == "csv-3"
 
@@ -471,7 +471,7 @@ async def test_command_rejects_a_row_with_more_cells_than_the_header(shared_worl
         (7, "/", "external_id: "),
     ]:
         assert f"row {row} ({name}): {text}" in told
-    assert "5 rows were rejected; the others are stored" in told
+    assert "5 rows were rejected; any others are stored" in told
     assert read_attributes(await get(shared_world, "more-8")) == {"first_name": "H, I"}
     assert read_attributes(await get(shared_world, "more-11")) == {"first_name": "K"}
     assert (await refuse(get(shared_world, "more-2"))).reason == "RESOURCE_NOT_FOUND"

@@ -309,7 +309,7 @@ async def test_command_makes_a_list_and_names_the_rows_it_left_out(shared_world:
         assert "row 4" in told
         assert "has more cells than the header" in told
         assert "row 6 (else): no contact of this external_id" in told
-        assert "3 rows were rejected; the others are stored" in told
+        assert "3 rows were rejected; any others are stored" in told
         assert "Traceback" not in told
     found = await get(shared_world.client, "apps/acme/lists/from-file")
     assert (found.display_name, found.contact_count) == ("From a file", 3)

@@ -38,6 +38,7 @@ async def check_books(world: World, names: Iterable[str], *, most_unclear: int) 
         assert len(unclear) == campaign.counts.unclear
         assert {person for person, signals in recipients.items() if "sent" in signals} <= set(taken)
         assert set(taken) <= {person for person, signals in recipients.items() if "skipped" not in signals}
+        assert not unclear & set(taken), "a receipt did not settle what became of somebody"
         if campaign.channel == "push":
             # A token is a person in a campaign: with it as Topic, the second message replaces the first.
             assert not unclear
