@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 State = campaigns_pb2.Campaign.State
 CHANNELS: tuple[Channel, ...] = get_args(Channel)
-TIMEOUT = {f"AFTERTOUCH_{channel.upper()}_TIMEOUT_SECONDS": "6" for channel in CHANNELS}
+TIMEOUT = {f"AFTERTOUCH_{channel.upper()}_TIMEOUT_SECONDS": "10" for channel in CHANNELS}
 HEALTHY = Shares(
     sms_opted_out=0,
     sms_gone=0,
