@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import grpc
 import numpy as np
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.client import Client, read_reason
 from aftertouch.ingest import watch
 from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.processes import Child, run_command
+from aftertouch.retargeting import report
 from aftertouch.store.engine import transaction
+from aftertouch.store.kinds import Kind, load_kinds
 from aftertouch.store.partitions import drop_partitions
 from aftertouch.v1 import events_pb2
 from tests.api.test_streams import delivered, launch_on, launch_quietly, make_tokens
@@ -197,6 +200,44 @@ async def test_transaction_that_commits_late_is_not_skipped(world: World, campai
             # Long enough for the watcher to have looked some times.
             await asyncio.sleep(4 * watch.POLL_SECONDS)
         assert await watcher.read_people(2) == [ids[2], ids[1]]
+
+
+async def test_event_of_a_kind_that_is_new_just_now_is_not_skipped(
+    world: World, campaign: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stored between a watch's look at the kinds and its look at the horizon, and stayed out for ever."""
+    tokens = await make_tokens(world, campaign, 1)
+    ids = await read_ids(world)
+    poured = asyncio.Event()
+
+    async def load_then_pour(conn: AsyncConnection) -> dict[int, Kind]:
+        known = await load_kinds(conn)
+        if not poured.is_set():
+            poured.set()
+            await ingest(world, tokens)
+        return known
+
+    async with watching(world.client) as watcher:
+        monkeypatch.setattr(watch, "load_kinds", load_then_pour)
+        await poured.wait()
+        assert await watcher.read_people(1) == ids[:1]
+
+
+async def test_counts_are_read_while_a_kind_is_made(world: World, campaign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller who looked at a campaign just when its first read came in was told of a defect of the server."""
+    tokens = await make_tokens(world, campaign, 1)
+    pour = [partial(ingest, world, tokens)]
+
+    async def load_then_pour(conn: AsyncConnection) -> dict[int, Kind]:
+        known = await load_kinds(conn)
+        while pour:
+            await pour.pop()()
+        return known
+
+    monkeypatch.setattr(report, "load_kinds", load_then_pour)
+    await world.get_campaign(campaign)
+    await world.read_recipients(campaign)
+    assert not pour
 
 
 async def test_events_of_another_app_never_appear(world: World, campaign: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,9 @@ async def find_answered(
         own = await list_sent_since(conn, subscriber.app_id, channel, (reply.time or now) - REPLY_WINDOW, MOST_CAMPAIGNS)
         campaigns |= {campaign.campaign_id: campaign for campaign in own}
         places += await find_places(conn, subscriber.number, [campaign.campaign_id for campaign in own])
-    numbered = await load_kinds(conn)
     true, tried = await read_true_kinds(conn, places), await read_last_tried(conn, places)
+    # Read afterwards: a kind that is new since has its number by now.
+    numbered = await load_kinds(conn)
     sent: dict[Place, datetime] = {}
     for place in places:
         signals = {numbered[kind].signal for kind in true[place]}

@@ -114,10 +114,11 @@ async def watch_events(
     while not stopping.is_set():
         try:
             async with transaction(engine) as conn:
+                # The horizon is read first: what commits from now on has a number beyond it, and whatever is below has a kind
+                # that is known by now.
+                horizon = await read_horizon(conn)
                 numbered = await load_kinds(conn)
                 kinds = [number for number, kind in numbered.items() if not signals or kind.signal in signals]
-                # The horizon is read before the events: what commits in between has a number beyond it.
-                horizon = await read_horizon(conn)
                 until = min(horizon, after[0] + span)
                 rows = await read_events(conn, after, until, slots, kinds, READ)
         except DatabaseUnavailable:

@@ -48,8 +48,9 @@ class Recipient:
 async def count_campaign(conn: AsyncConnection, copies: Copies, campaign: Campaign, channel: ChannelType | None) -> Counts:
     """Count everything that is known of a launched campaign."""
     evidence = channel.evidence if channel else CORE_EVIDENCE
-    numbered = await load_kinds(conn)
     bits = await copies.read_receipts(conn, campaign)
+    # Read afterwards: a kind that is new since has its number by now.
+    numbered = await load_kinds(conn)
     zeros = np.zeros(count_chunks(campaign.recipients) * CHUNK_BYTES, np.uint8)
     known = {
         signal: reduce(np.bitwise_or, [found for kind, found in bits.items() if numbered[kind].signal in proofs], zeros)
@@ -71,7 +72,6 @@ async def list_recipients(
 ) -> list[Recipient]:
     """The people at the positions from ``start`` up to ``end`` of a campaign's roll."""
     evidence = channel.evidence if channel else CORE_EVIDENCE
-    numbered = await load_kinds(conn)
     people: list[Recipient] = []
     end = min(end, campaign.recipients)
     for chunk in range(start >> CHUNK_BITS, (max(end, 1) - 1 >> CHUNK_BITS) + 1 if end > start else 0):
@@ -81,7 +81,10 @@ async def list_recipients(
         external_ids = await find_external_ids(conn, campaign.app_id, roll)
         true = {signal: np.zeros(len(roll), np.bool_) for signal in evidence}
         reasons: list[list[str]] = [[] for _ in roll]
-        for number, bits in (await read_receipts(conn, slot)).items():
+        receipts = await read_receipts(conn, slot)
+        # Read afterwards, as above.
+        numbered = await load_kinds(conn)
+        for number, bits in receipts.items():
             kind = numbered[number]
             flags = np.unpackbits(bits)[first:last].astype(np.bool_)
             for signal, proving in evidence.items():
