@@ -199,7 +199,7 @@ async def count_matrix(conn: AsyncConnection, copies: Copies, source: Source, ch
         for expression, apart in meant:
             matching = people.evaluate(expression)
             counts += [count_bits(matching), count_bits(people.evaluate(apart)) if apart is not None else 0]
-            # Of a campaign that has settled nobody is pending in most stretches: a third of the work.
+            # Of a campaign that has settled nobody is pending in most stretches, which spares a set and a count for each action.
             counts.append(count_bits(matching & are_pending) if still_out else 0)
             counts += [count_bits(matching & bits[stretch]) for bits in active.values()]
         return counts
