@@ -35,6 +35,13 @@ async def postgres_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.
         yield postgres.url
 
 
+CUT_CONNECTIONS = """
+    SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+    WHERE datname = %s AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+"""
+"""Ends the connections to a database; its autovacuum workers, which only a superuser may end, stay."""
+
+
 async def _run(url: str, statement: str) -> None:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
         await conn.execute(statement)

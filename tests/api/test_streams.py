@@ -25,6 +25,7 @@ from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
 from aftertouch.store.partitions import create_partitions
 from aftertouch.v1 import events_pb2, events_pb2_grpc
+from tests.fix_database import CUT_CONNECTIONS
 from tests.fix_world import OpenWorld, World
 
 PEOPLE = 1_000
@@ -616,12 +617,8 @@ async def test_transactions_beside_each_other_lose_and_double_nothing_when_they_
             async with transaction(world.core.engine) as conn:
                 await create_partitions(conn, datetime.now(UTC).date() + timedelta(days=30 + 10 * day))
             async with transaction(world.core.engine) as conn:
-                await conn.execute(
-                    text(
-                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-                    )
-                )
+                name = (await conn.execute(text("SELECT current_database()"))).scalar_one()
+                await conn.exec_driver_sql(CUT_CONNECTIONS, (name,))
 
     async def pour(stream: EventStream) -> None:
         nonlocal sent

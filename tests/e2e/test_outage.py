@@ -17,7 +17,7 @@ from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.migrate import migrate
 from aftertouch.v1 import campaigns_pb2
 from tests.e2e.spools import wait_until_drained
-from tests.fix_database import name_database
+from tests.fix_database import CUT_CONNECTIONS, name_database
 from tests.fix_world import OpenWorld, World, run_world
 
 CHANNELS = ("sms", "whatsapp", "push")
@@ -66,7 +66,7 @@ async def test_connections_that_are_cut_again_and_again_lose_nothing(
         other = name_database(database_url, "postgres")
         async with await psycopg.AsyncConnection.connect(other, autocommit=True) as conn:
             for _ in range(12):
-                await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+                await conn.execute(CUT_CONNECTIONS, [name])
                 await asyncio.sleep(0.15)
         await check_world(world, names, tmp_path)
 

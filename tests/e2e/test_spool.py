@@ -24,7 +24,7 @@ from aftertouch.store.engine import transaction
 from tests.e2e.site import launch_campaigns, open_site, wait_until_sent
 from tests.e2e.spools import count_rows, wait_until_drained
 from tests.e2e.test_webhooks import post_statuses, read_unrecognized
-from tests.fix_database import name_database
+from tests.fix_database import CUT_CONNECTIONS, name_database
 from tests.fix_world import OpenWorld, World
 
 PATIENCE = aiohttp.ClientTimeout(total=15)
@@ -43,7 +43,7 @@ async def take_away(database_url: str) -> AsyncIterator[None]:
     name = urlsplit(database_url).path[1:]
     async with connect(name_database(database_url, "postgres")) as conn:
         await conn.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        await conn.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name])
+        await conn.execute(CUT_CONNECTIONS, [name])
         try:
             yield
         finally:
