@@ -102,6 +102,33 @@ async def test_retarget_repeated_and_at_once_makes_one(shared_world: World) -> N
     assert {answer.name for answer in answers} == set(await list_named(shared_world, "One wave"))
 
 
+async def test_more_calls_at_once_than_connections_that_freeze_people_wait_for_each_other(shared_world: World) -> None:
+    """What they read first is on another connection than what they write."""
+    source = await shared_world.create_campaign("sms")
+    await shared_world.launch(source.name)
+    requests = [
+        retargeting_pb2.CreateRetargetRequest(
+            selection=campaigns_pb2.RetargetSelection(source=source.name, action="sent"),
+            channel="sms",
+            evaluation=campaigns_pb2.Audience.AT_CREATION,
+            allow_duplicate=True,
+            request_id=new_id(),
+        )
+        for _ in range(50)
+    ]
+    create = shared_world.client.retargeting.CreateRetarget
+    drafts = await asyncio.gather(*(create(request, timeout=60) for request in requests))
+    assert len({draft.name for draft in drafts}) == 50
+    everybody = campaigns_pb2.Audience(
+        all_subscribers=campaigns_pb2.AllSubscribers(), evaluation=campaigns_pb2.Audience.AT_CREATION
+    )
+    changes = [campaigns_pb2.Campaign(name=draft.name, audience=everybody) for draft in drafts]
+    update = shared_world.client.campaigns.UpdateCampaign
+    updates = [update(campaigns_pb2.UpdateCampaignRequest(campaign=change), timeout=60) for change in changes]
+    (count,) = {draft.audience.frozen.count for draft in await asyncio.gather(*updates)}
+    assert count > 1
+
+
 async def test_api_key_repeated_is_the_same_without_its_secret(shared_world: World) -> None:
     key = apps_pb2.ApiKey(display_name="checkout", scopes=[options_pb2.SCOPE_READ])
     request = apps_pb2.CreateApiKeyRequest(parent="apps/acme", api_key=key, request_id=new_id())

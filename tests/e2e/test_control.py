@@ -500,6 +500,26 @@ async def test_test_send_says_what_the_provider_said(loft: Loft) -> None:
     )
 
 
+async def test_test_send_holds_no_connection_while_the_provider_is_waited_for(loft: Loft) -> None:
+    name = await loft.draft(1)
+    is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def answer(messages: Messages) -> Sequence[Outcome]:
+        is_asked.set()
+        await may_answer.wait()
+        return [Accepted(message_id="late")]
+
+    loft.channel.script = answer
+    sending = asyncio.ensure_future(send_test(loft, name, "p0"))
+    await is_asked.wait()
+    statement = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'")
+    async with loft.world.core.engine.connect() as conn:
+        assert (await conn.execute(statement)).scalar_one() == 0
+    may_answer.set()
+    (outcome,) = (await sending).outcomes
+    assert outcome.message_id == "late"
+
+
 async def test_test_send_to_nobody_is_refused(loft: Loft) -> None:
     name = await loft.draft(2, note="Hi {{ first_name }}")
     assert (await refuse(send_test(loft, name, "p9"))).reason == "RESOURCE_NOT_FOUND"

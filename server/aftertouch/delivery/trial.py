@@ -7,13 +7,14 @@ keeps it at position -1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from aftertouch.channels import Accepted, Channel, Outcome, ReasonClass
+from aftertouch.channels import Accepted, Address, Content, Message, Outcome, ReasonClass
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.calls import send_messages
 from aftertouch.delivery.context import MessageContext
@@ -28,6 +29,7 @@ from aftertouch.rolls.chunks import slot_of
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
 from aftertouch.store.contacts import find_numbers, read_addressees
+from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
 from aftertouch.store.logs import TEST_ROW, Attempt, store_attempts
 
@@ -53,7 +55,7 @@ class Trial:
 
 
 async def send_test(
-    conn: AsyncConnection,
+    engine: AsyncEngine,
     ledger: Ledger,
     registry: Registry,
     context: MessageContext,
@@ -61,57 +63,59 @@ async def send_test(
     campaign: Campaign,
     external_id: str,
 ) -> Trial:
-    """Send a campaign's content to one contact now.
+    """Send a campaign's content to one contact now; no connection is held while the provider is waited for.
 
     Raises:
         ContentMissing, ChannelNotReady, NotFound, or FieldsInvalid when there is nothing to send or nowhere to send it.
     """
     if campaign.content is None:
         raise ContentMissing(f"{app.name}/campaigns/{campaign.campaign}")
-    account = await context.accounts.find(conn, app, campaign.channel)
-    with context.accounts.hold(account) as channel:
-        return await _send(conn, ledger, registry.types[campaign.channel], channel, context, app, campaign, external_id)
+    declared = registry.types[campaign.channel]
+    (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
+    with ExitStack() as held:
+        async with transaction(engine) as conn:
+            channel = held.enter_context(context.accounts.hold(await context.accounts.find(conn, app, campaign.channel)))
+            written = await _write(conn, declared, context, app, campaign, external_id, token)
+        messages = [message for _, message in written]
+        outcomes = await send_messages(channel, messages)
+        described = [ledger.lookups.bound_kind(describe(declared.channel, outcome)) for outcome in outcomes]
+        bill = estimate_contents(channel, [message.content for message in messages])
+    numbers = await ledger.lookups.number_kinds(set(described))
+    attempts = [
+        Attempt(
+            slot=slot_of(campaign.campaign_id, 0),
+            position=TEST_ROW,
+            kind=numbers[kind],
+            address_hash=address_hash,
+            channel=campaign.channel,
+            message_id=outcome.message_id[:256] if isinstance(outcome, Accepted) else "",
+        )
+        for (address_hash, _), outcome, kind in zip(written, outcomes, described, strict=True)
+    ]
+    async with transaction(engine) as conn:
+        await store_attempts(conn, attempts)
+    classes = [ReasonClass(kind.reason_class) if kind.reason_class else None for kind in described]
+    content = messages[0].content.model_dump(mode="json", exclude_none=True)
+    return Trial(content, list(zip(outcomes, classes, strict=True)), bill)
 
 
-async def _send(
+async def _write(
     conn: AsyncConnection,
-    ledger: Ledger,
     declared: ChannelType,
-    channel: Channel,
     context: MessageContext,
     app: App,
     campaign: Campaign,
     external_id: str,
-) -> Trial:
+    token: str,
+) -> list[tuple[bytes, Message[Address, Content]]]:
+    """The messages to a contact's addresses, each with the hash of its address."""
     number = (await find_numbers(conn, app.app_id, [external_id])).get(external_id)
     if number is None:
         raise NotFound(f"{app.name}/contacts/{external_id}")
     addressees = await read_addressees(conn, app.app_id, campaign.channel, np.array([number]))
     template = context.compile_content(app, campaign, declared)
     app_keys = await context.read_app_keys(conn, app, declared)
-    (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
     written = write_messages(declared, template, app_keys, addressees.get(number), token)
     if isinstance(written, Kind):
         raise FieldsInvalid([Violation("contact", _OBSTACLES[written.reason_code])])
-    messages = [message for _, message in written]
-    outcomes = await send_messages(channel, messages)
-    described = [ledger.lookups.bound_kind(describe(declared.channel, outcome)) for outcome in outcomes]
-    numbers = await ledger.lookups.number_kinds(set(described))
-    await store_attempts(
-        conn,
-        [
-            Attempt(
-                slot=slot_of(campaign.campaign_id, 0),
-                position=TEST_ROW,
-                kind=numbers[kind],
-                address_hash=address_hash,
-                channel=campaign.channel,
-                message_id=outcome.message_id[:256] if isinstance(outcome, Accepted) else "",
-            )
-            for (address_hash, _), outcome, kind in zip(written, outcomes, described, strict=True)
-        ],
-    )
-    classes = [ReasonClass(kind.reason_class) if kind.reason_class else None for kind in described]
-    content = messages[0].content.model_dump(mode="json", exclude_none=True)
-    bill = estimate_contents(channel, [message.content for message in messages])
-    return Trial(content, list(zip(outcomes, classes, strict=True)), bill)
+    return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -114,10 +114,12 @@ class Ledger:
         await (await self._batcher.submit(Submission(batch)))
         return rejections
 
-    async def ingest_reports_within(self, conn: AsyncConnection, app: App, reports: Reports) -> list[Rejection]:
-        """Record a caller's events in the caller's transaction, and return those that cannot be."""
+    async def ingest_reports_within(
+        self, begin: Callable[[], Awaitable[AsyncConnection]], app: App, reports: Reports
+    ) -> list[Rejection]:
+        """Record a caller's events in the transaction that the caller begins, and return those that cannot be."""
         batch, rejections = await self.place(app, reports)
-        await store_events(conn, batch)
+        await store_events(await begin(), batch)
         return rejections
 
     async def place(self, app: App, reports: Reports) -> tuple[EventBatch, list[Rejection]]:

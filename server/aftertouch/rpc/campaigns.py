@@ -31,6 +31,7 @@ from aftertouch.retargeting.audiences import (
     Audience,
     GivenContacts,
     ListMembers,
+    Prepared,
     decode_audience,
     decode_frozen,
     prepare_audience,
@@ -81,8 +82,10 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             raise FieldsInvalid([Violation("campaign.channel", f"no channel {given.channel!r} is installed; there are {known}")])
         found = self._registry.types[given.channel]
         values: dict[str, Any] = {"channel": given.channel} | {name: getattr(given, name) for name in _SETTINGS}
-        parts, roll = await self._read_parts(call, given, found, ("content", "audience", "track_links"))
-        return await to_campaign(call, await create_draft(call, request.campaign_id, values | parts, roll))
+        values |= _read_parts(given, found, ("content", "track_links"))
+        prepared = await self._prepare_audience(call, given, found)
+        await _hold_list(call, given)
+        return await to_campaign(call, await create_draft(call, request.campaign_id, values | prepared.values, prepared.roll))
 
     async def GetCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.GetCampaignRequest, call: Call
@@ -108,9 +111,34 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         self, request: campaigns_pb2.UpdateCampaignRequest, call: Call
     ) -> campaigns_pb2.Campaign:
         given = request.campaign
-        campaign = await find(call, given.name, field="campaign.name", lock=True)
-        _check_etag(given.name, campaign, given.etag)
         paths = _read_mask(request)
+        prepared = None
+        if "audience" in paths and given.audience.evaluation == campaigns_pb2.Audience.AT_CREATION:
+            draft = await self._find_changeable(call, request, paths)
+            # The people are read on another connection.
+            await call.commit()
+            prepared = await self._prepare_audience(call, given, self._registry.types[draft.channel], draft)
+        campaign = await self._find_changeable(call, request, paths, lock=True)
+        found = self._registry.types[campaign.channel]
+        values: dict[str, Any] = {name: getattr(given, name) for name in _SETTINGS if name in paths}
+        values |= _read_parts(given, found, paths)
+        conn = await call.begin()
+        if "audience" in paths:
+            prepared = prepared or await self._prepare_audience(call, given, found, campaign)
+            await _hold_list(call, given)
+            await delete_roll(conn, campaign.campaign_id)
+            if prepared.roll is not None:
+                await write_roll(conn, campaign.campaign_id, prepared.roll)
+            values |= prepared.values
+        return await to_campaign(call, await store.update_campaign(conn, campaign.campaign_id, **values))
+
+    async def _find_changeable(
+        self, call: Call, request: campaigns_pb2.UpdateCampaignRequest, paths: tuple[str, ...], *, lock: bool = False
+    ) -> store.Campaign:
+        """The campaign of an update, when these fields of it can be changed to what is given."""
+        given = request.campaign
+        campaign = await find(call, given.name, field="campaign.name", lock=lock)
+        _check_etag(given.name, campaign, given.etag)
         is_pace_only = bool(paths) and _CHANGEABLE_BEFORE_SENDING.issuperset(paths)
         is_waiting = campaign.source_id is not None and "audience" not in paths
         check_state(
@@ -128,14 +156,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             raise FieldsInvalid([Violation("campaign.display_name", "is required")])
         if campaign.channel not in self._registry.types:
             raise NotFound(f"channels/{campaign.channel}")
-        values: dict[str, Any] = {name: getattr(given, name) for name in _SETTINGS if name in paths}
-        parts, roll = await self._read_parts(call, given, self._registry.types[campaign.channel], paths, campaign)
-        conn = await call.begin()
-        if "audience" in paths:
-            await delete_roll(conn, campaign.campaign_id)
-        if roll is not None:
-            await write_roll(conn, campaign.campaign_id, roll)
-        return await to_campaign(call, await store.update_campaign(conn, campaign.campaign_id, **values, **parts))
+        return campaign
 
     async def DeleteCampaign(self, request: campaigns_pb2.DeleteCampaignRequest, call: Call) -> Empty:  # type: ignore[override]
         campaign = await find(call, request.name, lock=True)
@@ -253,9 +274,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> campaigns_pb2.SendTestResponse:
         campaign = await find(call, request.name)
         external_id = read_name(call, request.contact, "contacts", "contact")
-        trial = await send_test(
-            *(await call.begin(), self._ledger, self._registry, self._context, call.app, campaign, external_id)
-        )
+        await call.commit()
+        trial = await send_test(*(call.engine, self._ledger, self._registry, self._context, call.app, campaign, external_id))
         return campaigns_pb2.SendTestResponse(
             content=to_struct(trial.content),
             outcomes=[_to_outcome(outcome, reason_class) for outcome, reason_class in trial.outcomes],
@@ -297,47 +317,48 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
                 )
         return message
 
-    async def _read_parts(
-        self,
-        call: Call,
-        given: campaigns_pb2.Campaign,
-        found: ChannelType,
-        paths: tuple[str, ...],
-        draft: store.Campaign | None = None,
-    ) -> tuple[dict[str, Any], Numbers | None]:
-        """Content and audience as they are stored, as far as the paths name them, and the people of an audience that is frozen.
-
-        An empty part is stored as none.
-        """
-        values: dict[str, Any] = {}
-        if "content" in paths:
-            values["content"] = read_content(found, given.content, "campaign.content") if given.HasField("content") else None
-        if "track_links" in paths:
-            values["track_links"] = given.track_links or not given.HasField("track_links")
-        if "audience" not in paths:
-            return values, None
+    async def _prepare_audience(
+        self, call: Call, given: campaigns_pb2.Campaign, found: ChannelType, draft: store.Campaign | None = None
+    ) -> Prepared:
+        """The audience of a message; an empty one is stored as none."""
         if not given.HasField("audience"):
-            return values | {"audience": None, "root_id": None, "recipients": 0}, None
-        audience = read_audience(call, given.audience)
-        if isinstance(audience, ListMembers) and not await find_list(
-            await call.begin(), call.app.app_id, audience.list, hold=True
-        ):
-            raise NotFound(given.audience.list)
+            return Prepared({"audience": None, "root_id": None, "recipients": 0}, None)
         prepare = partial(
             prepare_audience,
             copies=self._copies,
             app=call.app,
             channels=self._registry.types,
-            audience=audience,
+            audience=read_audience(call, given.audience),
             path="campaign.audience",
             channel=found.name,
             draft=draft,
         )
         if given.audience.evaluation != campaigns_pb2.Audience.AT_CREATION:
-            return values | (await prepare(await call.begin())).values, None
+            return await prepare(await call.begin())
         async with snapshot(call.engine) as (conn, as_of_time):
-            prepared = await prepare(conn, as_of_time=as_of_time)
-        return values | prepared.values, prepared.roll
+            return await prepare(conn, as_of_time=as_of_time)
+
+
+def _read_parts(given: campaigns_pb2.Campaign, found: ChannelType, paths: tuple[str, ...]) -> dict[str, Any]:
+    """Content and tracking as they are stored, as far as the paths name them; an empty content is stored as none."""
+    values: dict[str, Any] = {}
+    if "content" in paths:
+        values["content"] = read_content(found, given.content, "campaign.content") if given.HasField("content") else None
+    if "track_links" in paths:
+        values["track_links"] = given.track_links or not given.HasField("track_links")
+    return values
+
+
+async def _hold_list(call: Call, given: campaigns_pb2.Campaign) -> None:
+    """Have the list of an audience stay until the call is committed.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    if given.audience.WhichOneof("kind") == "list":
+        name = read_name(call, given.audience.list, "lists", "campaign.audience.list")
+        if not await find_list(await call.begin(), call.app.app_id, name, hold=True):
+            raise NotFound(given.audience.list)
 
 
 async def create_draft(call: Call, campaign_id: str, values: Mapping[str, Any], roll: Numbers | None = None) -> store.Campaign:

@@ -59,9 +59,9 @@ class Events(events_pb2_grpc.EventsServicer):
     ) -> events_pb2.IngestEventsResponse:
         check_parent(call, request.parent)
         reports = read_reports(call.app.name, request.events)
-        if call.is_begun:
-            # With a request_id: in the transaction that stores the answer, so that the log gets it once.
-            rejections = await self._ledger.ingest_reports_within(await call.begin(), call.app, reports)
+        if call.has_request_id:
+            # In the transaction that stores the answer, so that the log gets it once.
+            rejections = await self._ledger.ingest_reports_within(call.begin, call.app, reports)
         else:
             rejections = await self._ledger.ingest_reports(call.app, reports)
         return events_pb2.IngestEventsResponse(

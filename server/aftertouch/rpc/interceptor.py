@@ -38,7 +38,7 @@ from aftertouch.rpc.validation import check_message
 from aftertouch.store.apps import App, find_caller
 from aftertouch.store.audit import record_entry
 from aftertouch.store.engine import transaction
-from aftertouch.store.requests import begin_request, finish_request
+from aftertouch.store.requests import begin_request, find_answer, finish_request
 from aftertouch.v1 import options_pb2
 
 log = structlog.get_logger()
@@ -72,6 +72,21 @@ class Caller:
         return any(scope in _INCLUDED[held] for held in self.scopes)
 
 
+@dataclass(frozen=True)
+class _Once:
+    """A request_id, and what it was first used for."""
+
+    request_id: str
+    fingerprint: bytes
+
+
+class _Answered(Exception):
+    """The same request was answered in the meantime."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+
+
 class Call:
     """One call: its app, and its transaction.
 
@@ -91,17 +106,45 @@ class Call:
         self._transaction = AsyncExitStack()
         stack.push_async_exit(self._transaction)
         self._conn: AsyncConnection | None = None
+        self._once: _Once | None = None
 
     @property
-    def is_begun(self) -> bool:
-        """True when the call's transaction is open, as it is for a request_id."""
-        return self._conn is not None
+    def has_request_id(self) -> bool:
+        """True when the answer is stored in the call's transaction, and so what was done has to be there as well."""
+        return self._once is not None
 
     async def begin(self) -> AsyncConnection:
-        """The call's connection, in its one transaction."""
+        """The call's connection, in its one transaction, which waits for others of the same request_id.
+
+        Whoever holds it takes no second connection: all of them may be held by calls that do the same.
+        """
         if self._conn is None:
-            self._conn = await self._transaction.enter_async_context(transaction(self.engine))
+            conn = await self._transaction.enter_async_context(transaction(self.engine))
+            if self._once is not None:
+                stored = await begin_request(conn, self.app.app_id, self._once.request_id, self._once.fingerprint)
+                if stored is not None:
+                    raise _Answered(stored)
+            self._conn = conn
         return self._conn
+
+    async def find_answer(self, request: Message) -> bytes | None:
+        """What this request was answered with before, by its request_id; None for the first, of which the id is taken.
+
+        Raises:
+            RequestIdReused.
+        """
+        if not (request_id := getattr(request, "request_id", "")):
+            return None
+        request.ClearField("request_id")
+        asked = self.method.path.encode() + b"\n" + request.SerializeToString(deterministic=True)
+        self._once = _Once(request_id, hashlib.sha256(asked).digest())
+        async with transaction(self.engine) as conn:
+            return await find_answer(conn, self.app.app_id, request_id, self._once.fingerprint)
+
+    async def store_answer(self, answer: bytes) -> None:
+        """Keep what the request_id is answered with, if there is one, in the call's transaction."""
+        if self._once is not None:
+            await finish_request(await self.begin(), self.app.app_id, self._once.request_id, answer)
 
     async def commit(self) -> None:
         """Commit the call's transaction now, where the answer has to wait for others who see it."""
@@ -245,22 +288,17 @@ async def answer_unary(call: Call, serve: Callable[[Any, Call], Awaitable[Messag
     Whoever calls commits by leaving the call's stack, and rolls back by an error.
     """
     check_message(request)
-    request_id = getattr(request, "request_id", "")
-    if request_id and (stored := await _begin_once(call, request, request_id)) is not None:
+    if (stored := await call.find_answer(request)) is None:
+        try:
+            response = await serve(request, call)
+            await call.store_answer(_forget_secret(response))
+        except _Answered as found:
+            stored = found.answer
+    if stored is not None:
         return call.method.response_class.FromString(stored)
-    response = await serve(request, call)
-    if request_id:
-        await finish_request(await call.begin(), call.app.app_id, request_id, _forget_secret(response))
     if call.method.changes and not getattr(request, "validate_only", False) and (resource := _name_resource(request, response)):
         await record_entry(await call.begin(), call.app.app_id, call.actor, call.method.short_name, resource)
     return response
-
-
-async def _begin_once(call: Call, request: Message, request_id: str) -> bytes | None:
-    """The stored answer of a request_id; None when this call is the first and has to make it."""
-    request.ClearField("request_id")
-    fingerprint = hashlib.sha256(call.method.path.encode() + b"\n" + request.SerializeToString(deterministic=True)).digest()
-    return await begin_request(await call.begin(), call.app.app_id, request_id, fingerprint)
 
 
 def _name_resource(request: Message, response: Message) -> str:

@@ -14,6 +14,23 @@ from aftertouch.store.tables import requests
 KEPT_FOR = timedelta(hours=24)
 
 
+async def find_answer(conn: AsyncConnection, app_id: int, request_id: str, fingerprint: bytes) -> bytes | None:
+    """What a request_id was answered with within 24 hours; None when it was not used, or its first call is still under way.
+
+    Raises:
+        RequestIdReused: it was used for another request.
+    """
+    statement = select(requests.c.fingerprint, requests.c.answer).where(
+        requests.c.app_id == app_id, requests.c.request_id == request_id, requests.c.create_time >= func.now() - KEPT_FOR
+    )
+    row = (await conn.execute(statement)).one_or_none()
+    if row is None:
+        return None
+    if row.fingerprint != fingerprint:
+        raise RequestIdReused(request_id)
+    return bytes(row.answer)
+
+
 async def begin_request(conn: AsyncConnection, app_id: int, request_id: str, fingerprint: bytes) -> bytes | None:
     """Claim a request_id in this transaction; the stored answer when it was used before, else None.
 
@@ -30,12 +47,7 @@ async def begin_request(conn: AsyncConnection, app_id: int, request_id: str, fin
         .on_conflict_do_nothing()
         .returning(requests.c.request_id)
     )
-    if claimed.one_or_none():
-        return None
-    row = (await conn.execute(select(requests.c.fingerprint, requests.c.answer).where(same))).one()
-    if row.fingerprint != fingerprint:
-        raise RequestIdReused(request_id)
-    return bytes(row.answer)
+    return None if claimed.one_or_none() else await find_answer(conn, app_id, request_id, fingerprint)
 
 
 async def finish_request(conn: AsyncConnection, app_id: int, request_id: str, answer: bytes) -> None:
