@@ -102,6 +102,8 @@ class Capabilities:
     """``look_up`` can find out at the provider whether it took a message."""
     fetch_receipts: bool = False
     """``fetch_receipts`` can find out at the provider what became of messages that no webhook has told of."""
+    templates: bool = False
+    """The provider keeps messages that contents only fill in, and ``list_templates`` says which."""
     browsers: bool = False
     """Addresses are those of browsers, which register them by themselves from an app's pages; ``make_app_keys`` and
     ``describe_app_keys`` are then required."""
@@ -261,6 +263,49 @@ class Problem:
     """Of the content, as in ``template`` or ``body[0]``."""
     text: str
     """For the caller, who can mend it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A message that the provider keeps for the account, and that a content fills in.
+
+    The words are Liquid over the content's own fields, for whoever wants to see what people will get: ``Hi {{ body[0] }}``.
+    ``write_words`` writes them. A text of more than 4,000 characters is not shown, nor a twenty-first button.
+    """
+
+    name: str
+    language: str = ""
+    """As the provider names it; empty where it knows none."""
+    status: str = ""
+    """The provider's word for whether it may be sent, as in ``APPROVED``."""
+    is_usable: bool = True
+    """A message that uses it would be taken now."""
+    content: Mapping[str, object]
+    """A content that uses it: what a form begins with, with empty texts where somebody has to fill something in."""
+    header: str = ""
+    body: str = ""
+    footer: str = ""
+    buttons: tuple[str, ...] = ()
+
+
+class TemplatesUnreadable(Exception):
+    """The provider does not say which templates there are. The text says why, to whoever asked: no secret, no address."""
+
+
+def write_words(text: str, placeholder: re.Pattern[str], fields: Mapping[str, str]) -> str:
+    """A provider's text as Liquid over a content.
+
+    Args:
+        placeholder: what stands in the text for a value; its one group is the value's name.
+        fields: the content's field for each name, as in ``{"1": "body[0]"}``. What is not filled in yet shows its name.
+    """
+    literals_and_names = placeholder.split(text)
+    for at, part in enumerate(literals_and_names):
+        if at % 2 == 0:
+            literals_and_names[at] = part.replace("{", "{{ '{' }}")
+        else:
+            literals_and_names[at] = f"{{{{ {fields[part]} | default: '[{part}]' }}}}" if part in fields else f"[{part}]"
+    return "".join(literals_and_names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,6 +490,16 @@ class Channel(ABC):
         cannot be asked: then the launch goes on, with a warning in the log.
         """
         return ()
+
+    async def list_templates(self) -> Sequence[Template]:
+        """Ask the provider for the templates of the account, in all languages and states.
+
+        Only called when ``capabilities.templates`` is set, at most once a minute.
+
+        Raises:
+            TemplatesUnreadable: it does not say, or a setting is missing that leads to them.
+        """
+        raise NotImplementedError
 
     def estimate(self, content: Content) -> Estimate | None:
         """What a rendered content would be billed as, for callers who want to know before they launch. Pure; None by default."""

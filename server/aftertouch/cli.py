@@ -41,6 +41,14 @@ for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 
 SANDBOX_USER = "you@example.com"
+SANDBOX_TEMPLATES = {
+    "summer_sale": "Hello {{1}}, our summer sale ends on Sunday.",
+    "winter_sale": "Hello {{1}}, the winter sale has begun.",
+    "spring_sale": "Hello {{1}}, the new season is here.",
+    "welcome_back": "Hi {{first_name}}, good to see you again. {{voucher}} takes 10 % off your next order.",
+    "spring_preview": "Hello {{1}}, have a look at what comes in spring.",
+}
+"""What WhatsApp keeps for whoever tries it out."""
 ServerAddress = Annotated[
     str,
     typer.Option(envvar=["AFTERTOUCH_ADDRESS", "AFTERTOUCH_GRPC_ADDRESS"], help="The server's gRPC address.", show_envvar=True),
@@ -139,9 +147,10 @@ async def _serve(with_sandbox: bool) -> None:
     stopping = _stop_on_signals()
     async with AsyncExitStack() as stack:
         if with_sandbox:
-            from aftertouch.sandbox import Sandbox
+            from aftertouch.sandbox import Sandbox, SandboxSettings
 
-            world = await stack.enter_async_context(Sandbox())
+            playground = SandboxSettings(templates=SANDBOX_TEMPLATES, template_statuses={"spring_preview": "PENDING"})
+            world = await stack.enter_async_context(Sandbox(playground))
             environment |= world.environment
         config, discovery = _load(environment)
         if config.processes > 1:

@@ -20,6 +20,8 @@ from aftertouch.signals import CORE_IMPLICATIONS, RESERVED, Expression, Expressi
 _CHANNEL_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LARGEST_BATCH = 1_000
+OPTIONAL_METHODS: Mapping[str, str] = {"look_up": "look_up", "fetch_receipts": "fetch_receipts", "list_templates": "templates"}
+"""Methods of a channel, each with the capability without which nobody calls it."""
 
 UNCLEAR = Action(
     name="unclear",
@@ -181,9 +183,9 @@ def _find_capability_faults(channel: type[Channel]) -> Iterator[str]:
         for method in ("verify", "parse"):
             if getattr(channel, method) is getattr(Channel, method):
                 yield f"capabilities.webhooks is True, but {method} is not overridden"
-    for method in ("look_up", "fetch_receipts"):
-        if getattr(channel.capabilities, method) and getattr(channel, method) is getattr(Channel, method):
-            yield f"capabilities.{method} is True, but {method} is not overridden"
+    for method, capability in OPTIONAL_METHODS.items():
+        if getattr(channel.capabilities, capability) and getattr(channel, method) is getattr(Channel, method):
+            yield f"capabilities.{capability} is True, but {method} is not overridden"
     if channel.capabilities.browsers:
         for method in ("make_app_keys", "describe_app_keys"):
             if inspect.getattr_static(channel, method) is inspect.getattr_static(Channel, method):

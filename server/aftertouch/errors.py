@@ -127,6 +127,13 @@ class ChannelNotReady(AftertouchError):
         super().__init__(f"the channel {channel} cannot send: {text}", channel=channel, problems=text)
 
 
+class TemplatesUnreadable(AftertouchError):
+    code, reason = "FAILED_PRECONDITION", "TEMPLATES_UNREADABLE"
+
+    def __init__(self, channel: str, cause: str) -> None:
+        super().__init__(f"the templates of {channel} cannot be listed: {cause}", channel=channel, cause=cause)
+
+
 class SourceNotSent(AftertouchError):
     code, reason = "FAILED_PRECONDITION", "SOURCE_NOT_SENT"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import html
 import io
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from html import escape
 from typing import Any
 from urllib.parse import quote
 
@@ -21,13 +23,14 @@ from aftertouch.console.accounts import MOST_FAILURES
 from aftertouch.console.app import PAGES
 from aftertouch.console.words import REASONS
 from aftertouch.rpc.values import to_struct
+from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.engine import transaction
 from aftertouch.store.tables import audit_entries, campaigns, sessions, sign_in_failures
 from aftertouch.store.tables import users as users_table
 from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, events_pb2, retargeting_pb2
 from tests.fix_console import PASSWORD, Visitor, create_user
 from tests.fix_database import clone_database
-from tests.fix_world import World, run_world
+from tests.fix_world import OpenWorld, World, run_world
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;"
 USERS = {"viewer": "vera@acme.example", "marketer": "max@acme.example", "admin": "ada@acme.example"}
@@ -529,6 +532,47 @@ async def test_draft_begins_with_the_message_of_another_campaign(
     status, text = await marketer.post(f"{draft}/form", {"copy": offered[0]}, **{"hx-request": "true"})
     assert (status, 'name="content.template" type="text" value="summer_sale"' in text) == (200, True)
     assert (await marketer.post(f"{draft}/form", {"copy": "no-such"}))[0] == 404
+
+
+async def test_templates_of_the_provider_are_offered_and_shown_in_their_words(open_world: OpenWorld) -> None:
+    kept = {"summer_sale": f"Hello {{{{1}}}}, {HOSTILE} {{% {{{{x", "winter_sale": "Hello"}
+    async with open_world(SandboxSettings(size=5, templates=kept, template_statuses={"winter_sale": "PAUSED"})) as world:
+        await world.import_people()
+        await create_user(world, USERS["marketer"], "marketer")
+        async with Visitor(world) as marketer:
+            await marketer.sign_in(USERS["marketer"])
+            draft = await make_draft(marketer, "whatsapp")
+            assert f'hx-get="/console{draft}/templates"' in (await marketer.get(f"{draft}/edit"))[1]
+            status, text = await marketer.get(f"{draft}/templates?as=")
+            assert (status, text.count("<option")) == (200, 3)
+            assert '<option value="summer_sale/en_US">summer_sale · en_US</option>' in text
+            assert '<option value="winter_sale/en_US" disabled>winter_sale · en_US · paused</option>' in text
+            assert "preview" not in text
+            _, text = await marketer.post(f"{draft}/form", {"template": "summer_sale/en_US"}, **{"hx-request": "true"})
+            assert 'name="content.template" type="text" value="summer_sale"' in text
+            assert 'name="content.body.0" type="text" value=""' in text
+            assert (await marketer.post(f"{draft}/form", {"template": "no_sale/en_US"}))[0] == 404
+            content = {"content.template": "summer_sale", "content.language": "en_US", "content.body.0": "{{ external_id }}"}
+            shown = f"Hello user-000000, {escape(HOSTILE)} {{% {{{{x"
+            _, text = await marketer.post(f"{draft}/save", {"display_name": "x", "as": "user-000000", **content})
+            assert shown in html.unescape(text).replace(HOSTILE, escape(HOSTILE))
+            assert "<img" not in text
+            status, text = await marketer.get(f"{draft}/templates?as=user-000000")
+            assert '<option value="summer_sale/en_US" selected>' in text
+            assert '<div id="preview" hx-swap-oob="true">' in text
+            assert "Hello user-000000" in text
+            assert "<img" not in text
+            # What is typed and not complete has no preview.
+            await marketer.post(f"{draft}/save", {"display_name": "x", "content.template": "No such name"})
+            assert "preview" not in (await marketer.get(f"{draft}/templates"))[1]
+
+
+async def test_templates_that_cannot_be_listed_are_told_of_and_the_name_can_be_typed(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "whatsapp")
+    status, text = await marketer.get(f"{draft}/templates")
+    assert (status, "<select" in text) == (200, False)
+    assert "The templates cannot be listed: the setting business_account_id is missing" in text
+    assert (await marketer.get((await make_draft(marketer, "sms")) + "/edit"))[1].count("/templates") == 0
 
 
 async def test_review_says_what_a_message_would_be_billed_as(marketer: Visitor) -> None:

@@ -338,7 +338,7 @@ def read_costs(costs: Iterable[retargeting_pb2.Cost]) -> list[tuple[str, Decimal
 
 
 async def test_launch_asks_for_an_approved_template_first(open_world: OpenWorld) -> None:
-    templates = {"summer_sale": ("1",), "winter_sale": ("first_name",)}
+    templates = {"summer_sale": "Hello {{1}}", "winter_sale": "Hello {{first_name}}"}
     settings = replace(read_settings(), templates=templates, template_statuses={"winter_sale": "PAUSED"})
     async with open_world(settings) as world:
         await world.import_people()

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, expect
 
+from aftertouch.sandbox import SandboxSettings
 from aftertouch.v1 import campaigns_pb2
 from tests.fix_console import PASSWORD, PATIENCE_MS, create_user
 from tests.fix_database import clone_database
 from tests.fix_issuer import CLIENT, run_issuer
-from tests.fix_world import World, run_world
+from tests.fix_world import OpenWorld, World, run_world
 
 pytestmark = pytest.mark.e2e
 
@@ -458,6 +459,40 @@ async def test_earlier_message_is_begun_with_and_saved(tab: Tab, campaign: str) 
     await page.wait_for_selector("#preview .bubble")
     await page.reload()
     await expect(page.locator("#field-content-template")).to_have_value("summer_sale")
+
+
+async def test_template_is_chosen_and_read_before_it_is_sent(browser: Browser, open_world: OpenWorld) -> None:
+    """WhatsApp from an empty draft to the phones without typing a template's name, and what is seen is what is sent."""
+    kept = {"summer_sale": "Hello {{1}}, our sale ends on Sunday.", "welcome_back": "Hi {{first_name}}!", "spring_sale": "Hello"}
+    settings = SandboxSettings(size=20, time_scale=0.05, templates=kept, template_statuses={"spring_sale": "PENDING"})
+    async with open_world(settings) as world:
+        await world.import_people()
+        await create_user(world, ADMIN, "admin")
+        async with open_tab(browser, world) as tab:
+            page = tab.page
+            await tab.open("/campaigns/new")
+            await page.fill("#display_name", "By template")
+            await page.click("label[for=channel-whatsapp]")
+            await page.click("main .foot button.primary")
+            await page.wait_for_url("**/edit")
+            await expect(page.locator("#template option:disabled")).to_have_text("spring_sale · en_US · pending")
+            await page.select_option("#template", "welcome_back/en_US")
+            await expect(page.locator("[name='content.body.0.key']")).to_have_value("first_name")
+            await expect(page.locator("#preview .words")).to_have_text("Hi [first_name]!")
+            await page.select_option("#template", "summer_sale/en_US")
+            await expect(page.locator("#preview .words")).to_have_text("Hello [1], our sale ends on Sunday.")
+            # Nobody gets a hole.
+            await expect(page.locator("#review")).to_contain_text("Body 1 is empty.")
+            await page.fill("#field-content-body-0", "{{ external_id }}")
+            await expect(page.locator("#preview .words")).to_have_text("Hello user-000000, our sale ends on Sunday.")
+            assert await tab.find_violations() == []
+            await page.reload()
+            await expect(page.locator("#preview .words")).to_have_text("Hello user-000000, our sale ends on Sunday.")
+            await expect(page.locator("#template")).to_have_value("summer_sale/en_US")
+            await page.click("#launch")
+            await page.wait_for_url("**/campaigns/c-*")
+        name = f"apps/acme/campaigns/{page.url.rpartition('/')[2]}"
+        assert (await world.wait_until_sent(name)).counts.signals["sent"] > 0
 
 
 async def test_message_is_sent_to_one_person_as_a_test(tab: Tab, world: World, campaign: str) -> None:

@@ -26,7 +26,7 @@ REASONS = {"63024": "recipient_gone/63024", "63014": "opted_out/63014", "63049":
 
 def read_settings(size: int = 5, **changes: Any) -> SandboxSettings:
     given: dict[str, Any] = {"whatsapp_provider": "twilio", "size": size, "time_scale": 0.05, "shares": CERTAIN}
-    return SandboxSettings(**{**given, "templates": {"summer_sale": ("1", "2")}, **changes})
+    return SandboxSettings(**{**given, "templates": {"summer_sale": "Dear {{1}}, {{2}} off"}, **changes})
 
 
 async def create_campaign(world: World, **content: Any) -> campaigns_pb2.Campaign:
@@ -111,7 +111,7 @@ async def test_quick_reply_belongs_to_its_message_and_stop_ends_the_subscription
 
 
 async def test_launch_asks_for_an_approved_template_first(open_world: OpenWorld) -> None:
-    templates = {"summer_sale": ("1", "2"), "winter_sale": ("1", "2")}
+    templates = {"summer_sale": "Dear {{1}}, {{2}} off", "winter_sale": "Dear {{1}}, {{2}} off"}
     async with open_world(read_settings(templates=templates, template_statuses={"winter_sale": "PAUSED"})) as world:
         await world.import_people()
 

@@ -338,7 +338,7 @@ async def test_person_on_whatsapp_is_not_reached_for_metas_reasons(
 async def test_templates_are_listed_page_by_page_with_their_approval(
     make_settings: Callable[..., SandboxSettings], receiver: Receiver, http: aiohttp.ClientSession
 ) -> None:
-    templates = {"summer_sale": ("1", "2"), "winter_sale": (), "spring_sale": ("first_name",)}
+    templates = {"summer_sale": "{{1}}, {{2}} off", "winter_sale": "Hello", "spring_sale": "Hello {{first_name}}"}
     settings = make_settings(templates=templates, template_statuses={"winter_sale": "PAUSED"})
     async with Sandbox(settings) as sandbox:
         target = f"{sandbox.url}/v1/ContentAndApprovals"
@@ -353,7 +353,8 @@ async def test_templates_are_listed_page_by_page_with_their_approval(
                 assert following.startswith("https://content.twilio.com/v1/ContentAndApprovals?")
                 following = following.replace("https://content.twilio.com", sandbox.url)
         shown = {item["approval_requests"]["name"]: item for item in contents}
-        assert {name: tuple(item["variables"]) for name, item in shown.items()} == templates
+        assert {name: item["types"]["twilio/text"]["body"] for name, item in shown.items()} == templates
+        assert list(shown["summer_sale"]["variables"]) == ["1", "2"]
         assert {name: item["approval_requests"]["status"] for name, item in shown.items()} == {
             "summer_sale": "approved",
             "winter_sale": "paused",

@@ -118,3 +118,14 @@ def test_form_shows_a_refusal_at_the_innermost_field_that_it_is_about() -> None:
 def test_form_of_a_hostile_size_reads_no_endless_list() -> None:
     values = {f"content.words.{index}": "x" for index in (0, 9999, 123456789)}
     assert read_form(SCHEMA, values)["words"] == ["x", "x"]
+
+
+def test_form_names_the_parameter_that_a_refusal_is_about() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"body": {"type": "object"}, "note": {"type": "string", "description": "As in ``x``."}},
+    }
+    violation = Violation("campaign.content.body.voucher", "is empty")
+    form = make_form(schema, {"body": {"first_name": "Ada", "voucher": ""}}, [violation])
+    assert [(field.label, field.faults) for field in form.faulty] == [("voucher", ["is empty"])]
+    assert form.parts[1].hint == "As in x."

@@ -39,6 +39,8 @@ from aftertouch.channels import (
     Outcome,
     Receipt,
     Refused,
+    Template,
+    TemplatesUnreadable,
     Unclear,
     Webhook,
     WebhookRequest,
@@ -335,6 +337,23 @@ class PromisesToLookUp(ConsoleChannel):
     capabilities = Capabilities(look_up=True)
 
 
+class Lists(ConsoleChannel):
+    capabilities = Capabilities(templates=True)
+
+    async def list_templates(self) -> Sequence[Template]:
+        raise TemplatesUnreadable("nobody answers")
+
+
+class ListsNothing(Lists):
+    async def list_templates(self) -> Sequence[Template]:
+        return ()
+
+
+class FailsToList(Lists):
+    async def list_templates(self) -> Sequence[Template]:
+        raise LookupError("nobody answers")
+
+
 class FindsNothing(LooksUp):
     async def look_up(self, messages: Messages, since: datetime) -> Sequence[Finding]:
         return [Unclear(detail="never") for _ in messages]
@@ -410,8 +429,10 @@ BREAKS: list[tuple[type[ConsoleChannel], str]] = [
     (GoesBackInTime, "test_limits_are_few_named_and_private"),
     (LimitsByWord, "test_limits_are_few_named_and_private"),
     (CountsItself, "test_limits_are_few_named_and_private"),
-    (LooksUpInSecret, "test_look_up_is_declared_where_it_is_written"),
-    (PromisesToLookUp, "test_look_up_is_declared_where_it_is_written"),
+    (LooksUpInSecret, "test_optional_methods_are_declared_where_they_are_written"),
+    (PromisesToLookUp, "test_optional_methods_are_declared_where_they_are_written"),
+    (ListsNothing, "test_templates_of_a_provider_in_trouble_are_unreadable"),
+    (FailsToList, "test_templates_of_a_provider_in_trouble_are_unreadable"),
     (FindsNothing, "test_look_up_finds_what_was_taken"),
     (FindsEverything, "test_look_up_of_what_was_never_taken_finds_nothing"),
     (FindsOne, "test_look_up_answers_each_message"),
@@ -435,7 +456,8 @@ async def run_check(
 async def test_contract_finds_a_channel_that(
     channel: type[ConsoleChannel], check: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    await run_check(LooksUp if "look_up" in check else ConsoleChannel, check, caplog, capfd)
+    sound = LooksUp if "look_up" in check else Lists if "templates" in check else ConsoleChannel
+    await run_check(sound, check, caplog, capfd)
     with pytest.raises((AssertionError, pytest.fail.Exception, ConnectionError)) as caught:
         await run_check(channel, check, caplog, capfd)
     assert str(caught.value) or caught.type is ConnectionError, "a failure must say what is wrong"
@@ -445,7 +467,7 @@ def test_contract_has_no_checks_of_what_is_not_declared() -> None:
     contract = type("Contract", (ChannelContract,), {"channel": NeedsNoWebhooks})
     every = {name for name in dir(ChannelContract) if name.startswith("test_")}
     left_out = {name for name in every if getattr(contract, name) is None}
-    assert left_out == {name for name in every if name.startswith(("test_webhook_", "test_look_up_")) and "declared" not in name}
+    assert left_out == {name for name in every if name.startswith(("test_webhook_", "test_look_up_", "test_templates_"))}
 
 
 async def test_contract_fits_a_channel_that_sends_in_bulk() -> None:

@@ -29,6 +29,8 @@ from aftertouch.channels import (
     ReasonClass,
     Refused,
     Signal,
+    Template,
+    TemplatesUnreadable,
     Webhook,
     WebhookRequest,
 )
@@ -37,7 +39,7 @@ from aftertouch.http import HttpClient
 from aftertouch_whatsapp.meta import CODES, Meta
 from aftertouch_whatsapp.people import WhatsAppAddress
 from aftertouch_whatsapp.settings import WhatsAppSettings
-from aftertouch_whatsapp.templates import WhatsAppContent, find_problems
+from aftertouch_whatsapp.templates import WhatsAppContent, describe_template, find_problems
 from aftertouch_whatsapp.twilio import OWN_CODES, Twilio
 
 __all__ = ["WhatsAppAddress", "WhatsAppChannel", "WhatsAppContent", "WhatsAppSettings"]
@@ -57,7 +59,7 @@ class WhatsAppChannel(Channel):
     address_model = WhatsAppAddress
     content_model = WhatsAppContent
     settings_model = WhatsAppSettings
-    capabilities = Capabilities(tracked_links=("body", "buttons.value"))
+    capabilities = Capabilities(templates=True, tracked_links=("body", "buttons.value"))
     signals = (
         Signal(name="delivered", label="Delivered", implies=("sent",)),
         Signal(name="read", label="Read", implies=("delivered",)),
@@ -107,6 +109,12 @@ class WhatsAppChannel(Channel):
             return ()
         templates = await self._provider.list_templates(self._http, mine.template)
         return () if templates is None else find_problems(mine, templates)
+
+    async def list_templates(self) -> Sequence[Template]:
+        templates = await self._provider.list_templates(self._http)
+        if templates is None:
+            raise TemplatesUnreadable("the setting business_account_id is missing, which leads to the account's templates")
+        return [describe_template(template) for template in templates]
 
     def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
         return (self._pace, Limit(key=self._name_pair(message.address), interval=self._pair_interval))

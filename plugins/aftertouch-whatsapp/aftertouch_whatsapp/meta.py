@@ -28,6 +28,7 @@ from aftertouch.channels import (
     Refused,
     Reply,
     Standing,
+    TemplatesUnreadable,
     Unclear,
     Webhook,
     WebhookAnswer,
@@ -37,10 +38,12 @@ from aftertouch.channels import (
 from aftertouch.http import Answer, HttpClient, NoAnswer, NotSent, encode_headers, split_url
 from aftertouch_whatsapp.people import WhatsAppAddress, read_answer
 from aftertouch_whatsapp.settings import WhatsAppSettings
-from aftertouch_whatsapp.templates import Media, Template, WhatsAppContent
+from aftertouch_whatsapp.templates import Media, WhatsAppContent, WhatsAppTemplate
 
 LARGEST_LIST = 1_000_000
 """Bytes of a list of templates: a hundred of some kilobytes each."""
+MOST_PAGES = 60
+"""Of a hundred templates: a verified business has 6,000 at most."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 _STATUSES = frozenset(("sent", "delivered", "read", "failed"))
@@ -157,23 +160,44 @@ class Meta:
             return Unclear(detail=str(error))
         return judge_answer(answer)
 
-    async def list_templates(self, http: HttpClient, name: str) -> list[Template] | None:
-        """The account's templates of a name; None where the account is not known.
+    async def list_templates(self, http: HttpClient, name: str = "") -> Sequence[WhatsAppTemplate] | None:
+        """The account's templates, of a name where one is given; None where the account is not known.
 
         Raises:
-            LookupError: Meta does not say.
+            TemplatesUnreadable: Meta does not say.
         """
         if not self._templates:
             return None
         # Meta's own filter may find more than this name.
-        query = {"name": name, "fields": "name,language,status,parameter_format,components", "limit": "100"}
-        answer = await http.get(
-            self._origin, f"{self._templates}?{urlencode(query)}", self._read_headers, most_bytes=LARGEST_LIST
-        )
-        if answer.status != 200:
-            raise LookupError(f"http_{answer.status} {_read_code((_parse_object(answer.body) or {}).get('error')) or ''}".strip())
-        templates = [Template.model_validate(item) for item in _list_of(_parse_object(answer.body), "data")]
-        return [template for template in templates if template.name == name]
+        query = {"fields": "name,language,status,parameter_format,components", "limit": "100"} | ({"name": name} if name else {})
+        found: list[WhatsAppTemplate] = []
+        for _ in range(MOST_PAGES):
+            page = await self._read_page(http, query)
+            read = [_read_template(item) for item in _list_of(page, "data")]
+            if name and None in read:
+                # It may be the one that is asked for, and "there is none" would hold a launch up.
+                raise TemplatesUnreadable("Meta lists a template in a way that is not understood")
+            found += filter(None, read)
+            paging = page.get("paging")
+            cursors = paging.get("cursors") if isinstance(paging, dict) and "next" in paging else None
+            after = cursors.get("after") if isinstance(cursors, dict) else None
+            if not isinstance(after, str):
+                break
+            query["after"] = after
+        return [template for template in found if name in ("", template.name)]
+
+    async def _read_page(self, http: HttpClient, query: Mapping[str, str]) -> dict[str, object]:
+        try:
+            answer = await http.get(
+                self._origin, f"{self._templates}?{urlencode(query)}", self._read_headers, most_bytes=LARGEST_LIST
+            )
+        except (NotSent, NoAnswer, ValueError):
+            raise TemplatesUnreadable("Meta does not answer which there are") from None
+        page = _parse_object(answer.body) or {}
+        if answer.status != 200 or not isinstance(page.get("data"), list):
+            cause = f"http_{answer.status} {_read_code(page.get('error')) or ''}".strip()
+            raise TemplatesUnreadable(f"Meta does not say which there are: {cause}")
+        return page
 
     def verify(self, request: WebhookRequest) -> None:
         """Check the registration's word, or the signature over the body's bytes (Meta: Webhooks, "Validate payloads")."""
@@ -275,6 +299,14 @@ def judge_answer(answer: Answer) -> Outcome:
             return Unclear(detail=f"http_{answer.status}")
         code = f"http_{answer.status}"
     return Refused(code=code, retry_after=parse_retry_after(answer.headers.get("retry-after")))
+
+
+def _read_template(item: object) -> WhatsAppTemplate | None:
+    """A template of Meta's; None for one that nobody understands, which must not hide the others."""
+    try:
+        return WhatsAppTemplate.model_validate(item)
+    except ValidationError:
+        return None
 
 
 def _parse_object(body: bytes | None) -> dict[str, object] | None:

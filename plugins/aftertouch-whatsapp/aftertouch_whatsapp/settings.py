@@ -27,8 +27,8 @@ class WhatsAppSettings(Settings, validate_default=True):
     phone_number_id: str = Field(default="", pattern=r"^[0-9]*$")
     """Meta: its id of the number that messages come from, which is not the number."""
     business_account_id: str = Field(default="", pattern=r"^[0-9]*$")
-    """Meta: its id of the WhatsApp Business Account. With it a campaign's template is looked up before the launch, for which the
-    access token needs whatsapp_business_management as well."""
+    """Meta: its id of the WhatsApp Business Account. With it the account's templates are listed, and a campaign's is looked up
+    before the launch, for which the access token needs whatsapp_business_management as well."""
     access_token: SecretStr | None = None
     """Meta: of a system user that may use whatsapp_business_messaging."""
     app_secret: SecretStr | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from aftertouch.channels import Content, Problem
+from aftertouch.channels import Content, Problem, Template, write_words
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
@@ -60,6 +60,7 @@ class ButtonPart(BaseModel):
     """A button of a template."""
 
     type: str
+    text: str = ""
     url: str = ""
     is_fixed: bool = False
     """True for a reply that the template has the payload of."""
@@ -79,7 +80,7 @@ class Part(BaseModel):
     buttons: list[ButtonPart] = []
 
 
-class Template(BaseModel):
+class WhatsAppTemplate(BaseModel):
     """A template of the account, in one language."""
 
     name: str
@@ -89,7 +90,7 @@ class Template(BaseModel):
     components: list[Part] = []
 
 
-def find_problems(content: WhatsAppContent, templates: Sequence[Template]) -> list[Problem]:
+def find_problems(content: WhatsAppContent, templates: Sequence[WhatsAppTemplate]) -> list[Problem]:
     """Say what is wrong with a content, given the account's templates of its name."""
     if not templates:
         return [Problem(field="template", text=f"the account has no template {content.template!r}")]
@@ -99,10 +100,67 @@ def find_problems(content: WhatsAppContent, templates: Sequence[Template]) -> li
         return [Problem(field="language", text=f"the template {content.template!r} exists in {languages} only")]
     if found.status != "APPROVED":
         return [Problem(field="template", text=f"the template {content.template!r} is {found.status}, not APPROVED")]
-    return find_misfits(content, found)
+    return [*find_misfits(content, found), *_find_empty(content)]
 
 
-def find_misfits(content: WhatsAppContent, template: Template) -> list[Problem]:
+def _find_empty(content: WhatsAppContent) -> Iterator[Problem]:
+    # WhatsApp takes no empty parameter, and one without Liquid in it stays empty for everybody.
+    texts = {f"body.{name}": text for name, text in content.body.items()} if isinstance(content.body, dict) else {}
+    if isinstance(content.body, list):
+        texts = {f"body[{place}]": text for place, text in enumerate(content.body)}
+    if content.header is not None:
+        texts["header"] = content.header.link if isinstance(content.header, Media) else content.header
+    texts |= {f"buttons[{place}].value": button.value for place, button in enumerate(content.buttons)}
+    return (Problem(field=field, text="is empty") for field, text in texts.items() if not text.strip())
+
+
+def describe_template(template: WhatsAppTemplate) -> Template:
+    """A template as somebody chooses it: a content that uses it, with nothing filled in, and its words over that."""
+    parts = {part.type: part for part in template.components}
+    body, header = parts.get("BODY", Part(type="BODY")), parts.get("HEADER", Part(type="HEADER"))
+    content: dict[str, object] = {"template": template.name, "language": template.language}
+    names = list_parameters(body.text)
+    fields = {name: f"body['{name}']" for name in names}
+    if template.parameter_format == "NAMED":
+        content["body"] = dict.fromkeys(names, "")
+    else:
+        content["body"] = [""] * len(names)
+        fields = {name: f"body[{place}]" for place, name in enumerate(names)}
+    shown = write_words(header.text, PLACEHOLDER, dict.fromkeys(PLACEHOLDER.findall(header.text), "header"))
+    if header.format in ("IMAGE", "VIDEO", "DOCUMENT", "MEDIA"):
+        kind = "image" if header.format == "MEDIA" else header.format.lower()
+        content["header"] = {"type": kind, "link": ""}
+        shown = f"{{{{ header.link | default: '[{kind}]' }}}}"
+    elif PLACEHOLDER.search(header.text):
+        content["header"] = ""
+    buttons = parts.get("BUTTONS", Part(type="BUTTONS")).buttons
+    filled = [
+        {"type": button.type.lower(), "index": index, "value": ""}
+        for index, button in enumerate(buttons)
+        if button.type == "COPY_CODE" or (button.type == "URL" and button.takes_value)
+    ]
+    if filled:
+        content["buttons"] = filled
+    return Template(
+        name=template.name,
+        language=template.language,
+        status=template.status,
+        is_usable=template.status == "APPROVED",
+        content=content,
+        header=shown,
+        body=write_words(body.text, PLACEHOLDER, fields),
+        footer=write_words(parts.get("FOOTER", Part(type="FOOTER")).text, PLACEHOLDER, {}),
+        buttons=tuple(write_words(button.text or button.type, PLACEHOLDER, {}) for button in buttons),
+    )
+
+
+def list_parameters(text: str) -> list[str]:
+    """The names of a text's parameters; numbers in their order, as they are filled in, which need not be the text's."""
+    names = list(dict.fromkeys(PLACEHOLDER.findall(text)))
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+
+
+def find_misfits(content: WhatsAppContent, template: WhatsAppTemplate) -> list[Problem]:
     """Say which parameters a template lacks, and which it does not take."""
     parts = {part.type: part for part in template.components}
     return [
@@ -113,7 +171,7 @@ def find_misfits(content: WhatsAppContent, template: Template) -> list[Problem]:
 
 
 def _find_body_problems(content: WhatsAppContent, body: Part, is_named: bool) -> Iterator[Problem]:
-    wanted = list(dict.fromkeys(PLACEHOLDER.findall(body.text)))
+    wanted = list_parameters(body.text)
     if is_named and isinstance(content.body, dict):
         for name in wanted:
             if name not in content.body:

@@ -15,11 +15,20 @@ from typing import Any
 from aftertouch_twilio import REASONS, SIGNALS, Messages, parse_object, read_form, read_status
 from pydantic import BaseModel, ValidationError
 
-from aftertouch.channels import Message, Outcome, ReasonClass, Refused, Standing, Webhook, WebhookRequest
+from aftertouch.channels import Message, Outcome, ReasonClass, Refused, Standing, TemplatesUnreadable, Webhook, WebhookRequest
 from aftertouch.http import HttpClient, NoAnswer, NotSent, split_url
 from aftertouch_whatsapp.people import WhatsAppAddress, read_answer
 from aftertouch_whatsapp.settings import WhatsAppSettings
-from aftertouch_whatsapp.templates import PLACEHOLDER, ButtonPart, Media, Part, Template, WhatsAppContent, find_misfits
+from aftertouch_whatsapp.templates import (
+    PLACEHOLDER,
+    ButtonPart,
+    Media,
+    Part,
+    WhatsAppContent,
+    WhatsAppTemplate,
+    find_misfits,
+    list_parameters,
+)
 
 KEEP_SECONDS = 300.0
 """How long the account's list of templates is believed."""
@@ -55,17 +64,17 @@ class _Resource(BaseModel):
     approval_requests: _Approval | None = None
 
 
-class Known(Template):
+class Known(WhatsAppTemplate):
     """A template of the account, with Twilio's id of it."""
 
     sid: str
 
 
-class TemplatesUnreadable(LookupError):
+class _Unreadable(TemplatesUnreadable):
     """Twilio does not say which templates there are; ``code`` is why."""
 
     def __init__(self, code: str) -> None:
-        super().__init__(code)
+        super().__init__(f"Twilio's Content API does not say which there are: {code}")
         self.code = code
 
 
@@ -95,7 +104,7 @@ class Twilio:
         content = message.content
         try:
             template = await self._find_template(http, content.template, content.language)
-        except TemplatesUnreadable as error:
+        except _Unreadable as error:
             return Refused(code=error.code)
         if template is None:
             return Refused(code="template_unknown")
@@ -109,13 +118,13 @@ class Twilio:
         }
         return await self._messages.create(http, message.token, fields)
 
-    async def list_templates(self, http: HttpClient, name: str) -> list[Known]:
-        """The account's templates of a name, approved ones first.
+    async def list_templates(self, http: HttpClient, name: str = "") -> Sequence[WhatsAppTemplate]:
+        """The account's templates, of a name where one is given, approved ones first.
 
         Raises:
             TemplatesUnreadable: Twilio does not say.
         """
-        return [template for template in await self._read_templates(http) if template.name == name]
+        return [template for template in await self._read_templates(http) if name in ("", template.name)]
 
     async def _find_template(self, http: HttpClient, name: str, language: str) -> Known | None:
         async with self._reading:
@@ -125,7 +134,7 @@ class Twilio:
                 return found
             try:
                 read = await self._read_templates(http)
-            except TemplatesUnreadable:
+            except _Unreadable:
                 if found is None:
                     raise
                 return found
@@ -141,7 +150,7 @@ class Twilio:
             page = await self._read(http, target)
             contents = page.get("contents")
             if not isinstance(contents, list):
-                raise TemplatesUnreadable("templates_unreadable")
+                raise _Unreadable("templates_unreadable")
             found += filter(None, map(read_template, contents))
             meta = page.get("meta")
             following = meta.get("next_page_url") if isinstance(meta, dict) else None
@@ -155,12 +164,12 @@ class Twilio:
         try:
             answer = await http.get(self._origin, target, self._messages.headers, most_bytes=LARGEST_PAGE)
         except NotSent:
-            raise TemplatesUnreadable("connect_error") from None
+            raise _Unreadable("connect_error") from None
         except (NoAnswer, ValueError):
-            raise TemplatesUnreadable("templates_unreadable") from None
+            raise _Unreadable("templates_unreadable") from None
         if answer.status != 200:
             code = f"http_{answer.status}"
-            raise TemplatesUnreadable(code if code in REASONS else "templates_unreadable")
+            raise _Unreadable(code if code in REASONS else "templates_unreadable")
         return parse_object(answer.body) or {}
 
     def verify(self, request: WebhookRequest) -> None:
@@ -189,7 +198,7 @@ class Twilio:
         return Webhook(standings=(answer,)) if isinstance(answer, Standing) else Webhook(replies=(answer,))
 
 
-def write_variables(content: WhatsAppContent, template: Template, token: str) -> dict[str, str] | None:
+def write_variables(content: WhatsAppContent, template: WhatsAppTemplate, token: str) -> dict[str, str] | None:
     """A template's variables by their names, as text, header and buttons fill them; None where they do not fit.
 
     ``token`` is what tracked links have.
@@ -201,8 +210,8 @@ def write_variables(content: WhatsAppContent, template: Template, token: str) ->
         variables = dict(content.body)
     else:
         # The first parameter is for the smallest number, which is not 1 where the header has that one.
-        numbers = sorted({int(name) for name in PLACEHOLDER.findall(parts["BODY"].text)}) if content.body else []
-        variables = dict(zip(map(str, numbers), content.body, strict=True))
+        numbers = list_parameters(parts["BODY"].text) if content.body else []
+        variables = dict(zip(numbers, content.body, strict=True))
     if content.header is not None:
         shown = content.header.link if isinstance(content.header, Media) else content.header
         pattern = parts["HEADER"].text
@@ -238,6 +247,7 @@ def read_template(item: object) -> Known | None:
     link = _join_texts(media[0] if isinstance(media, list) and media else media)
     has_media = PLACEHOLDER.search(link) is not None
     buttons = [_read_button(action) for action in _list_of(shown.get("actions"))]
+    footer = shown.get("footer") or (shown.get("subtitle") if kind == "twilio/card" else None)
     is_named = any(not found.isdecimal() for found in PLACEHOLDER.findall(text))
     return Known(
         sid=resource.sid,
@@ -248,6 +258,7 @@ def read_template(item: object) -> Known | None:
         components=[
             Part(type="BODY", text=text),
             Part(type="HEADER", format="MEDIA" if has_media else "TEXT", text=link if has_media else header),
+            Part(type="FOOTER", text=_join_texts(footer)),
             Part(type="BUTTONS", buttons=buttons),
         ],
     )
@@ -257,7 +268,7 @@ def _read_button(action: object) -> ButtonPart:
     fields = action if isinstance(action, dict) else {}
     kind = str(fields.get("type") or "QUICK_REPLY")
     filled = _join_texts(fields.get({"URL": "url", "COPY_CODE": "code"}.get(kind, "id")))
-    return ButtonPart(type=kind, url=filled, is_fixed=PLACEHOLDER.search(filled) is None)
+    return ButtonPart(type=kind, text=_join_texts(fields.get("title")), url=filled, is_fixed=PLACEHOLDER.search(filled) is None)
 
 
 def _join_texts(*texts: object) -> str:

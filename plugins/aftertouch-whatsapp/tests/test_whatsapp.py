@@ -45,11 +45,14 @@ from aftertouch.channels import (
     Receipt,
     Refused,
     Reply,
+    Template,
+    TemplatesUnreadable,
     Unclear,
     Webhook,
     WebhookAnswer,
     WebhookRequest,
 )
+from aftertouch.delivery.render import render_words
 from aftertouch.signals import CORE_IMPLICATIONS, close_implications, parse
 
 TOKEN = "AbCdEfGhIjKlMnOpQrStUv-_"
@@ -455,8 +458,89 @@ async def test_content_is_not_looked_up_without_the_account() -> None:
 @pytest.mark.parametrize("answer", [refuse_with(400, 200), answer_with(500), answer_with(200, {"data": [{"name": 1}]})])
 async def test_list_that_cannot_be_read_is_an_error_and_no_problem(answer: Handler) -> None:
     async with run_graph_api(answer) as api, make_channel(api_url=api.url, business_account_id="1022") as channel:
-        with pytest.raises((LookupError, ValidationError)):
+        with pytest.raises(TemplatesUnreadable):
             await channel.check_content(make_message().content)
+
+
+# Choosing one
+
+BUTTONS = {
+    "type": "BUTTONS",
+    "buttons": [
+        {"type": "QUICK_REPLY", "text": "Later"},
+        {"type": "URL", "text": "Shop", "url": "https://shop.example/{{1}}"},
+        {"type": "COPY_CODE", "text": "Copy"},
+        {"type": "URL", "text": "About us", "url": "https://shop.example/about"},
+    ],
+}
+
+
+async def list_templates(*listed: object, **settings: object) -> list[Template]:
+    chosen = {"business_account_id": "1022", **settings}
+    answer = answer_with(200, {"data": list(listed), "paging": {}})
+    async with run_graph_api(answer) as api, make_channel(api_url=api.url, **chosen) as channel:
+        return list(await channel.list_templates())
+
+
+async def test_template_is_offered_with_a_content_that_uses_it_and_its_words_over_that() -> None:
+    header, footer = {"type": "HEADER", "format": "TEXT", "text": "For {{1}}"}, {"type": "FOOTER", "text": "Until {Sunday}"}
+    body = {"type": "BODY", "text": "Dear {{2}}, {{ 1 }} off, {{% 3 %}}"}
+    (template,) = await list_templates(make_listed(header, body, footer, BUTTONS))
+    assert template == Template(
+        name="summer_sale",
+        language="en_US",
+        status="APPROVED",
+        content={
+            "template": "summer_sale",
+            "language": "en_US",
+            "header": "",
+            "body": ["", ""],
+            "buttons": [{"type": "url", "index": 1, "value": ""}, {"type": "copy_code", "index": 2, "value": ""}],
+        },
+        header="For {{ header | default: '[1]' }}",
+        body=("Dear {{ body[1] | default: '[2]' }}, {{ body[0] | default: '[1]' }} off, {{ '{' }}{{ '{' }}% 3 %}}"),
+        footer="Until {{ '{' }}Sunday}",
+        buttons=("Later", "Shop", "Copy", "About us"),
+    )
+    assert render_words({"body": template.body}, {"body": ["20 %", ""]}) == {"body": "Dear [2], 20 % off, {{% 3 %}}"}
+
+
+async def test_template_with_names_and_media_is_offered_by_them() -> None:
+    media = {"type": "HEADER", "format": "IMAGE"}
+    listed = make_listed(media, {"type": "BODY", "text": "Dear {{first_name}}"}, parameter_format="NAMED", status="PAUSED")
+    (template,) = await list_templates(listed, {"name": 1})
+    assert (template.is_usable, template.status) == (False, "PAUSED")
+    assert template.content["body"] == {"first_name": ""}
+    assert template.content["header"] == {"type": "image", "link": ""}
+    words = {"header": template.header, "body": template.body}
+    content = {"header": {"link": "https://cdn.example/1.png"}, "body": {"first_name": "Ada"}}
+    assert render_words(words, content) == {"header": "https://cdn.example/1.png", "body": "Dear Ada"}
+    assert render_words(words, {}) == {"header": "[image]", "body": "Dear [first_name]"}
+
+
+async def test_templates_are_read_page_by_page() -> None:
+    names = [f"sale_{number}" for number in range(3)]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        at = int(request.query.get("after", "0"))
+        paging = {"cursors": {"before": "x", "after": str(at + 1)}} | ({"next": "https://elsewhere.example/"} if at < 2 else {})
+        return web.json_response({"data": [make_listed(name=names[at])], "paging": paging})
+
+    async with run_graph_api(answer) as api, make_channel(api_url=api.url, business_account_id="1022") as channel:
+        assert [template.name for template in await channel.list_templates()] == names
+        assert [request[1] for request in api.requests] == ["/v23.0/1022/message_templates"] * 3
+
+
+async def test_templates_of_an_account_that_nobody_named_are_unreadable() -> None:
+    with pytest.raises(TemplatesUnreadable, match="business_account_id"):
+        await list_templates(business_account_id="")
+
+
+async def test_parameter_that_is_empty_for_everybody_is_told_before_the_launch() -> None:
+    listed = make_listed(BODY, {"type": "HEADER", "format": "TEXT", "text": "{{1}}"}, BUTTONS)
+    buttons = [{"type": "url", "index": 1, "value": " "}, {"type": "copy_code", "index": 2, "value": "x"}]
+    problems = await check([listed], body=["x", ""], header="", buttons=buttons)
+    assert problems == [("body[1]", "is empty"), ("header", "is empty"), ("buttons[0].value", "is empty")]
 
 
 def test_limits_are_the_numbers_and_the_persons() -> None:

@@ -91,6 +91,7 @@ PAGES = (
     Page("/campaigns/{campaign}/retarget/funnel", retargets.show_funnel, "manage"),
     Page("/campaigns/{campaign}/review", composer.show_review, "manage"),
     Page("/campaigns/{campaign}/edit", composer.show, "manage"),
+    Page("/campaigns/{campaign}/templates", composer.show_templates, "manage"),
     Page("/campaigns/{campaign}/form", composer.change_form, "manage", "POST"),
     Page("/campaigns/{campaign}/save", composer.save, "manage", "POST"),
     Page("/campaigns/{campaign}/test", composer.send_test, "manage", "POST"),

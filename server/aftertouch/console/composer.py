@@ -13,7 +13,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from starlette.datastructures import FormData
 from starlette.responses import Response
 
-from aftertouch.console import previews, words
+from aftertouch.console import previews, provided, words
 from aftertouch.console.campaigns import Standing, State, describe, read, read_plain, retargetable_until
 from aftertouch.console.contents import Field, make_form, read_form
 from aftertouch.console.plans import Plan
@@ -97,12 +97,17 @@ async def show(visit: Visit) -> Response:
     standing = await read(visit)
     if standing.message.state != State.DRAFT:
         return visit.redirect(f"/campaigns/{standing.id}")
+    content, plan, is_stored = await _read_draft(visit, standing)
+    return await _render(visit, standing, content, plan, is_stored=is_stored)
+
+
+async def _read_draft(visit: Visit, standing: Standing) -> tuple[Mapping[str, Any], Plan, bool]:
+    """A draft's content and plan as they were typed last, and whether that is a content that its channel takes."""
     async with transaction(visit.console.engine) as conn:
         kept = await unfinished.find_unfinished(conn, visit.app.app_id, standing.id)
     stored = json_format.MessageToDict(standing.message.content)
     plan = Plan.load(kept.plan) if kept.plan else Plan()
-    content = stored if kept.content is None else kept.content
-    return await _render(visit, standing, content, plan, is_stored=kept.content is None and bool(stored))
+    return (stored, plan, bool(stored)) if kept.content is None else (kept.content, plan, False)
 
 
 async def _render(
@@ -116,6 +121,7 @@ async def _render(
     problem: str = "",
 ) -> Response:
     found = _find_type(visit, standing)
+    has_templates = found.channel.capabilities.templates
     source = await find_source(visit, standing)
     contact = await previews.find_contact(visit, standing.message.channel, visit.query("as"))
     return visit.render(
@@ -130,7 +136,9 @@ async def _render(
         last_time=retargetable_until(visit, source) if source else None,
         contact=contact,
         attributes=previews.list_attributes(contact),
-        preview=previews.draw(found, content, contact) if contact and is_stored else None,
+        # A provider's words come by themselves, after the page.
+        preview=await previews.draw(visit, found, content, contact) if contact and is_stored and not has_templates else None,
+        has_templates=has_templates,
         saved="Saved" if is_stored else "",
         problem=problem,
     )
@@ -187,9 +195,10 @@ async def change_form(visit: Visit) -> Response:
     if source := values.get("copy", ""):
         request = campaigns_pb2.GetCampaignRequest(name=visit.name("campaigns", source))
         content = json_format.MessageToDict((await visit.client.campaigns.GetCampaign(request)).content)
-        response = visit.render("content_form.html", form=make_form(schema, content))
-        response.headers["hx-trigger-after-swap"] = "copied"
-        return response
+        return _begin_with(visit, schema, content)
+    if chosen := values.get("template", ""):
+        template = await provided.find_chosen(visit, found.name, chosen)
+        return _begin_with(visit, schema, json_format.MessageToDict(template.content))
     if path := values.get("add", ""):
         content = read_form(schema, values | {f"{path}.9999": "", f"{path}.9999.key": ""})
     elif path := values.get("remove", ""):
@@ -198,6 +207,32 @@ async def change_form(visit: Visit) -> Response:
     else:
         content = read_form(schema, values)
     return visit.render("content_form.html", form=make_form(schema, content, values=values))
+
+
+def _begin_with(visit: Visit, schema: Mapping[str, Any], content: Mapping[str, Any]) -> Response:
+    """The form with this content, which is saved at once."""
+    response = visit.render("content_form.html", form=make_form(schema, content))
+    response.headers["hx-trigger-after-swap"] = "copied"
+    return response
+
+
+async def show_templates(visit: Visit) -> Response:
+    """The provider's templates to choose from, and the message in their words: parts of the page that come after the rest."""
+    standing = await read(visit)
+    found = _find_type(visit, standing)
+    offer = await provided.list_offer(visit, found.name)
+    content, _, is_stored = await _read_draft(visit, standing)
+    contact = await previews.find_contact(visit, found.name, visit.query("as"))
+    return visit.render(
+        "templates_part.html",
+        campaign=standing,
+        label=found.channel.label,
+        offer=offer,
+        used=provided.find_used(offer.templates, content),
+        name_choice=provided.name_choice,
+        contact=contact,
+        preview=await previews.draw(visit, found, content, contact) if contact and is_stored else None,
+    )
 
 
 async def save(visit: Visit) -> Response:
@@ -213,7 +248,7 @@ async def save(visit: Visit) -> Response:
         labels = [field.label for field in _make_form(found, content, error.violations).faulty]
         status = f"Kept. Missing or wrong: {', '.join(labels or ['Name'])}"
         return visit.render("saved_part.html", etag=standing.message.etag, preview=None, contact=contact, status=status)
-    preview = previews.draw(found, content, contact) if contact else None
+    preview = await previews.draw(visit, found, content, contact) if contact else None
     response = visit.render("saved_part.html", etag=stored.etag, preview=preview, contact=contact, status="Saved")
     # Only of a complete message it can be asked whom it would go to, and what it would cost.
     response.headers["hx-trigger"] = "reviewed"
@@ -276,6 +311,10 @@ async def _review(visit: Visit, standing: Standing) -> Review:
         asked = await visit.client.campaigns.LaunchCampaign(request)
         estimate = asked.estimate if asked.HasField("estimate") else None
         return Review(funnel, count if funnel else asked.counts.recipients, "", estimate)
+    except FieldsInvalid as error:
+        form = _make_form(_find_type(visit, standing), json_format.MessageToDict(standing.message.content), error.violations)
+        told = [f"{field.label} {fault}" for field in form.faulty for fault in field.faults]
+        return Review(funnel, max(count, 0), "; ".join(told) + "." if told else words.explain(error))
     except AftertouchError as error:
         return Review(funnel, max(count, 0), words.explain(error))
 

@@ -137,7 +137,8 @@ class _Maker:
             "text",
             value,
             is_required,
-            str(schema.get("description") or chosen.get("description") or ""),
+            # Descriptions are docstrings: code has backticks there.
+            str(schema.get("description") or chosen.get("description") or "").replace("``", ""),
             variants=tuple(map(_name_variant, variants)) if len(variants) > 1 else (),
             variant=index,
         )
@@ -185,6 +186,8 @@ def _find_nearest(form: Field, path: str) -> Field:
     found = form
     while True:
         rest = path.removeprefix(found.path).lstrip(".").split(".")
+        if found.kind == "map" and (pair := next((part for part in found.parts if part.label == rest[0]), None)):
+            return pair
         inner = next(
             (part for part in found.parts for at, _ in enumerate(rest) if ".".join([found.path, rest[at]]) == part.path), None
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from aftertouch.console import words
+from aftertouch.console import provided, words
 from aftertouch.console.visits import Visit
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.render import ContentTemplate, RenderError
@@ -27,9 +27,11 @@ class Preview:
     """How to draw it: notification, bubble, template or fields."""
     content: Mapping[str, Any]
     problem: str = ""
+    words: Mapping[str, Any] | None = None
+    """Of the provider's template that the content fills in: header, body, footer and buttons."""
 
 
-def draw(found: ChannelType, content: Mapping[str, Any], contact: contacts_pb2.Contact) -> Preview:
+async def draw(visit: Visit, found: ChannelType, content: Mapping[str, Any], contact: contacts_pb2.Contact) -> Preview:
     """The message of a valid content for a contact."""
     attributes = json_format.MessageToDict(contact.attributes)
     try:
@@ -37,7 +39,8 @@ def draw(found: ChannelType, content: Mapping[str, Any], contact: contacts_pb2.C
     except RenderError as error:
         return Preview("none", {}, words.SKIPS.get(error.code, error.code))
     filled = rendered.model_dump(mode="json", exclude_none=True)
-    return Preview(_choose_shape(filled), filled)
+    words_filled = await provided.read_words(visit, found.name, filled) if found.channel.capabilities.templates else None
+    return Preview(_choose_shape(filled), filled, words=words_filled)
 
 
 def _choose_shape(content: Mapping[str, Any]) -> str:

@@ -99,6 +99,8 @@ def explain(error: AftertouchError) -> str:
             return "A campaign that is not launched yet is for this list. Give it another audience, or delete it."
         case "CHANNEL_NOT_READY":
             return f"The channel {error.metadata['channel']} cannot send: {error.metadata['problems']}."
+        case "TEMPLATES_UNREADABLE":
+            return f"The templates cannot be listed: {error.metadata['cause']}."
         case "INTERNAL":
             return f"A defect of ours. Tell your operator this number: {error.metadata['request']}."
     return _REFUSALS.get(error.reason, str(error))

@@ -107,6 +107,17 @@ class ContentTemplate:
             raise RenderError("invalid_content") from error
 
 
+def render_words(words: Mapping[str, Any], content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A template's words over a rendered content; None where they are no Liquid, or do not go with it."""
+    try:
+        rendered: Mapping[str, Any] = _compile(words)(content)
+    except Exception as error:
+        # They come from a plugin, and a filter raises whatever Python does.
+        log.info("a template's words cannot be shown", action="render_words", cause=type(error).__name__)
+        return None
+    return rendered
+
+
 def render_link(link: str, external_id: str, attributes: Mapping[str, Any]) -> str | None:
     """A link of a content for one contact; None when it cannot be rendered for this one any more."""
     known = {name: value for name, value in attributes.items() if value not in (None, "")}

@@ -6,17 +6,24 @@ from collections.abc import Sequence
 
 from google.protobuf.empty_pb2 import Empty
 
+from aftertouch.channels import Template
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.context import MessageContext
+from aftertouch.delivery.templates import Templates
 from aftertouch.errors import FieldsInvalid, NotFound, Violation
 from aftertouch.plugins import Registry, SettingsWrong
 from aftertouch.rpc.interceptor import Call
-from aftertouch.rpc.names import read_channel_name, read_name
-from aftertouch.rpc.pages import make_page_token, read_page_token, size_page
+from aftertouch.rpc.names import check_parent, read_channel_name, read_name
+from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.signals import CORE_IMPLICATIONS
 from aftertouch.store.app_secrets import delete_own_settings, merge_own_settings, put_own_settings, read_own_settings
+from aftertouch.store.engine import transaction
 from aftertouch.v1 import channels_pb2, channels_pb2_grpc
+
+_LONGEST_WORDS = 4_000
+"""Of a template, as in the docstring of ``channels.Template``."""
+_MOST_BUTTONS = 20
 
 
 class Channels(channels_pb2_grpc.ChannelsServicer):
@@ -26,6 +33,7 @@ class Channels(channels_pb2_grpc.ChannelsServicer):
         self._registry = registry
         self._vault = context.vault
         self._accounts = context.accounts
+        self._templates = Templates(context.accounts)
 
     async def ListChannels(  # type: ignore[override]
         self, request: channels_pb2.ListChannelsRequest, call: Call
@@ -48,6 +56,25 @@ class Channels(channels_pb2_grpc.ChannelsServicer):
         channel.content_schema.CopyFrom(to_struct(found.channel.content_model.model_json_schema()))
         channel.address_schema.CopyFrom(to_struct(found.channel.address_model.model_json_schema()))
         return channel
+
+    async def ListTemplates(  # type: ignore[override]
+        self, request: channels_pb2.ListTemplatesRequest, call: Call
+    ) -> channels_pb2.ListTemplatesResponse:
+        check_parent(call, request.parent)
+        if request.channel not in self._registry.types:
+            raise NotFound(f"channels/{request.channel}")
+        size = size_page(request.page_size)
+        question = f"{request.parent}/templates/{request.channel}"
+        start = read_page_token(request.page_token, question, int) or 0
+        async with transaction(call.engine) as conn:
+            account = await self._accounts.find(conn, call.app, request.channel)
+            listing = self._templates.list(account)
+        found = await listing
+        page = fill_page([_to_template(template) for template in found[start : start + size]])
+        end = start + len(page)
+        return channels_pb2.ListTemplatesResponse(
+            templates=page, next_page_token=make_page_token(question, end) if end < len(found) else ""
+        )
 
     async def GetChannelSettings(  # type: ignore[override]
         self, request: channels_pb2.GetChannelSettingsRequest, call: Call
@@ -121,7 +148,26 @@ class Channels(channels_pb2_grpc.ChannelsServicer):
             ],
             actions=[to_action(found, action) for action in found.actions],
             idempotent_sends=found.channel.capabilities.idempotent_sends,
+            has_templates=found.channel.capabilities.templates,
         )
+
+
+def _to_template(template: Template) -> channels_pb2.Template:
+    return channels_pb2.Template(
+        template=template.name,
+        language=template.language,
+        status=template.status,
+        usable=template.is_usable,
+        content=to_struct(template.content),
+        header=_show_words(template.header),
+        body=_show_words(template.body),
+        footer=_show_words(template.footer),
+        buttons=map(_show_words, template.buttons[:_MOST_BUTTONS]),
+    )
+
+
+def _show_words(text: str) -> str:
+    return text if len(text) <= _LONGEST_WORDS else ""
 
 
 def to_action(found: ChannelType, name: str) -> channels_pb2.Action:

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from .draws import draw_numbers
 from .faults import Fault, Faults
 from .population import Person, Population
-from .settings import SandboxSettings
+from .settings import SandboxSettings, list_parameters
 from .truth import Decision, Entry, Truth
 from .webhooks import Outbox, Request, Stream
 
@@ -285,22 +285,20 @@ class Meta:
         return JSONResponse(
             {
                 "data": [
-                    self._describe_template(name, parameters)
-                    for name, parameters in self._settings.templates.items()
-                    if sought in name
+                    self._describe_template(name, text) for name, text in self._settings.templates.items() if sought in name
                 ],
                 "paging": {"cursors": {"before": "MAZDZD", "after": "MjQZD"}},
             }
         )
 
-    def _describe_template(self, name: str, parameters: tuple[str, ...]) -> dict[str, Any]:
-        is_positional = parameters == tuple(map(str, range(1, len(parameters) + 1)))
+    def _describe_template(self, name: str, text: str) -> dict[str, Any]:
+        is_positional = all(parameter.isdecimal() for parameter in list_parameters(text))
         return {
             "name": name,
             "language": "en_US",
             "status": self._settings.template_statuses.get(name, "APPROVED"),
             "parameter_format": "POSITIONAL" if is_positional else "NAMED",
-            "components": [{"type": "BODY", "text": " ".join(["Hello", *(f"{{{{{each}}}}}" for each in parameters)])}],
+            "components": [{"type": "BODY", "text": text}],
         }
 
     def _answer_fault(self, fault: Fault) -> Response:
@@ -431,7 +429,7 @@ async def _read_object(request: HttpRequest) -> Mapping[str, Any]:
     return body
 
 
-def check_template(template: Mapping[str, Any], approved: Mapping[str, tuple[str, ...]]) -> None:
+def check_template(template: Mapping[str, Any], approved: Mapping[str, str]) -> None:
     """Refuse what Meta refuses about a template message at once."""
     name, language = template.get("name"), template.get("language")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -455,9 +453,12 @@ def check_template(template: Mapping[str, Any], approved: Mapping[str, tuple[str
         names = _check_parameters(parameters)
         if component["type"] == "body":
             given = names
-    if approved and len(given) != len(approved[name]):
-        raise _Refused(132000, f"body: number of localizable_params ({len(given)}) does not match ({len(approved[name])})")
-    if approved and set(given) != set(approved[name]):
+    if not approved:
+        return
+    wanted = list_parameters(approved[name])
+    if len(given) != len(wanted):
+        raise _Refused(132000, f"body: number of localizable_params ({len(given)}) does not match ({len(wanted)})")
+    if set(given) != set(wanted):
         raise _Refused(100, "Parameter name does not match the template's")
 
 

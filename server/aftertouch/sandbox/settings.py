@@ -5,6 +5,7 @@ The defaults are well known on purpose: they are the credentials of providers th
 
 from __future__ import annotations
 
+import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -106,9 +107,9 @@ class SandboxSettings:
     app_secret: str = field(default="sandbox-app-secret", repr=False)
     verify_token: str = field(default="sandbox-verify-token", repr=False)
     whatsapp_webhook_url: str | None = None
-    templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The approved templates and the names of their body parameters ("1", "2", … if positional). Empty: at Meta every template is
-    approved and takes what it is given; Twilio lists none, and takes every ContentSid."""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """The approved templates by their names, with their texts: ``Hello {{1}}``, or ``Hello {{first_name}}``. Empty: at Meta every
+    template is approved and takes what it is given; Twilio lists none, and takes every ContentSid."""
 
     template_statuses: Mapping[str, str] = field(default_factory=dict)
     """Of those that are not ``APPROVED`` after all, as it is listed."""
@@ -172,3 +173,8 @@ class SandboxSettings:
         if self.vapid_private_key is not None:
             environment["AFTERTOUCH_PUSH_VAPID_PRIVATE_KEY"] = self.vapid_private_key
         return environment
+
+
+def list_parameters(text: str) -> tuple[str, ...]:
+    """The names of a template's parameters, as they stand in its text."""
+    return tuple(dict.fromkeys(re.findall(r"\{\{(\w+)\}\}", text)))

@@ -29,7 +29,7 @@ from starlette.routing import Route
 from .draws import draw_numbers
 from .faults import Fault, Faults
 from .population import Population
-from .settings import SandboxSettings
+from .settings import SandboxSettings, list_parameters
 from .truth import Decision, Entry, Truth
 from .webhooks import CONNECT_FAILED, READ_FAILED, Outbox, Request, Stream
 
@@ -392,7 +392,7 @@ class Twilio:
         )
 
     def _describe_content(self, name: str) -> dict[str, Any]:
-        parameters = self._settings.templates[name]
+        text = self._settings.templates[name]
         return {
             "date_created": "2026-01-01T09:00:00Z",
             "date_updated": "2026-01-01T09:00:00Z",
@@ -400,8 +400,8 @@ class Twilio:
             "account_sid": self._settings.account_sid,
             "friendly_name": name,
             "language": "en_US",
-            "variables": dict.fromkeys(parameters, "example"),
-            "types": {"twilio/text": {"body": " ".join(["Hello", *(f"{{{{{each}}}}}" for each in parameters)])}},
+            "variables": dict.fromkeys(list_parameters(text), "example"),
+            "types": {"twilio/text": {"body": text}},
             "approval_requests": {
                 "name": name,
                 "category": "MARKETING",

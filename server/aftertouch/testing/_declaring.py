@@ -15,7 +15,7 @@ import pytest
 from pydantic import SecretBytes, SecretStr, ValidationError
 
 from aftertouch.channels import STORED, Address, Channel, Limit
-from aftertouch.declarations import InvalidDeclaration, compile_channel
+from aftertouch.declarations import OPTIONAL_METHODS, InvalidDeclaration, compile_channel
 from aftertouch.plugins import build_registry, discover_channels, name_setting
 from aftertouch.testing._subject import WEBHOOK_BASE_URL, Subject
 
@@ -158,14 +158,14 @@ class DeclaringChecks(Subject):
             "limits gave two answers for one message: it is called for every message, so keep it pure, and the server counts"
         )
 
-    def test_look_up_is_declared_where_it_is_written(self) -> None:
-        is_written = self.channel.look_up is not Channel.look_up
-        assert not is_written or self.channel.capabilities.look_up, (
-            "look_up is written, but nobody calls it: set capabilities.look_up"
-        )
-        assert is_written or not self.channel.capabilities.look_up, (
-            "capabilities.look_up is set, but look_up is not written: after a crash it would be called, and fail"
-        )
+    def test_optional_methods_are_declared_where_they_are_written(self) -> None:
+        for method, capability in OPTIONAL_METHODS.items():
+            is_written = getattr(self.channel, method) is not getattr(Channel, method)
+            is_declared = getattr(self.channel.capabilities, capability)
+            assert not is_written or is_declared, f"{method} is written, but nobody calls it: set capabilities.{capability}"
+            assert is_written or not is_declared, (
+                f"capabilities.{capability} is set, but {method} is not written: it would be called, and fail"
+            )
 
     def test_repr_shows_nothing_private(self) -> None:
         channel = self.build()

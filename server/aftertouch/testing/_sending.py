@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +26,7 @@ from aftertouch.channels import (
     Outcome,
     ReasonClass,
     Refused,
+    TemplatesUnreadable,
     Unclear,
 )
 from aftertouch.testing._provider import Answer, FakeProvider, Fault, ProviderRequest, Response
@@ -33,6 +34,16 @@ from aftertouch.testing._subject import TOKENS, Subject, needs
 
 in_own_loop = pytest.mark.asyncio(loop_scope="function")
 """Marks a check whatever the author's asyncio_mode; a loop for each keeps one check's mess out of the next."""
+
+TROUBLE: Mapping[str, Response | Fault] = {
+    "a 500": Response(status=500),
+    "a 429": Response(status=429),
+    "a 401": Response(status=401),
+    "a 200 that says nothing": Response(status=200, body="<html>Welcome</html>"),
+    "silence": Fault.STALL,
+    "a reset": Fault.RESET,
+}
+"""Answers of a provider that say nothing of what it was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +255,26 @@ class SendingChecks(Subject):
                 leaks = self.find_leaks(text, sent.channel, sent.messages[0])
                 assert not leaks, f"after {way}, {place} shows {', '.join(leaks)}"
 
+    @needs("templates")
+    @in_own_loop
+    async def test_templates_of_a_provider_in_trouble_are_unreadable(self) -> None:
+        for way, answer in TROUBLE.items():
+            async with self.provider_type(_always(answer)) as provider, self.build(provider.url) as channel:
+                (message,) = self.make_messages(channel, provider.url)
+                try:
+                    async with asyncio.timeout(self.patience):
+                        found = await channel.list_templates()
+                except TemplatesUnreadable as error:
+                    told = str(error)
+                except TimeoutError:
+                    pytest.fail(f"list_templates did not return within {self.patience} s: set a timeout on every call")
+                except Exception as error:
+                    pytest.fail(f"after {way} list_templates raised {error!r}: raise TemplatesUnreadable", pytrace=False)
+                else:
+                    pytest.fail(f"after {way} list_templates says {found!r}, as if the account had no others", pytrace=False)
+                leaks = self.find_leaks(told, channel, message)
+                assert not leaks, f"after {way} list_templates says {told[:300]!r}, which shows {', '.join(leaks)}"
+
     @needs("look_up")
     @in_own_loop
     async def test_look_up_finds_what_was_taken(self) -> None:
@@ -269,15 +300,7 @@ class SendingChecks(Subject):
     @needs("look_up")
     @in_own_loop
     async def test_look_up_at_a_provider_in_trouble_is_unclear(self) -> None:
-        ways: dict[str, Response | Fault] = {
-            "a 500": Response(status=500),
-            "a 429": Response(status=429),
-            "a 401": Response(status=401),
-            "a 200 that says nothing": Response(status=200, body="<html>Welcome</html>"),
-            "silence": Fault.STALL,
-            "a reset": Fault.RESET,
-        }
-        for way, answer in ways.items():
+        for way, answer in TROUBLE.items():
             finding = await self._look_up(taken=0, instead=answer)
             assert isinstance(finding, Unclear), (
                 f"after {way} look_up says {finding!r}, where nobody knows whether the message was taken: Unclear has it looked "

@@ -31,7 +31,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66tertouch/v1/channels.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x03\n\x07\x43hannel\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.aftertouch.v1.Channel.State\x12\x10\n\x08problems\x18\x04 \x03(\t\x12\x14\n\x0c\x64istribution\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12&\n\x07signals\x18\x07 \x03(\x0b\x32\x15.aftertouch.v1.Signal\x12&\n\x07\x61\x63tions\x18\x08 \x03(\x0b\x32\x15.aftertouch.v1.Action\x12/\n\x0e\x63ontent_schema\x18\t \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0e\x61\x64\x64ress_schema\x18\n \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x18\n\x10idempotent_sends\x18\x0b \x01(\x08\x12\x14\n\x0c\x61pp_settings\x18\x0c \x03(\t\"I\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x12\n\x0eNOT_CONFIGURED\x10\x02\x12\n\n\x06\x42ROKEN\x10\x03:+\xea\x41(\n\x12\x61\x66tertouch/Channel\x12\x12\x63hannels/{channel}\"?\n\x06Signal\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0f\n\x07implies\x18\x03 \x03(\t\"\x8c\x01\n\x06\x41\x63tion\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nshort_name\x18\x03 \x01(\t\x12\x12\n\nexpression\x18\x04 \x01(\t\x12\x18\n\x10\x61part_expression\x18\x05 \x01(\t\x12\x1a\n\x12\x61part_display_name\x18\x06 \x01(\t\"E\n\x13ListChannelsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListChannelsResponse\x12(\n\x08\x63hannels\x18\x01 \x03(\x0b\x32\x16.aftertouch.v1.Channel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetChannelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xf8\x02\n\x0f\x43hannelSettings\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12W\n\x06values\x18\x02 \x03(\x0b\x32*.aftertouch.v1.ChannelSettings.ValuesEntryB\x1b\xe2\x41\x01\x04\xbaH\x14\x9a\x01\x11\x10\x32\"\x06r\x04\x10\x01\x18@*\x05r\x03\x18\x90N\x12\x18\n\nset_values\x18\x03 \x03(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0bwebhook_url\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x16\n\x08problems\x18\x06 \x03(\tB\x04\xe2\x41\x01\x03\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:E\xea\x41\x42\n\x1a\x61\x66tertouch/ChannelSettings\x12$apps/{app}/channelSettings/{channel}\"/\n\x19GetChannelSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"^\n\x1cUpdateChannelSettingsRequest\x12>\n\x10\x63hannel_settings\x18\x01 \x01(\x0b\x32\x1e.aftertouch.v1.ChannelSettingsB\x04\xe2\x41\x01\x02\"2\n\x1c\x44\x65leteChannelSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xed\x03\n\x08\x43hannels\x12]\n\x0cListChannels\x12\".aftertouch.v1.ListChannelsRequest\x1a#.aftertouch.v1.ListChannelsResponse\"\x04\x88\xca*\x01\x12L\n\nGetChannel\x12 .aftertouch.v1.GetChannelRequest\x1a\x16.aftertouch.v1.Channel\"\x04\x88\xca*\x01\x12\x64\n\x12GetChannelSettings\x12(.aftertouch.v1.GetChannelSettingsRequest\x1a\x1e.aftertouch.v1.ChannelSettings\"\x04\x88\xca*\x01\x12j\n\x15UpdateChannelSettings\x12+.aftertouch.v1.UpdateChannelSettingsRequest\x1a\x1e.aftertouch.v1.ChannelSettings\"\x04\x88\xca*\x04\x12\x62\n\x15\x44\x65leteChannelSettings\x12+.aftertouch.v1.DeleteChannelSettingsRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x04\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x66tertouch/v1/channels.proto\x12\raftertouch.v1\x1a\x1b\x61\x66tertouch/v1/options.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8a\x04\n\x07\x43hannel\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.aftertouch.v1.Channel.State\x12\x10\n\x08problems\x18\x04 \x03(\t\x12\x14\n\x0c\x64istribution\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12&\n\x07signals\x18\x07 \x03(\x0b\x32\x15.aftertouch.v1.Signal\x12&\n\x07\x61\x63tions\x18\x08 \x03(\x0b\x32\x15.aftertouch.v1.Action\x12/\n\x0e\x63ontent_schema\x18\t \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0e\x61\x64\x64ress_schema\x18\n \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x18\n\x10idempotent_sends\x18\x0b \x01(\x08\x12\x14\n\x0c\x61pp_settings\x18\x0c \x03(\t\x12\x15\n\rhas_templates\x18\r \x01(\x08\"I\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x12\n\x0eNOT_CONFIGURED\x10\x02\x12\n\n\x06\x42ROKEN\x10\x03:+\xea\x41(\n\x12\x61\x66tertouch/Channel\x12\x12\x63hannels/{channel}\"?\n\x06Signal\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0f\n\x07implies\x18\x03 \x03(\t\"\x8c\x01\n\x06\x41\x63tion\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nshort_name\x18\x03 \x01(\t\x12\x12\n\nexpression\x18\x04 \x01(\t\x12\x18\n\x10\x61part_expression\x18\x05 \x01(\t\x12\x1a\n\x12\x61part_display_name\x18\x06 \x01(\t\"E\n\x13ListChannelsRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListChannelsResponse\x12(\n\x08\x63hannels\x18\x01 \x03(\x0b\x32\x16.aftertouch.v1.Channel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetChannelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"s\n\x14ListTemplatesRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\x07\x63hannel\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\tpage_size\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x15ListTemplatesResponse\x12*\n\ttemplates\x18\x01 \x03(\x0b\x32\x17.aftertouch.v1.Template\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb7\x01\n\x08Template\x12\x10\n\x08template\x18\x01 \x01(\t\x12\x10\n\x08language\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x0e\n\x06usable\x18\x04 \x01(\x08\x12(\n\x07\x63ontent\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06header\x18\x06 \x01(\t\x12\x0c\n\x04\x62ody\x18\x07 \x01(\t\x12\x0e\n\x06\x66ooter\x18\x08 \x01(\t\x12\x0f\n\x07\x62uttons\x18\t \x03(\t\"\xf8\x02\n\x0f\x43hannelSettings\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12W\n\x06values\x18\x02 \x03(\x0b\x32*.aftertouch.v1.ChannelSettings.ValuesEntryB\x1b\xe2\x41\x01\x04\xbaH\x14\x9a\x01\x11\x10\x32\"\x06r\x04\x10\x01\x18@*\x05r\x03\x18\x90N\x12\x18\n\nset_values\x18\x03 \x03(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0bwebhook_url\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x16\n\x08problems\x18\x06 \x03(\tB\x04\xe2\x41\x01\x03\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:E\xea\x41\x42\n\x1a\x61\x66tertouch/ChannelSettings\x12$apps/{app}/channelSettings/{channel}\"/\n\x19GetChannelSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"^\n\x1cUpdateChannelSettingsRequest\x12>\n\x10\x63hannel_settings\x18\x01 \x01(\x0b\x32\x1e.aftertouch.v1.ChannelSettingsB\x04\xe2\x41\x01\x02\"2\n\x1c\x44\x65leteChannelSettingsRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xcf\x04\n\x08\x43hannels\x12]\n\x0cListChannels\x12\".aftertouch.v1.ListChannelsRequest\x1a#.aftertouch.v1.ListChannelsResponse\"\x04\x88\xca*\x01\x12L\n\nGetChannel\x12 .aftertouch.v1.GetChannelRequest\x1a\x16.aftertouch.v1.Channel\"\x04\x88\xca*\x01\x12`\n\rListTemplates\x12#.aftertouch.v1.ListTemplatesRequest\x1a$.aftertouch.v1.ListTemplatesResponse\"\x04\x88\xca*\x01\x12\x64\n\x12GetChannelSettings\x12(.aftertouch.v1.GetChannelSettingsRequest\x1a\x1e.aftertouch.v1.ChannelSettings\"\x04\x88\xca*\x01\x12j\n\x15UpdateChannelSettings\x12+.aftertouch.v1.UpdateChannelSettingsRequest\x1a\x1e.aftertouch.v1.ChannelSettings\"\x04\x88\xca*\x04\x12\x62\n\x15\x44\x65leteChannelSettings\x12+.aftertouch.v1.DeleteChannelSettingsRequest\x1a\x16.google.protobuf.Empty\"\x04\x88\xca*\x04\x42\\\n\x10io.aftertouch.v1P\x01ZFgithub.com/aftertouch/aftertouch/clients/go/aftertouch/v1;aftertouchv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,6 +47,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTCHANNELSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_GETCHANNELREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETCHANNELREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_LISTTEMPLATESREQUEST'].fields_by_name['parent']._loaded_options = None
+  _globals['_LISTTEMPLATESREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002'
+  _globals['_LISTTEMPLATESREQUEST'].fields_by_name['channel']._loaded_options = None
+  _globals['_LISTTEMPLATESREQUEST'].fields_by_name['channel']._serialized_options = b'\342A\001\002'
+  _globals['_LISTTEMPLATESREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTTEMPLATESREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_CHANNELSETTINGS_VALUESENTRY']._loaded_options = None
   _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_CHANNELSETTINGS'].fields_by_name['name']._loaded_options = None
@@ -73,6 +79,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHANNELS'].methods_by_name['ListChannels']._serialized_options = b'\210\312*\001'
   _globals['_CHANNELS'].methods_by_name['GetChannel']._loaded_options = None
   _globals['_CHANNELS'].methods_by_name['GetChannel']._serialized_options = b'\210\312*\001'
+  _globals['_CHANNELS'].methods_by_name['ListTemplates']._loaded_options = None
+  _globals['_CHANNELS'].methods_by_name['ListTemplates']._serialized_options = b'\210\312*\001'
   _globals['_CHANNELS'].methods_by_name['GetChannelSettings']._loaded_options = None
   _globals['_CHANNELS'].methods_by_name['GetChannelSettings']._serialized_options = b'\210\312*\001'
   _globals['_CHANNELS'].methods_by_name['UpdateChannelSettings']._loaded_options = None
@@ -80,29 +88,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHANNELS'].methods_by_name['DeleteChannelSettings']._loaded_options = None
   _globals['_CHANNELS'].methods_by_name['DeleteChannelSettings']._serialized_options = b'\210\312*\004'
   _globals['_CHANNEL']._serialized_start=258
-  _globals['_CHANNEL']._serialized_end=757
-  _globals['_CHANNEL_STATE']._serialized_start=639
-  _globals['_CHANNEL_STATE']._serialized_end=712
-  _globals['_SIGNAL']._serialized_start=759
-  _globals['_SIGNAL']._serialized_end=822
-  _globals['_ACTION']._serialized_start=825
-  _globals['_ACTION']._serialized_end=965
-  _globals['_LISTCHANNELSREQUEST']._serialized_start=967
-  _globals['_LISTCHANNELSREQUEST']._serialized_end=1036
-  _globals['_LISTCHANNELSRESPONSE']._serialized_start=1038
-  _globals['_LISTCHANNELSRESPONSE']._serialized_end=1127
-  _globals['_GETCHANNELREQUEST']._serialized_start=1129
-  _globals['_GETCHANNELREQUEST']._serialized_end=1168
-  _globals['_CHANNELSETTINGS']._serialized_start=1171
-  _globals['_CHANNELSETTINGS']._serialized_end=1547
-  _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_start=1431
-  _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_end=1476
-  _globals['_GETCHANNELSETTINGSREQUEST']._serialized_start=1549
-  _globals['_GETCHANNELSETTINGSREQUEST']._serialized_end=1596
-  _globals['_UPDATECHANNELSETTINGSREQUEST']._serialized_start=1598
-  _globals['_UPDATECHANNELSETTINGSREQUEST']._serialized_end=1692
-  _globals['_DELETECHANNELSETTINGSREQUEST']._serialized_start=1694
-  _globals['_DELETECHANNELSETTINGSREQUEST']._serialized_end=1744
-  _globals['_CHANNELS']._serialized_start=1747
-  _globals['_CHANNELS']._serialized_end=2240
+  _globals['_CHANNEL']._serialized_end=780
+  _globals['_CHANNEL_STATE']._serialized_start=662
+  _globals['_CHANNEL_STATE']._serialized_end=735
+  _globals['_SIGNAL']._serialized_start=782
+  _globals['_SIGNAL']._serialized_end=845
+  _globals['_ACTION']._serialized_start=848
+  _globals['_ACTION']._serialized_end=988
+  _globals['_LISTCHANNELSREQUEST']._serialized_start=990
+  _globals['_LISTCHANNELSREQUEST']._serialized_end=1059
+  _globals['_LISTCHANNELSRESPONSE']._serialized_start=1061
+  _globals['_LISTCHANNELSRESPONSE']._serialized_end=1150
+  _globals['_GETCHANNELREQUEST']._serialized_start=1152
+  _globals['_GETCHANNELREQUEST']._serialized_end=1191
+  _globals['_LISTTEMPLATESREQUEST']._serialized_start=1193
+  _globals['_LISTTEMPLATESREQUEST']._serialized_end=1308
+  _globals['_LISTTEMPLATESRESPONSE']._serialized_start=1310
+  _globals['_LISTTEMPLATESRESPONSE']._serialized_end=1402
+  _globals['_TEMPLATE']._serialized_start=1405
+  _globals['_TEMPLATE']._serialized_end=1588
+  _globals['_CHANNELSETTINGS']._serialized_start=1591
+  _globals['_CHANNELSETTINGS']._serialized_end=1967
+  _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_start=1851
+  _globals['_CHANNELSETTINGS_VALUESENTRY']._serialized_end=1896
+  _globals['_GETCHANNELSETTINGSREQUEST']._serialized_start=1969
+  _globals['_GETCHANNELSETTINGSREQUEST']._serialized_end=2016
+  _globals['_UPDATECHANNELSETTINGSREQUEST']._serialized_start=2018
+  _globals['_UPDATECHANNELSETTINGSREQUEST']._serialized_end=2112
+  _globals['_DELETECHANNELSETTINGSREQUEST']._serialized_start=2114
+  _globals['_DELETECHANNELSETTINGSREQUEST']._serialized_end=2164
+  _globals['_CHANNELS']._serialized_start=2167
+  _globals['_CHANNELS']._serialized_end=2758
 # @@protoc_insertion_point(module_scope)

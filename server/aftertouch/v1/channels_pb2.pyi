@@ -66,6 +66,7 @@ class Channel(_message.Message):
     ADDRESS_SCHEMA_FIELD_NUMBER: _builtins.int
     IDEMPOTENT_SENDS_FIELD_NUMBER: _builtins.int
     APP_SETTINGS_FIELD_NUMBER: _builtins.int
+    HAS_TEMPLATES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`channels/{channel}`, as in channels/sms."""
     display_name: _builtins.str
@@ -78,6 +79,8 @@ class Channel(_message.Message):
     """The version of that distribution."""
     idempotent_sends: _builtins.bool
     """Whether a message that was sent twice reaches the person once."""
+    has_templates: _builtins.bool
+    """Whether contents fill in messages that the provider keeps, which ListTemplates lists."""
     @_builtins.property
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why it cannot: one line for each missing setting or error, without values."""
@@ -117,10 +120,11 @@ class Channel(_message.Message):
         address_schema: _struct_pb2.Struct | None = ...,
         idempotent_sends: _builtins.bool = ...,
         app_settings: _abc.Iterable[_builtins.str] | None = ...,
+        has_templates: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["address_schema", b"address_schema", "content_schema", b"content_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "address_schema", b"address_schema", "app_settings", b"app_settings", "content_schema", b"content_schema", "display_name", b"display_name", "distribution", b"distribution", "idempotent_sends", b"idempotent_sends", "name", b"name", "problems", b"problems", "signals", b"signals", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "address_schema", b"address_schema", "app_settings", b"app_settings", "content_schema", b"content_schema", "display_name", b"display_name", "distribution", b"distribution", "has_templates", b"has_templates", "idempotent_sends", b"idempotent_sends", "name", b"name", "problems", b"problems", "signals", b"signals", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,6 +279,128 @@ class GetChannelRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetChannelRequest: _TypeAlias = GetChannelRequest  # noqa: Y015
+
+@_typing.final
+class ListTemplatesRequest(_message.Message):
+    """Request of ListTemplates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`apps/{app}`."""
+    channel: _builtins.str
+    """As in "whatsapp"."""
+    page_size: _builtins.int
+    """At most this many; 0 means 50, the most is 1000."""
+    page_token: _builtins.str
+    """From the last answer. Where the account's templates change meanwhile, one may come twice or not at all."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        channel: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTemplatesRequest: _TypeAlias = ListTemplatesRequest  # noqa: Y015
+
+@_typing.final
+class ListTemplatesResponse(_message.Message):
+    """Response of ListTemplates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPLATES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty when there are no more."""
+    @_builtins.property
+    def templates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Template]:
+        """A page of them."""
+
+    def __init__(
+        self,
+        *,
+        templates: _abc.Iterable[Global___Template] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "templates", b"templates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTemplatesResponse: _TypeAlias = ListTemplatesResponse  # noqa: Y015
+
+@_typing.final
+class Template(_message.Message):
+    """A message that the provider keeps, in one language, and that a content fills in. Its words are Liquid over the content, as in
+    "Hi {{ body[0] | default: '[1]' }}": filled in with a content they are what people will read.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    USABLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    FOOTER_FIELD_NUMBER: _builtins.int
+    BUTTONS_FIELD_NUMBER: _builtins.int
+    template: _builtins.str
+    """The provider's name for it."""
+    language: _builtins.str
+    """As the provider names it; empty where it knows none."""
+    status: _builtins.str
+    """The provider's word for whether it may be sent, as in "APPROVED"."""
+    usable: _builtins.bool
+    """Whether a message that uses it would be taken now."""
+    header: _builtins.str
+    """Above the text."""
+    body: _builtins.str
+    """The text."""
+    footer: _builtins.str
+    """Below the text."""
+    @_builtins.property
+    def content(self) -> _struct_pb2.Struct:
+        """A campaign's content that uses it, with empty texts where something is to be filled in."""
+
+    @_builtins.property
+    def buttons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its buttons say."""
+
+    def __init__(
+        self,
+        *,
+        template: _builtins.str = ...,
+        language: _builtins.str = ...,
+        status: _builtins.str = ...,
+        usable: _builtins.bool = ...,
+        content: _struct_pb2.Struct | None = ...,
+        header: _builtins.str = ...,
+        body: _builtins.str = ...,
+        footer: _builtins.str = ...,
+        buttons: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "buttons", b"buttons", "content", b"content", "footer", b"footer", "header", b"header", "language", b"language", "status", b"status", "template", b"template", "usable", b"usable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Template: _TypeAlias = Template  # noqa: Y015
 
 @_typing.final
 class ChannelSettings(_message.Message):

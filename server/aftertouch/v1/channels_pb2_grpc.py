@@ -46,6 +46,11 @@ class ChannelsStub:
                 request_serializer=aftertouch_dot_v1_dot_channels__pb2.GetChannelRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_channels__pb2.Channel.FromString,
                 _registered_method=True)
+        self.ListTemplates = channel.unary_unary(
+                '/aftertouch.v1.Channels/ListTemplates',
+                request_serializer=aftertouch_dot_v1_dot_channels__pb2.ListTemplatesRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_channels__pb2.ListTemplatesResponse.FromString,
+                _registered_method=True)
         self.GetChannelSettings = channel.unary_unary(
                 '/aftertouch.v1.Channels/GetChannelSettings',
                 request_serializer=aftertouch_dot_v1_dot_channels__pb2.GetChannelSettingsRequest.SerializeToString,
@@ -76,6 +81,15 @@ class ChannelsServicer:
 
     def GetChannel(self, request, context):
         """Returns one channel with its schemas. Reasons: RESOURCE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTemplates(self, request, context):
+        """Lists the templates that the provider keeps for the account that the app speaks through, by name and language. They are read
+        from it at most once a minute. A channel without templates has none. Reasons: RESOURCE_NOT_FOUND, CHANNEL_NOT_READY,
+        TEMPLATES_UNREADABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +131,11 @@ def add_ChannelsServicer_to_server(servicer, server):
                     servicer.GetChannel,
                     request_deserializer=aftertouch_dot_v1_dot_channels__pb2.GetChannelRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_channels__pb2.Channel.SerializeToString,
+            ),
+            'ListTemplates': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTemplates,
+                    request_deserializer=aftertouch_dot_v1_dot_channels__pb2.ListTemplatesRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_channels__pb2.ListTemplatesResponse.SerializeToString,
             ),
             'GetChannelSettings': grpc.unary_unary_rpc_method_handler(
                     servicer.GetChannelSettings,
@@ -189,6 +208,33 @@ class Channels:
             '/aftertouch.v1.Channels/GetChannel',
             aftertouch_dot_v1_dot_channels__pb2.GetChannelRequest.SerializeToString,
             aftertouch_dot_v1_dot_channels__pb2.Channel.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTemplates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aftertouch.v1.Channels/ListTemplates',
+            aftertouch_dot_v1_dot_channels__pb2.ListTemplatesRequest.SerializeToString,
+            aftertouch_dot_v1_dot_channels__pb2.ListTemplatesResponse.FromString,
             options,
             channel_credentials,
             insecure,

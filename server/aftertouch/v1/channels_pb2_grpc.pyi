@@ -38,6 +38,11 @@ class ChannelsStub:
     """Lists the installed channels by name, those that cannot send as well."""
     GetChannel: _grpc.UnaryUnaryMultiCallable[_channels_pb2.GetChannelRequest, _channels_pb2.Channel]
     """Returns one channel with its schemas. Reasons: RESOURCE_NOT_FOUND."""
+    ListTemplates: _grpc.UnaryUnaryMultiCallable[_channels_pb2.ListTemplatesRequest, _channels_pb2.ListTemplatesResponse]
+    """Lists the templates that the provider keeps for the account that the app speaks through, by name and language. They are read
+    from it at most once a minute. A channel without templates has none. Reasons: RESOURCE_NOT_FOUND, CHANNEL_NOT_READY,
+    TEMPLATES_UNREADABLE.
+    """
     GetChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.GetChannelSettingsRequest, _channels_pb2.ChannelSettings]
     """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND."""
     UpdateChannelSettings: _grpc.UnaryUnaryMultiCallable[_channels_pb2.UpdateChannelSettingsRequest, _channels_pb2.ChannelSettings]
@@ -59,6 +64,11 @@ class ChannelsAsyncStub(ChannelsStub):
     """Lists the installed channels by name, those that cannot send as well."""
     GetChannel: _aio.UnaryUnaryMultiCallable[_channels_pb2.GetChannelRequest, _channels_pb2.Channel]  # type: ignore[assignment]
     """Returns one channel with its schemas. Reasons: RESOURCE_NOT_FOUND."""
+    ListTemplates: _aio.UnaryUnaryMultiCallable[_channels_pb2.ListTemplatesRequest, _channels_pb2.ListTemplatesResponse]  # type: ignore[assignment]
+    """Lists the templates that the provider keeps for the account that the app speaks through, by name and language. They are read
+    from it at most once a minute. A channel without templates has none. Reasons: RESOURCE_NOT_FOUND, CHANNEL_NOT_READY,
+    TEMPLATES_UNREADABLE.
+    """
     GetChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.GetChannelSettingsRequest, _channels_pb2.ChannelSettings]  # type: ignore[assignment]
     """Returns which settings of a channel are the app's own, never their values. Reasons: RESOURCE_NOT_FOUND."""
     UpdateChannelSettings: _aio.UnaryUnaryMultiCallable[_channels_pb2.UpdateChannelSettingsRequest, _channels_pb2.ChannelSettings]  # type: ignore[assignment]
@@ -89,6 +99,17 @@ class ChannelsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_channels_pb2.Channel, _abc.Awaitable[_channels_pb2.Channel]]:
         """Returns one channel with its schemas. Reasons: RESOURCE_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def ListTemplates(
+        self,
+        request: _channels_pb2.ListTemplatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_channels_pb2.ListTemplatesResponse, _abc.Awaitable[_channels_pb2.ListTemplatesResponse]]:
+        """Lists the templates that the provider keeps for the account that the app speaks through, by name and language. They are read
+        from it at most once a minute. A channel without templates has none. Reasons: RESOURCE_NOT_FOUND, CHANNEL_NOT_READY,
+        TEMPLATES_UNREADABLE.
+        """
 
     @_abc_1.abstractmethod
     def GetChannelSettings(

@@ -50,6 +50,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION {"channel": "sms", "problems": "AFTERTOUCH_SMS_AUTH_TOKEN: Field required"}: it is installed
     but cannot send. `aftertouch channels` says what is missing.
     """
+    TEMPLATES_UNREADABLE: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION {"channel": "whatsapp", "cause": "Meta does not say which there are: http_401 190"}: the provider's
+    templates cannot be listed. A content can name one all the same.
+    """
     SOURCE_NOT_SENT: _ErrorReason.ValueType  # 13
     """FAILED_PRECONDITION {"campaign": "…", "state": "DRAFT"}: only a campaign that was launched can be retargeted."""
     SOURCE_TOO_OLD: _ErrorReason.ValueType  # 14
@@ -139,6 +143,10 @@ AUDIENCE_EMPTY: ErrorReason.ValueType  # 11
 CHANNEL_NOT_READY: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION {"channel": "sms", "problems": "AFTERTOUCH_SMS_AUTH_TOKEN: Field required"}: it is installed
 but cannot send. `aftertouch channels` says what is missing.
+"""
+TEMPLATES_UNREADABLE: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION {"channel": "whatsapp", "cause": "Meta does not say which there are: http_401 190"}: the provider's
+templates cannot be listed. A content can name one all the same.
 """
 SOURCE_NOT_SENT: ErrorReason.ValueType  # 13
 """FAILED_PRECONDITION {"campaign": "…", "state": "DRAFT"}: only a campaign that was launched can be retargeted."""
