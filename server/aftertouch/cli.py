@@ -734,18 +734,18 @@ def import_contacts(
 
 async def _import_contacts(file: Path, app_name: str, key: str, address: str) -> None:
     from aftertouch.client import Client
-    from aftertouch.contact_files import read_contacts
+    from aftertouch.contact_files import LeftOut, read_contacts
 
-    left_out = _LeftOut()
+    left_out = LeftOut(MOST_TOLD)
     with _open_rows(file) as (rows, advance):
         async with Client(address, api_key=key, app=app_name) as client:
             with _told_as_failure():
                 result = await client.import_contacts(read_contacts(rows, left_out.add), advance)
     for rejection in result.rejections:
-        left_out.add_answer(rejection.index, rejection.external_id, f"{rejection.field}: {rejection.description}")
-    rejected = result.rejected_count + left_out.read_count
+        left_out.add_answer(rejection.index, rejection.external_id, rejection.description, rejection.field)
+    rejected = result.rejected_count + left_out.unread_count
     out.print(f"{result.created_count:,} made, {result.updated_count:,} updated, {rejected:,} rejected", markup=False)
-    left_out.tell(rejected)
+    _tell_left_out(left_out, rejected)
 
 
 @contacts.command("erase")
@@ -795,9 +795,9 @@ def import_list(
 
 async def _import_list(file: Path, name: str, app_name: str, key: str, display_name: str, address: str) -> None:
     from aftertouch.client import Client
-    from aftertouch.contact_files import read_external_ids
+    from aftertouch.contact_files import LeftOut, read_external_ids
 
-    left_out = _LeftOut()
+    left_out = LeftOut(MOST_TOLD)
     with _open_rows(file) as (rows, advance):
         async with Client(address, api_key=key, app=app_name) as client:
             with _told_as_failure():
@@ -806,9 +806,9 @@ async def _import_list(file: Path, name: str, app_name: str, key: str, display_n
                 result = await client.import_list_contacts(client.name("lists", name), ids, advance)
     for rejection in result.rejections:
         left_out.add_answer(rejection.index, rejection.contact, rejection.description)
-    rejected = result.rejected_count + left_out.read_count
+    rejected = result.rejected_count + left_out.unread_count
     out.print(f"{result.added_count:,} added, {result.present_count:,} in it already, {rejected:,} rejected", markup=False)
-    left_out.tell(rejected)
+    _tell_left_out(left_out, rejected)
 
 
 async def _make_list(client: Any, name: str, display_name: str) -> None:
@@ -855,35 +855,10 @@ def _told_as_failure() -> Iterator[None]:
         raise CommandFailed(f"the server answered {error.code().name}: {error.details()}{hint}") from error
 
 
-class _LeftOut:
-    """The rows of a file that were left out: some when it was read, which the server never saw and did not count."""
-
-    def __init__(self) -> None:
-        self._unread: list[int] = []
-        self._told: dict[int, str] = {}
-
-    @property
-    def read_count(self) -> int:
-        """How many were left out when the file was read."""
-        return len(self._unread)
-
-    def add(self, index: int, external_id: str, text: str) -> None:
-        """Leave out a row, by its place in the file."""
-        self._unread.append(index)
-        if len(self._unread) <= MOST_TOLD:
-            self._told[index] = f"({external_id or 'no external_id'}): {text}"
-
-    def add_answer(self, index: int, external_id: str, text: str) -> None:
-        """Leave out a row, by its place in what was sent."""
-        for unread in self._unread:
-            if unread > index:
-                break
-            index += 1
-        self._told[index] = f"({external_id or 'no external_id'}): {text}"
-
-    def tell(self, count: int) -> None:
-        """Print them in the order of the file, and fail if there are any."""
-        for index, text in sorted(self._told.items()):
-            err.print(f"row {index + 1} {text}", markup=False)
-        if count:
-            raise CommandFailed(f"{count:,} {'row was' if count == 1 else 'rows were'} rejected; any others are stored")
+def _tell_left_out(left_out: Any, count: int) -> None:
+    """Print rows that were left out in the order of the file, and fail if there are any."""
+    for rejected in left_out.told:
+        field = f"{rejected.field}: " if rejected.field else ""
+        err.print(f"row {rejected.place + 1} ({rejected.external_id or 'no external_id'}): {field}{rejected.text}", markup=False)
+    if count:
+        raise CommandFailed(f"{count:,} {'row was' if count == 1 else 'rows were'} rejected; any others are stored")

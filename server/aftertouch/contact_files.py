@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf import json_format
@@ -33,6 +34,52 @@ class RowError(ValueError):
 
 OnRejected = Callable[[int, str, str], None]
 """Told of a row that is left out: its place from 0, its external_id, and why."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that was left out."""
+
+    place: int
+    """In the file, from 0."""
+    external_id: str
+    field: str
+    """Of the contact, where the server found it wrong; empty where the row could not be read."""
+    text: str
+
+
+class LeftOut:
+    """The rows of a file that were left out, some when it was read: those the server never saw, and did not count."""
+
+    def __init__(self, most: int) -> None:
+        """``most`` is how many are kept to be told."""
+        self._most = most
+        self._unread: list[int] = []
+        self._told: list[Rejected] = []
+
+    @property
+    def unread_count(self) -> int:
+        """How many were left out when the file was read."""
+        return len(self._unread)
+
+    @property
+    def told(self) -> list[Rejected]:
+        """Those to be told, in the order of the file."""
+        return sorted(self._told, key=lambda rejected: rejected.place)[: self._most]
+
+    def add(self, index: int, external_id: str, text: str) -> None:
+        """Leave out a row, by its place in the file."""
+        self._unread.append(index)
+        if len(self._unread) <= self._most:
+            self._told.append(Rejected(index, external_id, "", text))
+
+    def add_answer(self, index: int, external_id: str, text: str, field: str = "") -> None:
+        """Leave out a row, by its place in what was sent."""
+        for unread in self._unread:
+            if unread > index:
+                break
+            index += 1
+        self._told.append(Rejected(index, external_id, field, text))
 
 
 def read_external_ids(rows: Iterable[Mapping[str, str]], on_rejected: OnRejected) -> Iterator[str]:

@@ -9,6 +9,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
@@ -129,6 +130,18 @@ async def test_sign_in_is_refused_after_too_many_failures_whether_the_account_ex
         async with transaction(world.core.engine) as conn:
             await conn.execute(delete(sign_in_failures))
         assert await visitor.sign_in("guessed@acme.example") == 303
+
+
+async def test_sign_in_is_refused_after_too_many_failures_side_by_side(world: World) -> None:
+    await create_user(world, "stormed@acme.example", "viewer")
+    try:
+        async with AsyncExitStack() as stack:
+            visitors = [await stack.enter_async_context(Visitor(world)) for _ in range(MOST_FAILURES * 3)]
+            tries = (visitor.sign_in("stormed@acme.example", "a wrong password") for visitor in visitors)
+            assert Counter(await asyncio.gather(*tries)) == {403: MOST_FAILURES, 429: MOST_FAILURES * 2}
+    finally:
+        async with transaction(world.core.engine) as conn:
+            await conn.execute(delete(sign_in_failures))
 
 
 async def test_session_cookie_is_for_this_site_and_no_script(visitor: Visitor) -> None:
@@ -756,6 +769,21 @@ async def test_import_reports_each_rejected_row_with_its_line(marketer: Visitor)
     text = re.sub(r"<[^>]+>|\s+", " ", await wait_for_import(marketer, place.removeprefix("/console")))
     assert re.search(r"Rows +2,500 +New +2,499 +Updated +0 +Rejected +1 ", text)
     assert re.search(r" 8 +imported-bad +subscriptions\[0\]\.address\.phone", text)
+
+
+async def test_import_goes_on_after_a_row_that_cannot_be_read(marketer: Visitor) -> None:
+    rows = [
+        "external_id,city,sms.phone",
+        "odd-1,Madrid,",
+        "odd-2,Madrid, Spain,+34600110001",
+        "odd-3,Madrid,nonsense",
+        "odd-4,x,",
+    ]
+    _, place = await upload(marketer, "\n".join(rows).encode())
+    text = re.sub(r"<[^>]+>|\s+", " ", await wait_for_import(marketer, place.removeprefix("/console")))
+    assert re.search(r"Done .*Rows +4 +New +2 +Updated +0 +Rejected +2 ", text)
+    assert re.search(r" 3 +odd-2 +has more cells than the header", text)
+    assert re.search(r" 4 +odd-3 +subscriptions\[0\]\.address\.phone", text)
 
 
 @pytest.mark.parametrize(

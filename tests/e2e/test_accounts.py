@@ -9,27 +9,32 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
-from aftertouch_sms import SmsChannel
+from aftertouch_sms import SmsAddress, SmsChannel
 from sqlalchemy import text
 from twilio.request_validator import RequestValidator
 
+from aftertouch.channels import Standing, Webhook
 from aftertouch.client import Client
 from aftertouch.contact_files import read_contacts
 from aftertouch.delivery import sender
+from aftertouch.delivery.launch import launch, launch_due
 from aftertouch.delivery.reconciliation import Reconciler
+from aftertouch.delivery.trial import send_test
+from aftertouch.errors import ChannelNotReady
 from aftertouch.ingest import accounts
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, TwilioAccount
 from aftertouch.store.apps import find_app
 from aftertouch.store.audit import list_entries
+from aftertouch.store.campaigns import find_campaign, update_campaign
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, channels_pb2, contacts_pb2
 from tests.e2e.spools import count_rows, wait_until_drained
@@ -449,7 +454,8 @@ async def test_channels_of_apps_are_closed_when_too_many_are_open_and_nobody_use
 
     async def find(app: str) -> accounts.Account:
         async with transaction(core.engine) as conn:
-            return await found.find(conn, await find_app(conn, app), "sms")
+            choice = await found.choose(conn, await find_app(conn, app), "sms")
+        return await found.open(choice)
 
     first = await find("acme")
     assert await find("acme") is first
@@ -463,6 +469,69 @@ async def test_channels_of_apps_are_closed_when_too_many_are_open_and_nobody_use
     assert closed == [house.own["account_sid"]]
     assert await find("rival") is second
     assert await find("acme") is not first
+
+
+async def test_account_that_takes_long_to_open_holds_up_nobody_else(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More wait for it than there are connections; addresses need no provider."""
+    answers = asyncio.Event()
+
+    async def wait(channel: SmsChannel) -> SmsChannel:
+        await answers.wait()
+        return await opens(channel)
+
+    opens = SmsChannel.__aenter__
+    monkeypatch.setattr(SmsChannel, "__aenter__", wait)
+    await set_own(house.world.client, **house.own)
+    await import_ada(house.world.client)
+    draft = await house.world.create_campaign("sms")
+    test = campaigns_pb2.SendTestRequest(name=draft.name, contact=f"{house.world.client.parent}/contacts/ada")
+    waiting = [asyncio.ensure_future(house.world.client.campaigns.SendTest(test)) for _ in range(30)]
+    await asyncio.sleep(1)
+    await asyncio.gather(*(import_ada(house.world.client) for _ in range(30)))
+    assert (await get_channel(house.rival)).state == State.NOT_CONFIGURED
+    assert await house.report("acme", house.own["auth_token"], {"MessageSid": "SM" + "0" * 32, "MessageStatus": "queued"}) < 300
+    assert not any(call.done() for call in waiting)
+    answers.set()
+    assert {len((await call).outcomes) for call in waiting} == {1}
+
+
+async def test_stops_of_two_apps_in_one_go_end_both(world: World) -> None:
+    async with world.connect("rival", await world.create_key("rival", "admin")) as rival:
+        await import_ada(world.client)
+        subscription = contacts_pb2.Subscription(channel="sms")
+        subscription.address.update({"phone": "+16502530001"})
+        bob = contacts_pb2.Contact(external_id="ada", subscriptions=[subscription])
+        await rival.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=rival.parent, contacts=[bob]))
+        standings = [
+            Standing(address=SmsAddress(phone=phone), state="opted_out", reason="STOP") for phone in (PHONE, "+16502530001")
+        ]
+        await world.core.ledger.ingest_webhooks("sms", [Webhook(standings=tuple(standings))])
+        assert [await read_standing(client) for client in (world.client, rival)] == ["OPTED_OUT", "OPTED_OUT"]
+
+
+async def test_campaign_of_a_channel_that_is_gone_waits_and_harms_nobody(house: House) -> None:
+    """An app's own settings are still there when the plugin is not."""
+    world = house.world
+    await set_own(world.client, **house.own)
+    await import_ada(world.client)
+    draft = await world.create_campaign("sms")
+    installed = world.core.registry
+    lacking = replace(installed, types={name: found for name, found in installed.types.items() if name != "sms"}, obstacles={})
+    async with transaction(world.core.engine) as conn:
+        (app, campaign) = (await find_app(conn, "acme"), await find_campaign(conn, 1, draft.name.rpartition("/")[2]))
+        assert app is not None
+        assert campaign is not None
+        with pytest.raises(ChannelNotReady, match="not installed"):
+            await launch(conn, lacking, app, campaign, None)
+        await update_campaign(conn, campaign.campaign_id, state="SCHEDULED", schedule_time=datetime.now(UTC))
+        assert not await launch_due(conn, lacking)
+    with pytest.raises(ChannelNotReady, match="not installed"):
+        await send_test(*(world.core.engine, world.core.ledger, lacking, world.core.context, app, campaign, "ada"))
+    async with asyncio.timeout(60):
+        # There is nothing to wait on but the answer of the next call.
+        while (found := await world.get_campaign(draft.name)).state != campaigns_pb2.Campaign.State.SENT:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert found.counts.recipients == 1
 
 
 async def test_operator_sets_an_apps_account_and_sends_one_by_it(house: House, tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ class Accounts:
             user = await find_account(conn, app, email)
         is_right = await self.is_right(password, user.password_hash if user else self._decoy)
         async with transaction(engine) as conn:
+            # Others may have failed while this one waited for its turn.
+            if await store.count_failures(conn, app, email, FAILURE_WINDOW, lock=True) >= MOST_FAILURES:
+                raise TooManyFailures
             if user is None or not is_right:
                 await store.record_failure(conn, app, email)
                 return None

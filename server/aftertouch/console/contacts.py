@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from aftertouch.console import words
 from aftertouch.console.visits import Visit, is_recent, read_id, to_time
-from aftertouch.contact_files import HeaderError, check_header, read_contacts
+from aftertouch.contact_files import HeaderError, LeftOut, check_header, read_contacts
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound
 from aftertouch.rpc.values import to_struct
 from aftertouch.store import imports as store
@@ -235,6 +235,7 @@ async def start_import(visit: Visit) -> Response:
 
 async def _import(visit: Visit, number: int, lines: TextIO) -> None:
     """Pour a file in, telling how far it is; it ends with what became of the rows, or why it failed."""
+    left_out = LeftOut(SHOWN_REJECTIONS)
 
     async def tell(**values: Any) -> None:
         async with transaction(visit.console.engine) as conn:
@@ -243,16 +244,16 @@ async def _import(visit: Visit, number: int, lines: TextIO) -> None:
     async def pack() -> AsyncIterator[contacts_pb2.ImportContactsRequest]:
         batch: list[contacts_pb2.Contact] = []
         sent, told = 0, time.monotonic()
-        async for contact in read_contacts(_list_rows(lines)):
+        async for contact in read_contacts(_list_rows(lines), left_out.add):
             batch.append(contact)
             if len(batch) == BATCH:
                 yield contacts_pb2.ImportContactsRequest(parent=visit.parent, contacts=batch)
                 sent, batch = sent + len(batch), []
                 if time.monotonic() - told > PROGRESS_SECONDS:
-                    await tell(read_count=sent)
+                    await tell(read_count=sent + left_out.unread_count)
                     told = time.monotonic()
         yield contacts_pb2.ImportContactsRequest(parent=visit.parent, contacts=batch)
-        await tell(read_count=sent + len(batch))
+        await tell(read_count=sent + len(batch) + left_out.unread_count)
 
     try:
         with lines:
@@ -268,15 +269,18 @@ async def _import(visit: Visit, number: int, lines: TextIO) -> None:
         log.exception("an import failed", action="import_contacts", number=number)
         await tell(state="FAILED", problem="A defect of ours; the server's log has its trace.")
     else:
+        for rejection in result.rejections:
+            left_out.add_answer(rejection.index, rejection.external_id, rejection.description, rejection.field)
         rejections = [
-            {"row": r.index + 2, "external_id": r.external_id, "field": r.field, "description": r.description}
-            for r in result.rejections[:SHOWN_REJECTIONS]
+            # The header is the first line.
+            {"row": row.place + 2, "external_id": row.external_id, "field": row.field, "description": row.text}
+            for row in left_out.told
         ]
         await tell(
             state="DONE",
             created_count=result.created_count,
             updated_count=result.updated_count,
-            rejected_count=result.rejected_count,
+            rejected_count=result.rejected_count + left_out.unread_count,
             rejections=rejections,
         )
 

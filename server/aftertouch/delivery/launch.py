@@ -90,7 +90,8 @@ async def prepare_launch(
         raise ContentMissing(f"{app.name}/campaigns/{campaign.campaign}")
     if campaign.audience is None:
         raise FieldsInvalid([Violation("audience", "the campaign has none; set it with UpdateCampaign")])
-    if campaign.channel not in registry.channels and campaign.channel not in await list_own_channels(conn, app.app_id):
+    is_own = campaign.channel in registry.types and campaign.channel in await list_own_channels(conn, app.app_id)
+    if campaign.channel not in registry.channels and not is_own:
         raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
     chosen, roots = await _find_people(conn, registry, app, campaign, campaign.audience, at)
     held_out = find_held_out(await find_shares(conn, roots, root_of(campaign), campaign.holdout_percent), chosen)
@@ -206,7 +207,7 @@ async def launch_due(conn: AsyncConnection, registry: Registry) -> bool:
     """
     if await time_follow_up(conn):
         return True
-    campaign = await lock_due_campaign(conn, sorted(registry.channels))
+    campaign = await lock_due_campaign(conn, sorted(registry.channels), sorted(registry.types))
     if campaign is None:
         return False
     app = await read_app(conn, campaign.app_id)

@@ -124,8 +124,9 @@ class Reconciler:
             try:
                 async with transaction(self._engine) as conn:
                     app = None if app_id is None else await read_app(conn, app_id)
-                    account = await self._accounts.find(conn, app, channel)
-                    asked = held.enter_context(self._accounts.hold(account))
+                    choice = await self._accounts.choose(conn, app, channel)
+                account = await self._accounts.open(choice)
+                asked = held.enter_context(self._accounts.hold(account))
             except ChannelNotReady:
                 # Whoever cannot send cannot ask either; the next age may find it mended.
                 return

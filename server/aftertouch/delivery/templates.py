@@ -52,7 +52,7 @@ class Templates:
         self._readings: Kept[tuple[str, int], _Reading] = Kept(MOST_ACCOUNTS)
 
     def list(self, account: Account) -> Awaitable[Sequence[Template]]:
-        """An account's templates, by name and language; none on a channel that has none. Call it without waiting after ``find``.
+        """An account's templates, by name and language; none on a channel that has none. Call it without waiting after ``open``.
 
         Raises:
             TemplatesUnreadable: the provider does not say.

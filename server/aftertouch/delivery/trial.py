@@ -7,7 +7,6 @@ keeps it at position -1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.drafts import write_messages
 from aftertouch.delivery.estimates import Bill, estimate_contents
 from aftertouch.delivery.outcomes import describe
-from aftertouch.errors import ContentMissing, FieldsInvalid, NotFound, Violation
+from aftertouch.errors import ChannelNotReady, ContentMissing, FieldsInvalid, NotFound, Violation
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.tokens import TEST_POSITION
 from aftertouch.plugins import Registry
@@ -70,12 +69,14 @@ async def send_test(
     """
     if campaign.content is None:
         raise ContentMissing(f"{app.name}/campaigns/{campaign.campaign}")
-    declared = registry.types[campaign.channel]
+    declared = registry.types.get(campaign.channel)
+    if declared is None:
+        raise ChannelNotReady(campaign.channel, ("it is not installed",))
     (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
-    with ExitStack() as held:
-        async with transaction(engine) as conn:
-            channel = held.enter_context(context.accounts.hold(await context.accounts.find(conn, app, campaign.channel)))
-            written = await _write(conn, declared, context, app, campaign, external_id, token)
+    async with transaction(engine) as conn:
+        choice = await context.accounts.choose(conn, app, campaign.channel)
+        written = await _write(conn, declared, context, app, campaign, external_id, token)
+    with context.accounts.hold(await context.accounts.open(choice)) as channel:
         messages = [message for _, message in written]
         outcomes = await send_messages(channel, messages)
         described = [ledger.lookups.bound_kind(describe(declared.channel, outcome)) for outcome in outcomes]

@@ -161,8 +161,9 @@ class Worker:
         with ExitStack() as held:
             try:
                 async with transaction(self._engine) as conn:
-                    account = await accounts.find(conn, await read_app(conn, campaign.app_id), channel)
-                    held.enter_context(accounts.hold(account))
+                    choice = await accounts.choose(conn, await read_app(conn, campaign.app_id), channel)
+                account = await accounts.open(choice)
+                held.enter_context(accounts.hold(account))
             except ChannelNotReady as error:
                 # The app's own settings: without any, nobody claims what the server's channel cannot send.
                 await stop_sending(self._engine, campaign, f"{error}; mend it, then resume")

@@ -2,7 +2,7 @@
 
 An app's own channel is opened at its first use in a process, replaced when its settings change, and closed after its last use.
 The settings are read in the caller's transaction, so whoever sends next sends by the newest; whoever is sending asks every few
-seconds whether they still are.
+seconds whether they still are. Opening comes after that transaction: it may wait for a provider, and connections are everybody's.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ MOST_READS = 100
 _SEALED = "the app's own settings cannot be opened: is AFTERTOUCH_SECRET_KEY the one that they were set with?"
 
 
+Own = tuple[Channel, int]
+"""A channel with an app's own settings, and the app's id."""
+
+
 @dataclass(eq=False)
 class Account:
     """A channel with its settings, ready to use."""
@@ -59,6 +63,18 @@ class Account:
         return self.channel.name if self.app_id is None else f"{self.channel.name}/apps/{self.app_id}"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """By whose settings a channel speaks for an app, as of the transaction that read them."""
+
+    name: str
+    """The channel's."""
+    app: App | None = None
+    """The one whose own they are; None for the server's."""
+    stored: OwnSettings | None = None
+    """Where they are the app's own."""
+
+
 class Accounts:
     """The channels that a process speaks through."""
 
@@ -70,10 +86,12 @@ class Accounts:
         self._shared = {name: Account(channel) for name, channel in registry.channels.items()}
         self._own: OrderedDict[tuple[int, str], Account] = OrderedDict()
         """Open ones, the least recently used first."""
+        self._built: Kept[tuple[int, str, int], Channel] = Kept(MOST_OPEN)
+        """Never opened, by app, name and version."""
         self._opening: dict[tuple[int, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closing: set[asyncio.Task[None]] = set()
-        self._found: Kept[tuple[str, str], tuple[float, Account | None]] = Kept(10_000)
-        self._reads: dict[tuple[str, str], asyncio.Task[Account | None]] = {}
+        self._found: Kept[tuple[str, str], tuple[float, Own | None]] = Kept(10_000)
+        self._reads: dict[tuple[str, str], asyncio.Task[Own | None]] = {}
 
     async def __aenter__(self) -> Accounts:
         return self
@@ -93,11 +111,11 @@ class Accounts:
         """Where the provider of an app's own account reports to."""
         return name_webhook(self._public_url, app, channel)
 
-    async def find(self, conn: AsyncConnection, app: App | None, name: str) -> Account:
-        """What an app speaks through on a channel, or those that share the server's.
+    async def choose(self, conn: AsyncConnection, app: App | None, name: str) -> Choice:
+        """By whose settings a channel speaks for an app, or for those that share the server's.
 
         Raises:
-            ChannelNotReady: nothing, and why.
+            ChannelNotReady: by nobody's, and why.
         """
         stored = await read_own_settings(conn, self._vault, app.app_id, name) if app is not None else None
         if app is None or stored is None:
@@ -105,15 +123,26 @@ class Accounts:
                 self._retire((app.app_id, name))
             if name not in self._shared:
                 raise ChannelNotReady(name, self._registry.obstacles.get(name, ("it is not installed",)))
-            return self._shared[name]
+            return Choice(name)
         if name not in self._registry.types:
             raise ChannelNotReady(name, ("it is not installed",))
-        key = (app.app_id, name)
+        return Choice(name, app, stored)
+
+    async def open(self, choice: Choice) -> Account:
+        """The account that was chosen, ready to send. It may take half a minute: hold no connection meanwhile.
+
+        Raises:
+            ChannelNotReady: it cannot be opened, and why.
+        """
+        app, stored = choice.app, choice.stored
+        if app is None or stored is None:
+            return self._shared[choice.name]
+        key = (app.app_id, choice.name)
         async with self._opening[key]:
             account = self._own.get(key)
             # Whoever reads in an older transaction may have seen older settings.
             if account is None or account.version < stored.version:
-                opened = await self._open(app, name, stored)
+                opened = await self._open(app, choice.name, stored)
                 self._retire(key)
                 account = self._own[key] = opened
             self._own.move_to_end(key)
@@ -121,23 +150,40 @@ class Accounts:
                 self._retire(next(iter(self._own)))
             return account
 
+    def build(self, choice: Choice) -> Channel:
+        """The channel that was chosen, which may not be open: for what needs no provider, as addresses and webhooks.
+
+        Raises:
+            ChannelNotReady: the settings make none.
+        """
+        app, stored = choice.app, choice.stored
+        if app is None or stored is None:
+            return self._shared[choice.name].channel
+        key = (app.app_id, choice.name, stored.version)
+        if (built := self._built.get(key)) is None:
+            built = self._build(app, choice.name, stored)
+            self._built.put(key, built)
+        return built
+
     async def list_outdated(self, conn: AsyncConnection, used: Collection[tuple[int, Account]]) -> list[tuple[int, Account]]:
         """Those of these apps with an account that have another one by now."""
         versions = await read_versions(conn, {app_id for app_id, _ in used})
         return [pair for pair in used if versions.get((pair[0], pair[1].channel.name), 0) != pair[1].version]
 
     async def list_ready(self, conn: AsyncConnection, app: App) -> Mapping[str, Channel]:
-        """Every channel that an app can speak through."""
+        """Every channel that an app can speak through, which may not be open."""
         ready = {name: account.channel for name, account in self._shared.items()}
         for name in await list_own_channels(conn, app.app_id):
             try:
-                ready[name] = (await self.find(conn, app, name)).channel
+                ready[name] = self.build(await self.choose(conn, app, name))
             except ChannelNotReady:
                 ready.pop(name, None)
         return ready
 
-    async def find_own(self, app_name: str, name: str, now: float) -> Account | None:
-        """The account of an app that a path names; None where it has none. ``now`` is of any clock that only goes on.
+    async def find_own(self, app_name: str, name: str, now: float) -> Own | None:
+        """An app's own channel that a path names, which may not be open; None where it has none.
+
+        ``now`` is of any clock that only goes on.
 
         While the database is away it is what it was: webhooks are verified and go into the spool.
 
@@ -172,13 +218,13 @@ class Accounts:
             raise DatabaseUnavailable
         return kept[1]
 
-    def _forget_read(self, key: tuple[str, str], read: asyncio.Task[Account | None]) -> None:
+    def _forget_read(self, key: tuple[str, str], read: asyncio.Task[Own | None]) -> None:
         del self._reads[key]
         if not read.cancelled():
             # Whoever still waits gets it.
             read.exception()
 
-    async def _read_own(self, app_name: str, name: str) -> Account | None:
+    async def _read_own(self, app_name: str, name: str) -> Own | None:
         if name not in self._registry.types:
             return None
         async with transaction(self._engine) as conn:
@@ -186,14 +232,14 @@ class Accounts:
             if app is None:
                 return None
             try:
-                account = await self.find(conn, app, name)
+                choice = await self.choose(conn, app, name)
+                return (self.build(choice), app.app_id) if choice.app is not None else None
             except ChannelNotReady:
                 return None
-        return account if account.app_id is not None else None
 
     @contextmanager
     def hold(self, account: Account) -> Iterator[Channel]:
-        """Keep an account's channel open meanwhile, whatever becomes of its settings. Enter it without waiting after ``find``."""
+        """Keep an account's channel open meanwhile, whatever becomes of its settings. Enter it without waiting after ``open``."""
         account._users += 1
         try:
             yield account.channel
@@ -213,14 +259,19 @@ class Accounts:
             return error.texts
         return []
 
-    async def _open(self, app: App, name: str, stored: OwnSettings) -> Account:
+    def _build(self, app: App, name: str, stored: OwnSettings) -> Channel:
         if stored.values is None:
             raise ChannelNotReady(name, (_SEALED,))
-        stack = AsyncExitStack()
         try:
-            built = self._registry.build_own(name, stored.values, self.name_webhook(app, name))
+            return self._registry.build_own(name, stored.values, self.name_webhook(app, name))
+        except SettingsWrong as error:
+            raise ChannelNotReady(name, (f"the app's own settings: {error}",)) from None
+
+    async def _open(self, app: App, name: str, stored: OwnSettings) -> Account:
+        built, stack = self._build(app, name, stored), AsyncExitStack()
+        try:
             channel = await enter(built, stack)
-        except (SettingsWrong, OpeningFailed) as error:
+        except OpeningFailed as error:
             raise ChannelNotReady(name, (f"the app's own settings: {error}",)) from None
         log.info("an app's own channel was opened", action="open_channel", app_id=app.app_id, channel=name)
         return Account(channel, app.app_id, stored.version, stack)

@@ -95,7 +95,7 @@ class Enrolment:
             if app is None:
                 return None
             secrets = await read_identity_secrets(conn, self._vault, app.app_id)
-            channel = (await self._accounts.find(conn, app, channel_name)).channel
+            channel = self._accounts.build(await self._accounts.choose(conn, app, channel_name))
             keys = await ensure_app_keys(conn, self._vault, app.app_id, type(channel))
         return Site(app, channel, tuple(secrets), channel.describe_app_keys(keys))
 

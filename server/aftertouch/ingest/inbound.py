@@ -85,8 +85,8 @@ async def apply_standings(conn: AsyncConnection, channel: str, standings: Sequen
                 continue
             if subscriber.state != standing.state:
                 changes[subscriber.app_id].append((subscriber.number, channel, address_hash, standing.state, reason))
-        for app_id, own in sorted(changes.items()):
-            await set_states(conn, app_id, own)
+        for owner, own in sorted(changes.items()):
+            await set_states(conn, owner, own)
             changed += len(own)
     return changed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -182,7 +181,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             if not message.counts.recipients and schedule_time is None:
                 raise AudienceEmpty(request.name)
             declared = self._registry.types[campaign.channel]
-            channel = (await self._context.accounts.find(conn, call.app, campaign.channel)).channel
+            channel = self._context.accounts.build(await self._context.accounts.choose(conn, call.app, campaign.channel))
             bill = await estimate_campaign(conn, self._context, call.app, campaign, declared, channel, people.roll)
             if bill is not None:
                 message.estimate.CopyFrom(_to_estimate(bill))
@@ -211,12 +210,12 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     async def _check_content(self, call: Call, name: str) -> None:
         """Have a draft's content checked by its channel. Whatever else is wrong with it, launching says."""
         accounts = self._context.accounts
-        with ExitStack() as held:
-            async with transaction(call.engine) as conn:
-                draft = await store.find_campaign(conn, call.app.app_id, name)
-                if draft is None or draft.state != "DRAFT" or draft.content is None:
-                    return
-                channel = held.enter_context(accounts.hold(await accounts.find(conn, call.app, draft.channel)))
+        async with transaction(call.engine) as conn:
+            draft = await store.find_campaign(conn, call.app.app_id, name)
+            if draft is None or draft.state != "DRAFT" or draft.content is None:
+                return
+            choice = await accounts.choose(conn, call.app, draft.channel)
+        with accounts.hold(await accounts.open(choice)) as channel:
             await check_content(channel, draft)
 
     async def UnscheduleCampaign(  # type: ignore[override]

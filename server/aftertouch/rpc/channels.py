@@ -67,9 +67,8 @@ class Channels(channels_pb2_grpc.ChannelsServicer):
         question = f"{request.parent}/templates/{request.channel}"
         start = read_page_token(request.page_token, question, int) or 0
         async with transaction(call.engine) as conn:
-            account = await self._accounts.find(conn, call.app, request.channel)
-            listing = self._templates.list(account)
-        found = await listing
+            choice = await self._accounts.choose(conn, call.app, request.channel)
+        found = await self._templates.list(await self._accounts.open(choice))
         page = fill_page([_to_template(template) for template in found[start : start + size]])
         end = start + len(page)
         return channels_pb2.ListTemplatesResponse(

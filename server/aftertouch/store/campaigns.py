@@ -151,15 +151,17 @@ async def list_campaigns(
     return [_campaign(row) for row in await conn.execute(statement)]
 
 
-async def lock_due_campaign(conn: AsyncConnection, channels: Collection[str]) -> Campaign | None:
+async def lock_due_campaign(conn: AsyncConnection, shared: Collection[str], installed: Collection[str]) -> Campaign | None:
     """A scheduled campaign whose time has come, locked; None when there is none that is free.
 
-    On one of these channels, or of an app with settings of its own.
+    Args:
+        shared: channels on which every app's campaigns are wanted.
+        installed: those on which campaigns of apps with settings of their own are wanted.
     """
     statement = (
         select(campaigns)
         .where(campaigns.c.state == "SCHEDULED", campaigns.c.schedule_time <= func.now())
-        .where(campaigns.c.channel.in_(channels) | is_of_owner())
+        .where(campaigns.c.channel.in_(shared) | (campaigns.c.channel.in_(installed) & is_of_owner()))
         .order_by(campaigns.c.schedule_time)
         .limit(1)
         .with_for_update(skip_locked=True)

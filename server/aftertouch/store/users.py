@@ -23,6 +23,8 @@ ROLES = ("viewer", "marketer", "admin")
 SESSION_LIFETIME = timedelta(days=7)
 SESSION_IDLE = timedelta(hours=24)
 """A session ends this long after it was last used."""
+_SIGN_INS = 3
+"""The class of the advisory locks on accounts that somebody signs in to; ``store.campaigns`` has 1 and 2."""
 USE_STEP = timedelta(minutes=5)
 """A page polls every two seconds; a row is written at most this often."""
 
@@ -126,10 +128,16 @@ async def delete_session(conn: AsyncConnection, token: str) -> None:
     await conn.execute(delete(sessions).where(sessions.c.session_hash == _hash(token)))
 
 
-async def count_failures(conn: AsyncConnection, app: str, email: str, window: timedelta) -> int:
-    """How many tries to sign in to this account failed within the window."""
-    failures = sign_in_failures.c
-    statement = select(func.count()).where(failures.account_hash == _hash(f"{app}\n{email}"), failures.time > func.now() - window)
+async def count_failures(conn: AsyncConnection, app: str, email: str, window: timedelta, *, lock: bool = False) -> int:
+    """How many tries to sign in to this account failed within the window.
+
+    Args:
+        lock: have others who lock the account wait for this transaction's end.
+    """
+    failures, account_hash = sign_in_failures.c, _hash(f"{app}\n{email}")
+    if lock:
+        await conn.execute(select(func.pg_advisory_xact_lock(_SIGN_INS, int.from_bytes(account_hash[:4], signed=True))))
+    statement = select(func.count()).where(failures.account_hash == account_hash, failures.time > func.now() - window)
     return int((await conn.execute(statement)).scalar_one())
 
 

@@ -111,10 +111,10 @@ def create_ingress(
         if collection != "webhooks":
             return PlainTextResponse("not found", 404)
         try:
-            account = await accounts.find_own(app[:63], name[:32], time.monotonic())
+            own = await accounts.find_own(app[:63], name[:32], time.monotonic())
         except AftertouchError as error:
             return PlainTextResponse(str(error), 503, headers={"retry-after": "1"})
-        channel, app_id = (account.channel, account.app_id) if account else (None, None)
+        channel, app_id = own or (None, None)
         return await answer(scope, receive, name, channel, app_id, rest[0])
 
     async def answer(
