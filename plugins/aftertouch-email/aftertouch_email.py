@@ -78,7 +78,7 @@ _CODES: Mapping[ReasonClass, Sequence[str]] = {
     ReasonClass.CONFIG: ("500", "501", "502", "503", "530", "534", "535", "538", "5.7.0", "5.7.8", "5.7.9", "5.7.26", "5.1.8"),
     ReasonClass.RATE: ("4.7.0", "4.7.1", "4.7.28", "4.2.1", "4.4.5"),
     ReasonClass.TRANSIENT: (
-        *("connect_error", "421", "450", "451", "452", "454", "4.2.2", "4.3.0", "4.3.2", "4.4.1", "4.4.2"),
+        *("connect_error", "out_of_time", "421", "450", "451", "452", "454", "4.2.2", "4.3.0", "4.3.2", "4.4.1", "4.4.2"),
         *("blocked", "dropped"),
     ),
 }
@@ -127,8 +127,9 @@ class EmailSettings(Settings):
     """Signs the addresses that unsubscribe; keep it, for mail is read late. 32 characters or more."""
     webhook_key: str | None = None
     """SendGrid's verification key, as its page of the event webhook shows it."""
-    timeout_seconds: float = Field(default=30, gt=0)
-    """For each step of a conversation."""
+    timeout_seconds: float = Field(default=15, gt=0, le=15)
+    """For all mails of a batch; those that were not begun by then are tried again. A call that takes 20 seconds is given up, and
+    then nobody knows what became of any of them."""
 
     @field_validator("unsubscribe_secret")
     @classmethod
@@ -226,27 +227,32 @@ class EmailChannel(Channel):
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[EmailAddress, EmailContent]]", messages)
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout_seconds
         shares = [mine[start::CONNECTIONS] for start in range(min(CONNECTIONS, len(mine)))]
-        told = await asyncio.gather(*map(self._send_share, shares))
+        told = await asyncio.gather(*(self._send_share(share, deadline) for share in shares))
         return [told[index % CONNECTIONS][index // CONNECTIONS] for index in range(len(mine))]
 
-    async def _send_share(self, messages: Sequence[Message[EmailAddress, EmailContent]]) -> list[Outcome]:
-        """Send messages over one connection, which is opened again after it broke."""
+    async def _send_share(self, messages: Sequence[Message[EmailAddress, EmailContent]], deadline: float) -> list[Outcome]:
+        """Send messages over one connection, which is opened again after it broke; none is begun after the deadline."""
         outcomes: list[Outcome] = []
         client: SMTP | None = None
         try:
             for message in messages:
+                if asyncio.get_running_loop().time() >= deadline:
+                    outcomes.append(Refused(code="out_of_time"))
+                    continue
                 if client is None or not client.is_connected:
                     client = self._make_client()
                     try:
-                        await client.connect()
+                        async with asyncio.timeout_at(deadline):
+                            await client.connect()
                     except SMTPResponseException as error:
                         outcomes.append(_refuse(error))
                         continue
                     except (SMTPException, OSError):
                         outcomes.append(Refused(code="connect_error"))
                         continue
-                outcomes.append(await self._send_one(client, message))
+                outcomes.append(await self._send_one(client, message, deadline))
         finally:
             if client is not None:
                 client.close()
@@ -265,24 +271,26 @@ class EmailChannel(Channel):
             timeout=settings.timeout_seconds,
         )
 
-    async def _send_one(self, client: SMTP, message: Message[EmailAddress, EmailContent]) -> Outcome:
+    async def _send_one(self, client: SMTP, message: Message[EmailAddress, EmailContent], deadline: float) -> Outcome:
         if _CONTROL.search(message.content.subject):
             return Refused(code="subject_invalid")
         data = self.write_mail(message).as_bytes()
         if len(data) > MAX_MESSAGE:
             return Refused(code="payload_too_large")
         try:
-            await client.mail(self._mailbox)
-            await client.rcpt(message.address.email)
+            async with asyncio.timeout_at(deadline):
+                await client.mail(self._mailbox)
+                await client.rcpt(message.address.email)
         except SMTPResponseException as error:
             outcome = _refuse(error)
-            await _reset(client)
+            await _reset(client, deadline)
             return outcome
         except (SMTPException, OSError):
             client.close()
             return Refused(code="connect_error")
         try:
-            _, text = await client.data(data)
+            async with asyncio.timeout_at(deadline):
+                _, text = await client.data(data)
         except SMTPResponseException as error:
             return _refuse(error)
         except (SMTPException, OSError) as error:
@@ -413,10 +421,11 @@ def _refuse(error: SMTPResponseException) -> Refused:
     return Refused(code=enhanced[1] if enhanced else str(error.code))
 
 
-async def _reset(client: SMTP) -> None:
+async def _reset(client: SMTP, deadline: float) -> None:
     """Have the server forget the envelope of a message that it refused; a connection that breaks meanwhile is opened again."""
     try:
-        await client.rset()
+        async with asyncio.timeout_at(deadline):
+            await client.rset()
     except (SMTPException, OSError):
         client.close()
 

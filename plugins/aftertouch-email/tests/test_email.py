@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sys
+import time
+from collections import Counter
 from dataclasses import replace
 from email import message_from_bytes
 from email.policy import default
@@ -19,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import ValidationError
 
 from aftertouch.channels import Accepted, InvalidSignature, InvalidWebhook, Message, ReasonClass, Receipt, Refused, WebhookRequest
-from aftertouch.testing import Response
+from aftertouch.testing import Fault, ProviderRequest, Response
 
 sys.path.insert(0, str(Path(__file__).parent))
 from smtp import SmtpProvider
@@ -37,7 +40,7 @@ def make_channel(port: str = "9", **values: object) -> EmailChannel:
         "sender": "Shop Ñ <news@shop.example>",
         "unsubscribe_secret": "a secret of 32 characters or more",
         "webhook_key": WEBHOOK_KEY,
-        "timeout_seconds": 30,
+        "timeout_seconds": 15,
     }
     return EmailChannel(EmailSettings.model_validate({**given, **values}), webhook_url=WEBHOOK_URL)
 
@@ -105,6 +108,46 @@ async def test_refused_recipient_leaves_the_connection_to_the_others(reply: str,
     assert EmailChannel.classify(code) is reason
     assert all(isinstance(outcome, Accepted) for outcome in [outcomes[0], *outcomes[2:]])
     assert {request.url for request in provider.requests} == {f"mailto:{person}" for person in people if "gone" not in person}
+
+
+def make_messages(count: int) -> list[Message[EmailAddress, EmailContent]]:
+    return [make_message(token=f"Contract-_Token-{number:08}") for number in range(count)]
+
+
+class SlowProvider(SmtpProvider):
+    """Takes half a second for each message."""
+
+    async def exchange(self, request: ProviderRequest) -> Response | Fault:
+        await asyncio.sleep(0.5)
+        return await super().exchange(request)
+
+
+async def test_server_that_is_slow_takes_what_it_can_in_time_and_the_rest_is_tried_again() -> None:
+    """The server gives a call up that takes longer, and then all of its people would be left without an outcome."""
+    async with SlowProvider(accept) as provider, make_channel(provider.url, timeout_seconds=1.2) as channel:
+        begun = time.monotonic()
+        outcomes = await channel.send(make_messages(20))
+        assert time.monotonic() - begun < 10
+    found = Counter(type(outcome).__name__ if not isinstance(outcome, Refused) else outcome.code for outcome in outcomes)
+    assert found["Accepted"] >= 4
+    # On each of the four connections one at most was under way.
+    assert found["Unclear"] <= 4
+    assert found["out_of_time"] >= 4
+    assert found.total() == 20
+    assert EmailChannel.classify("out_of_time") is ReasonClass.TRANSIENT
+
+
+async def test_server_that_never_speaks_has_been_sent_nothing() -> None:
+    async def be_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(be_silent, "127.0.0.1", 0) as server:
+        port = str(server.sockets[0].getsockname()[1])
+        async with make_channel(port, timeout_seconds=0.5) as channel:
+            outcomes = await channel.send(make_messages(20))
+    assert {outcome.code for outcome in outcomes if isinstance(outcome, Refused)} == {"connect_error", "out_of_time"}
+    assert len([outcome for outcome in outcomes if isinstance(outcome, Refused)]) == 20
 
 
 async def test_wrong_password_is_nobodys_fault_but_ours() -> None:

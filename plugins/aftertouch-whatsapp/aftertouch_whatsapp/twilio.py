@@ -31,9 +31,11 @@ from aftertouch_whatsapp.templates import (
 )
 
 KEEP_SECONDS = 300.0
-"""How long the account's list of templates is believed."""
+"""How long the account's list of templates is believed, also when it could not be read again."""
 MISSING_SECONDS = 5.0
-"""The same for a template that is not in it: somebody may have made it meanwhile."""
+"""The same for a template that is not in it, since somebody may have made it meanwhile, and for a list that could not be read."""
+LISTING_SECONDS = 8.0
+"""For the whole list. Messages wait for it, and a call of ``send`` is given up after 20."""
 LISTED_AT_ONCE = 100
 MOST_PAGES = 50
 LARGEST_PAGE = 2_000_000
@@ -97,6 +99,8 @@ class Twilio:
         self._base = base.rstrip("/")
         self._known: dict[tuple[str, str], Known] = {}
         self._read_at = -KEEP_SECONDS
+        self._failure: _Unreadable | None = None
+        """Of the last reading."""
         self._reading = asyncio.Lock()
 
     async def send(self, http: HttpClient, message: Message[WhatsAppAddress, WhatsAppContent]) -> Outcome:
@@ -130,20 +134,33 @@ class Twilio:
         async with self._reading:
             age = time.monotonic() - self._read_at
             found = self._known.get((name, language))
-            if age < (KEEP_SECONDS if found else MISSING_SECONDS):
-                return found
-            try:
-                read = await self._read_templates(http)
-            except _Unreadable:
-                if found is None:
-                    raise
-                return found
-            self._known = {(template.name, template.language): template for template in reversed(read)}
-            self._read_at = time.monotonic()
-            return self._known.get((name, language))
+            if age >= (KEEP_SECONDS if found else MISSING_SECONDS):
+                # All messages of a batch wait here: whatever comes of it, they do not ask one after the other.
+                self._failure = await self._read_again(http)
+                self._read_at = time.monotonic()
+                found = self._known.get((name, language))
+            if found is None and self._failure is not None:
+                raise self._failure
+            return found
+
+    async def _read_again(self, http: HttpClient) -> _Unreadable | None:
+        """Read the list anew; why it stays as it was, where it cannot be read."""
+        try:
+            read = await self._read_templates(http)
+        except _Unreadable as error:
+            return error
+        self._known = {(template.name, template.language): template for template in reversed(read)}
+        return None
 
     async def _read_templates(self, http: HttpClient) -> list[Known]:
         """All templates of the account, approved ones first."""
+        try:
+            async with asyncio.timeout(LISTING_SECONDS):
+                return await self._read_pages(http)
+        except TimeoutError:
+            raise _Unreadable("templates_unreadable") from None
+
+    async def _read_pages(self, http: HttpClient) -> list[Known]:
         found: list[Known] = []
         target = f"{self._base}/v1/ContentAndApprovals?PageSize={LISTED_AT_ONCE}"
         for _ in range(MOST_PAGES):

@@ -1,5 +1,6 @@
 """The WhatsApp channel over Twilio: against Twilio's two APIs on loopback, and the SDK's own signer."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -105,6 +106,7 @@ class Twilio:
     url: str = ""
     templates: list[dict[str, Any]] = field(default_factory=lambda: list(TEMPLATES))
     list_status: int = 200
+    list_delay: float = 0
     answer: tuple[int, object] = (201, {"sid": SID, "status": "queued"})
     forms: list[dict[str, str]] = field(default_factory=list)
     lists: int = 0
@@ -119,6 +121,7 @@ class Twilio:
         assert request.headers["Authorization"].startswith("Basic ")
         page = int(request.query.get("Page", "0"))
         self.lists += page == 0
+        await asyncio.sleep(self.list_delay)
         following = (
             f"https://elsewhere.example/v1/ContentAndApprovals?Page={page + 1}" if page + 1 < len(self.templates) else None
         )
@@ -255,6 +258,22 @@ async def test_list_that_cannot_be_read_stops_nobody_whose_template_is_known(mon
     async with run_twilio() as twilio, make_channel(twilio.url) as channel:
         await channel.send([make_message()])
         twilio.list_status = 503
+        monkeypatch.setattr(aftertouch_whatsapp.twilio, "KEEP_SECONDS", 0.0)
+        assert await channel.send([make_message()]) == [Accepted(message_id=SID)]
+
+
+async def test_list_that_hangs_is_asked_for_once_and_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of ``send`` that takes too long would leave everybody of its batch without an outcome."""
+    monkeypatch.setattr(aftertouch_whatsapp.twilio, "LISTING_SECONDS", 0.3)
+    async with run_twilio(list_delay=60) as twilio, make_channel(twilio.url) as channel:
+        async with asyncio.timeout(5):
+            outcomes = await channel.send([make_message()] * 50)
+        assert outcomes == [Refused(code="templates_unreadable")] * 50
+        assert (twilio.lists, twilio.forms) == (1, [])
+        twilio.list_delay = 0
+        monkeypatch.setattr(aftertouch_whatsapp.twilio, "MISSING_SECONDS", 0.0)
+        assert await channel.send([make_message()]) == [Accepted(message_id=SID)]
+        twilio.list_delay = 60
         monkeypatch.setattr(aftertouch_whatsapp.twilio, "KEEP_SECONDS", 0.0)
         assert await channel.send([make_message()]) == [Accepted(message_id=SID)]
 
