@@ -170,7 +170,8 @@ class PushSettings(Settings):
     allow_insecure_loopback: bool = False
     """Take ``http://127.0.0.1`` and ``http://localhost`` endpoints at any port: for a sandbox, never for production."""
     timeout_seconds: float = Field(default=10, gt=0)
-    """For a whole request; the connection may take half of it."""
+    """For a whole request; the connection may take half of it. Keep it below 20, when a batch is given up and nobody knows what
+    became of it."""
 
     @field_validator("vapid_private_key")
     @classmethod

@@ -102,7 +102,8 @@ class SmsSettings(Settings):
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$")
     """Of that price."""
     timeout_seconds: float = Field(default=15, gt=0)
-    """For a whole request; the connection may take half of it."""
+    """For a whole request; the connection may take half of it. Keep it below 20, when a batch is given up and nobody knows what
+    became of it."""
 
     @model_validator(mode="after")
     def _check_one_sender(self) -> Self:

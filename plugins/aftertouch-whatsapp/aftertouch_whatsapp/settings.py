@@ -57,7 +57,8 @@ class WhatsAppSettings(Settings, validate_default=True):
     seconds_between_messages: float = Field(default=6, ge=0, le=3_600)
     """To one person. Meta's limit, from which a burst of 45 may borrow; campaigns that meet in one person can wait."""
     timeout_seconds: float = Field(default=15, gt=0)
-    """For a whole request; the connection may take half of it."""
+    """For a whole request; the connection may take half of it. Keep it below 20, when a batch is given up and nobody knows what
+    became of it."""
 
     @field_validator("phone_number_id", "access_token", "app_secret", "verify_token", "account_sid", "auth_token")
     @classmethod
