@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from aftertouch.channels import Channel
 from aftertouch.config import Config, ConfigError, load_config, name_setting
@@ -59,6 +60,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 STOP_SECONDS = 28
 """Of a worker: the slowest provider call takes 20, and a process is usually given 30."""
+KEYS_AT_ONCE = 1_000
 MOST_TOLD = 1_000
 """Rows of a file that are named when they are left out."""
 
@@ -421,10 +423,55 @@ async def _create_key(name: str, scopes: list[str], display_name: str) -> None:
 
     if unknown := [scope for scope in scopes if scope not in store.SCOPES]:
         raise CommandFailed(f"no scope {', '.join(unknown)}; there are {', '.join(store.SCOPES)}")
+    from aftertouch.store.audit import record_entry
+
     async with _open_app(name) as (conn, found):
         key, secret = await store.create_api_key(conn, found.app_id, display_name, scopes)
+        await record_entry(conn, found.app_id, "command line", "Apps/CreateApiKey", f"{found.name}/apiKeys/{key.api_key}")
     err.print(f"{found.name}/apiKeys/{key.api_key} may {', '.join(key.scopes)}; its secret is shown only now:", markup=False)
     out.print(secret, markup=False)
+
+
+@keys.command("list")
+def list_keys(name: Annotated[str, typer.Argument(help="The app.")]) -> None:
+    """List an app's API keys, never their secrets."""
+    _run(_list_keys(name))
+
+
+async def _list_keys(name: str) -> None:
+    from aftertouch.store.apps import list_api_keys
+
+    table = Table("Key", "For", "May", "Made", "Revoked", box=None)
+    async with _open_app(name) as (conn, found):
+        page = await list_api_keys(conn, found.app_id, None, KEYS_AT_ONCE)
+        while page:
+            for key in page:
+                revoked = f"{key.revoke_time:%Y-%m-%d}" if key.revoke_time else ""
+                # What somebody called it is no markup.
+                table.add_row(key.api_key, Text(key.display_name), ", ".join(key.scopes), f"{key.create_time:%Y-%m-%d}", revoked)
+            page = await list_api_keys(conn, found.app_id, page[-1].api_key, KEYS_AT_ONCE)
+    out.print(table)
+
+
+@keys.command("revoke")
+def revoke_key(
+    name: Annotated[str, typer.Argument(help="The app.")],
+    key: Annotated[str, typer.Argument(help="The key's id, as `keys list` shows it and the middle of its secret is: at_ID_…")],
+) -> None:
+    """Have nobody be let in by an API key any more, at once and for good."""
+    _run(_revoke_key(name, key))
+
+
+async def _revoke_key(name: str, key: str) -> None:
+    from aftertouch.errors import NotFound
+    from aftertouch.store.apps import revoke_api_key
+    from aftertouch.store.audit import record_entry
+
+    async with _open_app(name) as (conn, found):
+        if not await revoke_api_key(conn, found.app_id, key, datetime.now(UTC)):
+            raise NotFound(f"{found.name}/apiKeys/{key}")
+        await record_entry(conn, found.app_id, "command line", "Apps/RevokeApiKey", f"{found.name}/apiKeys/{key}")
+    out.print(f"{found.name}/apiKeys/{key} is revoked", markup=False)
 
 
 @users.command("create")

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from aftertouch.store.apps import find_caller
+from aftertouch.store.audit import list_entries
+from aftertouch.store.engine import open_engine, transaction
 from tests.fix_world import SECRET_KEY
 
 pytestmark = pytest.mark.e2e
@@ -50,3 +53,21 @@ async def test_user_of_an_unknown_app_or_role_is_refused(database_url: str) -> N
     ):
         code, _, err = await run(database_url, "users", "create", *arguments)
         assert (code, text in err) == (1, True), err
+
+
+async def test_key_is_listed_without_its_secret_and_revoked(database_url: str) -> None:
+    await run(database_url, "apps", "create", "acme")
+    _, secret, _ = await run(database_url, "keys", "create", "acme", "--scope", "read", "--display-name", "[red]checkout")
+    key = secret.split("_")[1]
+    code, listed, _ = await run(database_url, "keys", "list", "acme")
+    assert (code, key in listed, "[red]checkout" in listed, secret.strip() in listed) == (0, True, True, False)
+    assert (await run(database_url, "keys", "revoke", "acme", "no-such"))[:2] == (1, "")
+    code, out, _ = await run(database_url, "keys", "revoke", "acme", key)
+    assert (code, out) == (0, f"apps/acme/apiKeys/{key} is revoked\n")
+    async with open_engine(database_url) as engine, transaction(engine) as conn:
+        assert await find_caller(conn, secret.strip()) is None
+        entries = await list_entries(conn, 1, None, 10)
+    assert [(entry.actor, entry.method) for entry in entries] == [
+        ("command line", "Apps/RevokeApiKey"),
+        ("command line", "Apps/CreateApiKey"),
+    ]
