@@ -221,7 +221,7 @@ def worker() -> None:
 
 
 async def _work() -> None:
-    from aftertouch.server import open_core, open_database, send_beside
+    from aftertouch.server import open_core, open_database, send_beside, serve_metrics
 
     config, discovery = _load()
     if config.public_url is None:
@@ -231,6 +231,7 @@ async def _work() -> None:
         open_database(config, may_share=True) as url,
         open_core(config, url, discovery, os.environ, config.public_url) as core,
         send_beside(config, core, stopping),
+        serve_metrics(config, core),
     ):
         out.print("sending")
         await stopping.wait()

@@ -84,6 +84,10 @@ class Config(BaseModel):
     )
     grpc_address: ListenAddress = Field("127.0.0.1:7070", description="Where gRPC listens")
     http_address: ListenAddress = Field("127.0.0.1:7071", description="Where webhooks arrive")
+    metrics_address: ListenAddress | None = Field(
+        None,
+        description="Where /metrics is served to Prometheus, not for strangers; of several processes each takes the next port",
+    )
     public_url: Annotated[str, AfterValidator(_check_public_url)] | None = Field(
         None, description="How providers reach the HTTP address from outside; http://<http_address> by default"
     )

@@ -21,7 +21,9 @@ from typing import Any
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import QueuePool
 
+from aftertouch import metrics
 from aftertouch.config import Config
 from aftertouch.console.app import open_console
 from aftertouch.console.issuer import find_issuer
@@ -52,7 +54,8 @@ from aftertouch.store.users import forget_sessions
 from aftertouch.vault import Vault
 from aftertouch.web.browsers import Browsers
 from aftertouch.web.ingress import WEBHOOKS, create_ingress
-from aftertouch.web.server import mount, serve_http
+from aftertouch.web.metrics import create_metrics
+from aftertouch.web.server import bind, mount, serve_http
 
 log = structlog.get_logger()
 
@@ -234,6 +237,8 @@ class Addresses:
     grpc: str
     http: str
     public_url: str
+    metrics: str = ""
+    """Empty where nobody asked for it."""
 
 
 @asynccontextmanager
@@ -267,6 +272,7 @@ async def serve(
             console = await stack.enter_async_context(open_console(core.engine, core.registry, servicers, public_url, issuer))
             http = mount(http, console, ("/", PREFIX))
         await stack.enter_async_context(serve_http(http, listener))
+        metrics_address = await stack.enter_async_context(serve_metrics(config, core))
         port = await stack.enter_async_context(
             serve_grpc(
                 *(core.engine, servicers, config.grpc_address),
@@ -279,7 +285,21 @@ async def serve(
         await stack.enter_async_context(_run_beside(reconciler.run(), "ask for receipts", stopping))
         await stack.enter_async_context(send_beside(config, core, stopping))
         grpc_host = config.grpc_address.rpartition(":")[0]
-        yield core, Addresses(f"{grpc_host}:{port}", _name_address(listener), public_url)
+        yield core, Addresses(f"{grpc_host}:{port}", _name_address(listener), public_url, metrics_address)
+
+
+@asynccontextmanager
+async def serve_metrics(config: Config, core: Core) -> AsyncIterator[str]:
+    """Serve what the process counts meanwhile, where that is configured; hands out the address."""
+    if config.metrics_address is None:
+        yield ""
+        return
+    metrics.EVENTS_WAITING.set_function(lambda: core.ledger.waiting_count)
+    pool = core.engine.pool
+    metrics.CONNECTIONS.set_function(lambda: pool.checkedout() if isinstance(pool, QueuePool) else 0)
+    with bind(config.metrics_address) as listener:
+        async with serve_http(create_metrics(core.engine), listener):
+            yield _name_address(listener)
 
 
 @asynccontextmanager
@@ -310,6 +330,8 @@ async def _open_intake(config: Config, core: Core, stopping: asyncio.Event) -> A
         spool = await stack.enter_async_context(Spool(config.data_dir, most_bytes)) if most_bytes else None
         intake = await stack.enter_async_context(Intake(core.ledger, core.registry.types, spool))
         if spool:
+            metrics.SPOOLED.labels("waiting").set_function(lambda: spool.waiting)
+            metrics.SPOOLED.labels("aside").set_function(lambda: spool.aside)
             await stack.enter_async_context(_run_beside(intake.replay(spool), "replay the spool", stopping))
         yield intake
 

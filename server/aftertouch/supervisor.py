@@ -68,8 +68,17 @@ async def supervise(
             "processes": "1",
         }
         theirs = {**environment, **{name_setting(field): value for field, value in settings.items()}}
-        await stack.enter_async_context(_run_servers([_Server(theirs) for _ in range(config.processes)], stopping))
+        own = [{name_setting("metrics_address"): address} for address in _list_metrics_addresses(config)]
+        await stack.enter_async_context(_run_servers([_Server({**theirs, **each}) for each in own], stopping))
         yield engine, Addresses(grpc_address, http_address, config.public_url or f"http://{http_address}")
+
+
+def _list_metrics_addresses(config: Config) -> list[str]:
+    """One for each process, since each counts for itself: the configured one and the next ports; empty without any."""
+    if config.metrics_address is None:
+        return [""] * config.processes
+    host, _, port = config.metrics_address.rpartition(":")
+    return [f"{host}:{int(port) + index}" for index in range(config.processes)]
 
 
 @contextmanager

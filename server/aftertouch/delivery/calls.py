@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 import structlog
 
+from aftertouch import metrics
 from aftertouch.channels import Accepted, Address, Channel, Content, Finding, Message, NotTaken, Outcome, Price, Refused, Unclear
 
 log = structlog.get_logger()
@@ -30,7 +32,13 @@ T = TypeVar("T")
 
 async def send_messages(channel: Channel, messages: Messages) -> Sequence[Outcome]:
     """Have the channel send messages; those of a call that failed are a ``Defect``."""
-    return await _call(channel, "send", channel.send, _is_outcome, messages)
+    outcomes = await _call(channel, "send", channel.send, _is_outcome, messages)
+    for kind, count in Counter(map(type, outcomes)).items():
+        metrics.MESSAGES.labels(channel.name, _OUTCOMES[kind]).inc(count)
+    return outcomes
+
+
+_OUTCOMES: dict[type[Outcome], str] = {Accepted: "accepted", Refused: "refused", Unclear: "unclear", Defect: "defect"}
 
 
 async def look_up_messages(channel: Channel, messages: Messages, since: datetime) -> Sequence[Finding]:

@@ -10,6 +10,7 @@ While one transaction writes receipts and commits, the next may already write it
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from aftertouch import metrics
 from aftertouch.errors import AftertouchError, DatabaseUnavailable, PositionOutOfOrder, ServerStopping, StreamSuperseded
 from aftertouch.store.engine import transaction
 from aftertouch.store.logs import Attempt, EventBatch, count_events, join_batches, log_events, store_attempts
@@ -140,6 +142,11 @@ class Batcher:
             self._changed.notify_all()
 
     @property
+    def waiting_count(self) -> int:
+        """Events that are not durable yet."""
+        return self._backlog
+
+    @property
     def _is_waiting(self) -> bool:
         return bool(self._prompt or self._streamed)
 
@@ -213,6 +220,7 @@ class Batcher:
             _Stale, _Overtaken: nothing was stored.
         """
         batch = join_batches([submission.batch for submission in commit.group])
+        begun_at = time.monotonic()
         async with transaction(self._engine) as conn:
             await log_events(conn, batch)
             await store_attempts(conn, [attempt for submission in commit.group for attempt in submission.attempts])
@@ -224,6 +232,8 @@ class Batcher:
                 raise _Overtaken
             await self._move_positions(conn, commit.group)
             await count_events(conn, batch)
+        metrics.COMMITS.observe(time.monotonic() - begun_at)
+        metrics.EVENTS.inc(len(batch))
 
     async def _move_positions(self, conn: AsyncConnection, group: Sequence[Submission]) -> None:
         """Store how far the streams are, unless something is in the group that must not be.

@@ -78,6 +78,11 @@ class Ledger:
         if self._task:
             await self._task
 
+    @property
+    def waiting_count(self) -> int:
+        """Events that were taken and are not durable yet."""
+        return self._batcher.waiting_count
+
     def lose_patience(self) -> None:
         """Wait for no database that is away from now on: the process stops, and must not wait for ever."""
         self._batcher.is_patient = False

@@ -6,10 +6,12 @@ committed before the answer leaves and rolled back with any error, so nothing is
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from aftertouch import metrics
 from aftertouch.errors import (
     AftertouchError,
     ApiKeyInvalid,
@@ -225,6 +228,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _wrap_unary(self, method: Method, serve: Any, secret: str) -> Any:
         async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             async def work() -> bytes:
+                with _measure(method):
+                    return await answer_once()
+
+            async def answer_once() -> bytes:
                 async with AsyncExitStack() as stack:
                     call = await self._admit(method, secret, stack)
                     response = await answer_unary(call, serve, method.parse(data))
@@ -328,6 +335,25 @@ def _read_secret(details: grpc.HandlerCallDetails) -> str:
         if name == "authorization" and isinstance(value, str) and value[:7].lower() == "bearer ":
             return value[7:].strip()
     return ""
+
+
+@contextmanager
+def _measure(method: Method) -> Iterator[None]:
+    """Count a call, by how it ends and how long it takes."""
+    begun_at, code = time.monotonic(), "OK"
+    try:
+        yield
+    except AftertouchError as error:
+        code = error.code
+        raise
+    except asyncio.CancelledError:
+        code = "CANCELLED"
+        raise
+    except Exception:
+        code = "INTERNAL"
+        raise
+    finally:
+        metrics.CALLS.labels(method.short_name, code).observe(time.monotonic() - begun_at)
 
 
 async def _guard(path: str, work: Callable[[], Awaitable[T]], context: grpc.aio.ServicerContext[Any, Any]) -> T:

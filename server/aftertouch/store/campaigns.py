@@ -65,6 +65,7 @@ _DRAFTS = 1
 """The class of the advisory locks on drafts of a chain."""
 _LAUNCHES = 2
 """Of those on launches in a chain."""
+STATES = ("DRAFT", "SCHEDULED", "SENDING", "PAUSED", "SENT", "CANCELED", "FAILED")
 _OVER = ("SENT", "CANCELED", "FAILED")
 """States from which nothing more comes."""
 
@@ -149,6 +150,12 @@ async def list_campaigns(
     if where.text is not None:
         statement = statement.where(columns.display_name.icontains(where.text, autoescape=True))
     return [_campaign(row) for row in await conn.execute(statement)]
+
+
+async def count_states(conn: AsyncConnection) -> dict[str, int]:
+    """How many campaigns of all apps are in each state, those that none is in as well."""
+    rows = await conn.execute(select(campaigns.c.state, func.count()).group_by(campaigns.c.state))
+    return dict.fromkeys(STATES, 0) | {state: number for state, number in rows}
 
 
 async def lock_due_campaign(conn: AsyncConnection, shared: Collection[str], installed: Collection[str]) -> Campaign | None:

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from aftertouch import metrics
 from aftertouch.channels import (
     Channel,
     InvalidSignature,
@@ -125,6 +126,13 @@ def create_ingress(
         if scope["method"] == "HEAD":
             # Nothing is reported so; but whoever asks whether this address leads here, as the console does, is told.
             return Response(status_code=405, headers={"allow": "GET, POST", ANSWERING: name})
+        response = await answer_webhook(scope, receive, name, channel, app_id, rest)
+        metrics.WEBHOOKS.labels(name, response.status_code).inc()
+        return response
+
+    async def answer_webhook(
+        scope: Scope, receive: Receive, name: str, channel: Channel, app_id: int | None, rest: str
+    ) -> Response:
         headers = _read_headers(scope)
         if _is_small(headers):
             return await take(scope, receive, name, channel, app_id, rest, headers)
