@@ -19,6 +19,8 @@ COPY --from=build /opt/aftertouch /opt/aftertouch
 RUN useradd --create-home --uid 10001 aftertouch
 USER aftertouch
 WORKDIR /home/aftertouch
+# A volume that is new takes over whose it is.
+RUN mkdir -m 700 .aftertouch
 ENV PATH=/opt/aftertouch/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     AFTERTOUCH_GRPC_ADDRESS=0.0.0.0:7070 \

@@ -16,7 +16,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
 
 from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, Webhook
-from aftertouch.delivery import sender
+from aftertouch.delivery import leftovers, sender
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import apps_pb2, campaigns_pb2
@@ -373,6 +373,55 @@ async def test_people_in_quiet_hours_are_left_alone_until_they_end(loft: Loft) -
     await resume(loft, name)
     campaign = await wait_for(loft, name, State.SENT)
     assert (campaign.counts.signals["sent"], set(loft.channel.copies.values())) == (4, {1})
+
+
+async def test_cancel_waits_for_no_quiet_hours(loft: Loft) -> None:
+    await set_policy(loft, quiet_hours=make_quiet(timedelta(hours=-1), timedelta(hours=10)))
+    name = await loft.launch(4)
+    async with asyncio.timeout(20):
+        # Nobody can go: the unit rests until the morning.
+        while not await find_rest(loft):  # noqa: ASYNC110 - there is nothing to wait on but the next look
+            await asyncio.sleep(0.02)
+    await loft.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=name))
+    async with asyncio.timeout(20):
+        async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=name)):
+            counts = campaign.counts
+    assert [(r.reason_class, r.reason_code, r.count) for r in counts.reasons] == [("policy", "canceled", 4)]
+
+
+async def find_rest(loft: Loft) -> bool:
+    """True when a unit waits for more than an hour."""
+    async with transaction(loft.world.core.engine) as conn:
+        statement = text("SELECT count(*) FROM send_units WHERE ready_time > now() + interval '1 hour'")
+        return bool((await conn.execute(statement)).scalar_one())
+
+
+async def test_campaign_that_is_paused_while_its_last_unit_is_given_up_is_over(
+    loft: Loft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without units it could only be resumed into a campaign that is being sent for ever."""
+    is_claimed, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def close_later(*args: Any) -> None:
+        is_claimed.set()
+        await may_go_on.wait()
+        await close(*args)
+
+    close = leftovers._close
+    monkeypatch.setattr(leftovers, "_close", close_later)
+    await set_policy(loft, quiet_hours=make_quiet(timedelta(hours=-1), timedelta(hours=10)))
+    name = await loft.launch(2)
+    async with transaction(loft.world.core.engine) as conn:
+        await conn.execute(text("UPDATE campaigns SET send_by_time = now()"))
+    await is_claimed.wait()
+    pausing = asyncio.ensure_future(pause(loft, name))
+    async with asyncio.timeout(20):
+        while (await loft.get_campaign(name)).state != State.PAUSED:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    may_go_on.set()
+    await pausing
+    campaign = await wait_for(loft, name, State.SENT)
+    assert [(r.reason_class, r.reason_code, r.count) for r in campaign.counts.reasons] == [("policy", "send_by_time", 2)]
 
 
 async def test_people_whose_quiet_hours_outlast_the_deadline_are_skipped(loft: Loft) -> None:

@@ -16,7 +16,7 @@ from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.migrate import migrate
 from aftertouch.v1 import campaigns_pb2
-from tests.e2e.spools import wait_until_drained
+from tests.e2e.spools import count_rows, wait_until_drained
 from tests.fix_database import CUT_CONNECTIONS, name_database
 from tests.fix_world import OpenWorld, World, run_world
 
@@ -90,6 +90,36 @@ async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path, s
             await stack.enter_async_context(EmbeddedPostgres(tmp_path))
             await check_world(world, names, tmp_path)
             assert (world.sandbox.outbox.counts["retries"] == 0) == (spool_megabytes > 0)
+
+
+WRITTEN = ("receipts", "events", "send_units")
+JUDGE = "CREATE OR REPLACE FUNCTION judge() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body}; RETURN NULL; END $$"
+
+
+@pytest.mark.parametrize("state", ["53100", "58030", "25006"], ids=["disk full", "disk broken", "no primary any more"])
+async def test_database_that_cannot_write_for_seconds_loses_nothing_and_ends_no_server(
+    open_world: OpenWorld, database_url: str, tmp_path: Path, state: str
+) -> None:
+    settings = SandboxSettings(size=400, time_scale=0.2, strict_retries=True)
+    async with (
+        await psycopg.AsyncConnection.connect(database_url, autocommit=True) as conn,
+        open_world(settings, data_dir=tmp_path) as world,
+    ):
+        await world.import_people()
+        await conn.execute(JUDGE.format(body="NULL"))
+        for table in WRITTEN:
+            await conn.execute(
+                f"CREATE TRIGGER judge BEFORE INSERT OR UPDATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION judge()"
+            )
+        names = await launch_everywhere(world)
+        while len(world.sandbox.truth.entries) < 100:  # noqa: ASYNC110 - the sandbox wakes nobody
+            await asyncio.sleep(0.005)
+        await conn.execute(JUDGE.format(body=f"RAISE EXCEPTION 'No space left on device' USING ERRCODE = '{state}'"))
+        await asyncio.sleep(3)
+        assert count_rows(tmp_path) > 0
+        await conn.execute(JUDGE.format(body="NULL"))
+        await check_world(world, names, tmp_path)
+        assert world.sandbox.outbox.counts["retries"] == 0
 
 
 async def test_webhook_without_a_spool_is_refused_while_the_database_is_away_and_taken_once_it_is_back(tmp_path: Path) -> None:

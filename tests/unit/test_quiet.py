@@ -55,6 +55,10 @@ def at(text: str) -> datetime:
         (NIGHT, "Asia/Kolkata", "2026-01-10 16:29", None),
         (NIGHT, "Asia/Kolkata", "2026-01-10 16:30", "2026-01-11 02:30"),
         (NIGHT, "Asia/Kathmandu", "2026-01-10 16:15", "2026-01-11 02:15"),
+        # The hour from two to three comes twice there, and so does the end of the quiet.
+        ((22 * 60, 150), "Europe/Madrid", "2026-10-25 00:15", "2026-10-25 00:30"),
+        ((22 * 60, 150), "Europe/Madrid", "2026-10-25 00:45", None),
+        ((22 * 60, 150), "Europe/Madrid", "2026-10-25 01:15", "2026-10-25 01:30"),
         # Another day there than here.
         (NIGHT, "Pacific/Auckland", "2026-01-10 12:00", "2026-01-10 19:00"),
         (NIGHT, "Pacific/Honolulu", "2026-01-10 08:00", "2026-01-10 18:00"),

@@ -49,6 +49,7 @@ async def _close(engine: AsyncEngine, ledger: Ledger, types: Mapping[str, Channe
         now = datetime.now(UTC)
         first = chunk_of(unit.slot) * CHUNK
         await ledger.record_within(conn, [Fact(campaign, first + int(position), kind, now) for position in left])
-        if await finish_unit(conn, unit) and campaign.state == "SENDING":
-            await update_campaign(conn, campaign.campaign_id, state="SENT", finish_time=now)
+        # Paused since the unit was claimed: without units it could not be resumed into anything.
+        if await finish_unit(conn, unit) and campaign.state in ("SENDING", "PAUSED"):
+            await update_campaign(conn, campaign.campaign_id, state="SENT", state_reason="", finish_time=now)
             log.info("a campaign was sent", action="finish_campaign", campaign_id=campaign.campaign_id)

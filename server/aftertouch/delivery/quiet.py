@@ -32,4 +32,5 @@ def _find_opening(start: int, end: int, time_zone: str, minute: datetime) -> dat
     if not (start <= at < end if start < end else at >= start or at < end):
         return None
     day = local.date() if at < end else local.date() + timedelta(days=1)
-    return datetime.combine(day, time(*divmod(end, 60)), zone).astimezone(UTC)
+    # In the hour that an autumn night repeats, the end of that time round.
+    return datetime.combine(day, time(*divmod(end, 60), fold=local.fold), zone).astimezone(UTC)

@@ -111,6 +111,9 @@ class Worker:
                     continue
             except DatabaseUnavailable as error:
                 log.warning("sending waits for the database", action="claim_unit", reason=error.reason)
+            except Exception:
+                # One defect must not end the others' work, nor a server's.
+                log.exception("work failed", action="claim_unit")
             await self._rest()
 
     async def _rest(self) -> None:
@@ -220,6 +223,9 @@ class Worker:
                     outdated = await self._context.accounts.list_outdated(conn, used) if used else []
             except DatabaseUnavailable as error:
                 log.warning("leases are not prolonged", action="prolong_leases", reason=error.reason)
+            except Exception:
+                # Who sends looks at the clock: nothing leaves after a lease has ended.
+                log.exception("leases are not prolonged", action="prolong_leases")
             else:
                 for lease in leases:
                     if lease.unit in going_on:

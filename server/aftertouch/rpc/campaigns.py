@@ -100,7 +100,9 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         question = f"{request.parent}/campaigns {where}"
         before = read_page_token(request.page_token, question, int)
         found = await store.list_campaigns(await call.begin(), call.app.app_id, before, size + 1, where)
-        page = fill_page([await to_campaign(call, campaign) for campaign in found[:size]])
+        named = {number for campaign in found[:size] for number in (campaign.root_id, campaign.source_id) if number is not None}
+        known = await store.read_campaigns(await call.begin(), sorted(named))
+        page = fill_page([await to_campaign(call, campaign, known) for campaign in found[:size]])
         return campaigns_pb2.ListCampaignsResponse(
             campaigns=page,
             next_page_token=make_page_token(question, found[len(page) - 1].campaign_id) if len(found) > len(page) else "",
@@ -452,8 +454,17 @@ def read_audience(call: Call, audience: campaigns_pb2.Audience) -> Audience:
             return AllSubscribers()
 
 
-async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Campaign:
-    """A campaign as a message, without its counts."""
+async def to_campaign(
+    call: Call, campaign: store.Campaign, known: Mapping[int, store.Campaign] | None = None
+) -> campaigns_pb2.Campaign:
+    """A campaign as a message, without its counts.
+
+    Args:
+        known: every campaign that it names, by number, where they were read for many at once.
+    """
+    named = [number for number in (campaign.root_id, campaign.source_id) if number is not None]
+    if known is None:
+        known = await store.read_campaigns(await call.begin(), named) if named else {}
     message = campaigns_pb2.Campaign(
         name=f"{call.app.name}/campaigns/{campaign.campaign}",
         display_name=campaign.display_name,
@@ -478,11 +489,11 @@ async def to_campaign(call: Call, campaign: store.Campaign) -> campaigns_pb2.Cam
         message.content.CopyFrom(to_struct(campaign.content))
     if campaign.audience is not None:
         message.audience.CopyFrom(_to_audience(call, campaign.audience))
-    if campaign.root_id is not None and (root := await store.read_campaign(await call.begin(), campaign.root_id)):
+    if campaign.root_id is not None and (root := known.get(campaign.root_id)):
         message.root = f"{call.app.name}/campaigns/{root.campaign}"
     if campaign.source_id is not None and campaign.delay_seconds is not None:
         message.follow_up.delay.seconds = campaign.delay_seconds
-        if source := await store.read_campaign(await call.begin(), campaign.source_id):
+        if source := known.get(campaign.source_id):
             message.follow_up.source = f"{call.app.name}/campaigns/{source.campaign}"
     return message
 

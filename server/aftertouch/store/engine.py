@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
 import psycopg
+import structlog
 from psycopg.types.json import set_json_loads
 from pydantic_core import from_json
 from sqlalchemy import event, make_url, text
@@ -19,6 +21,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from aftertouch.errors import DatabaseUnavailable
 
+log = structlog.get_logger()
+
+TELL_AGAIN_SECONDS = 10.0
 SCHEMA_REVISION = "0001"
 """The newest migration: what this code needs."""
 
@@ -83,6 +88,7 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
             yield conn
     except (DBAPIError, psycopg.Error) as error:
         if may_pass(error):
+            _tell(error)
             raise DatabaseUnavailable from error
         raise
     except PoolTimeout as error:
@@ -102,20 +108,36 @@ async def snapshot(engine: AsyncEngine) -> AsyncIterator[tuple[AsyncConnection, 
         yield conn, (await conn.execute(text("SELECT statement_timestamp()"))).scalar_one()
 
 
+def _tell(error: DBAPIError | psycopg.Error) -> None:
+    """Log why the database cannot, but not for each of thousands that hear of it."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    state, now = getattr(cause, "sqlstate", None) or "", time.monotonic()
+    if now - _told.get(state, -TELL_AGAIN_SECONDS) >= TELL_AGAIN_SECONDS:
+        _told[state] = now
+        text = str(cause).strip().partition("\n")[0][:300]
+        log.warning("the database cannot do it now", action="transaction", sqlstate=state, cause=text)
+
+
+_told: dict[str, float] = {}
+"""When each SQLSTATE was logged last."""
+
+
 def may_pass(error: DBAPIError | psycopg.Error) -> bool:
     """True when the same transaction may succeed later: the server is away, full or going, or two transactions collided."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     state = getattr(cause, "sqlstate", None)
     if state is None:
         return isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError)
-    return state[:2] == "08" or state in _PASSING
+    return state[:2] in _PASSING_CLASSES or state in _PASSING
 
 
+_PASSING_CLASSES = frozenset({"08", "53", "58"})
+"""No connection; out of disk, memory or connections; an error of the system's, as of its disk."""
 _PASSING = frozenset(
     {
+        "25006",  # read only: it was the primary, and is none any more
         "40001",  # serialization failure
         "40P01",  # deadlock
-        "53300",  # too many connections
         "55P03",  # lock not available in time
         "57P01",  # the server is shutting down,
         "57P02",  # crashed,

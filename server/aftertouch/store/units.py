@@ -107,11 +107,15 @@ async def _claim(conn: AsyncConnection, statement: Update, parameters: Mapping[s
     return Unit(*row) if row else None
 
 
+def _is_ready() -> ColumnElement[bool]:
+    return send_units.c.ready_time <= func.clock_timestamp()
+
+
 def _write_claim(wanted: ColumnElement[bool]) -> Update:
     candidate = (
         select(send_units.c.slot)
         .join(campaigns, campaigns.c.campaign_id == send_units.c.campaign_id)
-        .where(wanted, send_units.c.ready_time <= func.clock_timestamp(), func.coalesce(~_is_held(), True))
+        .where(wanted, func.coalesce(~_is_held(), True))
         .order_by(_TURN, send_units.c.slot)
         .limit(1)
         .with_for_update(skip_locked=True, of=send_units)
@@ -126,8 +130,9 @@ def _write_claim(wanted: ColumnElement[bool]) -> Update:
 
 
 # Composed once: every free place of a worker asks each second.
-_CLAIM_UNIT = _write_claim(and_(_may_be_sent(), campaigns.c.channel == bindparam("channel")))
-_CLAIM_OWN_UNIT = _write_claim(and_(_may_be_sent(), campaigns.c.channel == bindparam("channel"), is_of_owner()))
+_CLAIM_UNIT = _write_claim(and_(_may_be_sent(), _is_ready(), campaigns.c.channel == bindparam("channel")))
+_CLAIM_OWN_UNIT = _write_claim(and_(_may_be_sent(), _is_ready(), campaigns.c.channel == bindparam("channel"), is_of_owner()))
+# Whoever is left waits for nothing any more: not for the end of quiet hours, nor for a provider.
 _CLAIM_LEFTOVER = _write_claim(_is_over())
 
 
