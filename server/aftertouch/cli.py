@@ -341,9 +341,9 @@ def create_app(
     display_name: Annotated[str | None, typer.Option(help="For people.")] = None,
 ) -> None:
     """Make an app."""
-    import re
+    from aftertouch.store.apps import is_app_name
 
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
+    if not is_app_name(name):
         raise CommandFailed(f"{name!r} is no name for an app: lower-case letters, digits and hyphens, beginning with a letter")
     _run(_create_app(name, display_name or name))
 

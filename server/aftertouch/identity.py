@@ -8,7 +8,7 @@ only: backends of sites import it.
 from __future__ import annotations
 
 import hmac
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -49,9 +49,15 @@ def read_identity(secrets: Iterable[str], identity: str, now: datetime | None = 
     # All are tried: which secret fits must not show in the time that it takes.
     if not any([hmac.compare_digest(_sign(secret, signed), signature) for secret in secrets]):
         raise InvalidIdentity("it was not signed with the app's identity secret")
+    if not parts[1].isdecimal():
+        raise InvalidIdentity("its expiry is no whole number of seconds since 1970")
     if int(parts[1]) <= (now or datetime.now(UTC)).timestamp():
         raise InvalidIdentity("it has expired")
-    return urlsafe_b64decode(parts[2] + "=" * (-len(parts[2]) % 4)).decode()
+    try:
+        # Strictly: what is left out of a name names somebody else.
+        return b64decode(parts[2] + "=" * (-len(parts[2]) % 4), b"-_", validate=True).decode()
+    except ValueError as error:
+        raise InvalidIdentity("its external_id is no base64url of UTF-8") from error
 
 
 def _sign(secret: str, signed: str) -> str:

@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from sqlalchemy import func, select
 from twilio.request_validator import RequestValidator
+from yarl import URL
 
 from aftertouch.client import Client
 from aftertouch.rpc.interceptor import Method
@@ -416,7 +417,7 @@ class Hooks:
                 for table in (events, receipts, unrecognized_receipts)
             ]
 
-    async def send(self, method: str, url: str, data: Any = None, **headers: str) -> tuple[int, str]:
+    async def send(self, method: str, url: str | URL, data: Any = None, **headers: str) -> tuple[int, str]:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         async with self.session.request(method, url, data=data, headers=named) as response:
             return response.status, await response.text()
@@ -564,6 +565,17 @@ async def test_webhook_with_a_wrong_method_is_refused(untouched: Hooks, method: 
 @pytest.mark.parametrize("channel", ["fax", "SMS", "sms%00", "..", "%ff"])
 async def test_webhook_of_an_unknown_channel_is_refused(untouched: Hooks, channel: str) -> None:
     status, _ = await untouched.send("POST", untouched.url(channel), b"x")
+    assert status == 404
+
+
+@pytest.mark.parametrize("app", ["%00", "acme%00", "%ff", "Acme", "acme%20", "-acme", "a" * 64])
+@pytest.mark.parametrize("path", ["/v1/apps/{}/webhooks/sms", "/v1/browsers/push/{}", "/l/{}"])
+async def test_path_with_no_name_of_an_app_is_refused_without_the_database(untouched: Hooks, path: str, app: str) -> None:
+    """Strangers asked it about each, and a NUL was a defect with a traceback."""
+    url = f"{untouched.world.addresses.public_url}{path.format(app)}"
+    async with transaction(untouched.world.core.engine) as conn:
+        await conn.exec_driver_sql("LOCK TABLE apps IN ACCESS EXCLUSIVE MODE")
+        status, _ = await untouched.send("GET", URL(url, encoded=True))
     assert status == 404
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+from base64 import urlsafe_b64encode
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -38,6 +40,24 @@ def test_identity_expires() -> None:
     assert read_identity(["secret"], identity, NOW - timedelta(seconds=1)) == "ada"
     with pytest.raises(InvalidIdentity, match="expired"):
         read_identity(["secret"], identity, NOW)
+
+
+@pytest.mark.parametrize(
+    ("expiry", "name", "cause"),
+    [
+        ("1e10", "YWRh", "expiry is no whole number"),
+        ("", "YWRh", "expiry is no whole number"),
+        ("4102444800", "YWRhZ", "external_id is no base64url"),
+        ("4102444800", "YWR h", "external_id is no base64url"),
+        ("4102444800", "_w", "external_id is no base64url"),
+    ],
+)
+def test_signed_identity_of_another_form_is_invalid_and_says_why(expiry: str, name: str, cause: str) -> None:
+    """Whoever wrote a backend in another language got a 500."""
+    signed = f"v1.{expiry}.{name}"
+    signature = urlsafe_b64encode(hmac.digest(b"secret", signed.encode(), "sha256")).rstrip(b"=").decode()
+    with pytest.raises(InvalidIdentity, match=cause):
+        read_identity(["secret"], f"{signed}.{signature}", NOW)
 
 
 def test_naive_expiry_is_refused() -> None:

@@ -22,7 +22,7 @@ from aftertouch.errors import ChannelNotReady, DatabaseUnavailable
 from aftertouch.ingest.lookups import Kept
 from aftertouch.plugins import OpeningFailed, Registry, SettingsWrong, enter
 from aftertouch.store.app_secrets import OwnSettings, list_own_channels, read_own_settings, read_versions
-from aftertouch.store.apps import App, find_app
+from aftertouch.store.apps import App, find_app, is_app_name
 from aftertouch.store.engine import transaction
 from aftertouch.vault import Vault
 
@@ -190,6 +190,8 @@ class Accounts:
         Raises:
             DatabaseUnavailable: and it was never looked at.
         """
+        if name not in self._registry.types or not is_app_name(app_name):
+            return None
         key = app_name, name
         kept = self._found.get(key)
         if kept is not None and kept[0] > now:
@@ -225,8 +227,6 @@ class Accounts:
             read.exception()
 
     async def _read_own(self, app_name: str, name: str) -> Own | None:
-        if name not in self._registry.types:
-            return None
         async with transaction(self._engine) as conn:
             app = await find_app(conn, app_name)
             if app is None:

@@ -8,7 +8,6 @@ before, which only the push service and we know, is proof enough to put another 
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from aftertouch.ingest.accounts import Accounts
 from aftertouch.ingest.lookups import Kept
 from aftertouch.plugins import Registry
 from aftertouch.store.app_secrets import ensure_app_keys, read_identity_secrets
-from aftertouch.store.apps import App, find_app
+from aftertouch.store.apps import App, find_app, is_app_name
 from aftertouch.store.contacts import (
     Contact,
     Subscription,
@@ -48,7 +47,6 @@ EVERY, AHEAD = timedelta(seconds=6), timedelta(seconds=54)
 """A person, or an unknown browser, may change subscriptions ten times in a minute, over all server processes."""
 KEEP_SECONDS = 1.0
 """How long an app's settings are remembered; strangers' calls cost no query of the database more often."""
-_APP = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Enrolment:
             NotFound, ChannelNotReady, DatabaseUnavailable.
         """
         found = self._registry.types.get(channel_name)
-        if found is None or not found.channel.capabilities.browsers or _APP.fullmatch(app_name) is None:
+        if found is None or not found.channel.capabilities.browsers or not is_app_name(app_name):
             raise NotFound(f"apps/{app_name[:63]} on the channel {channel_name[:32]}")
         kept = self._sites.get((channel_name, app_name))
         if kept is None or kept[0] <= now:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from aftertouch.store.tables import api_keys, apps
 
 DEFAULT_RETENTION_DAYS = 30
 SCOPES = ("read", "ingest", "manage", "admin")
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ def _app(row: Row[Any]) -> App:
 
 def _api_key(row: Row[Any]) -> ApiKey:
     return ApiKey(row.api_key, row.app_id, row.display_name, tuple(row.scopes), row.create_time, row.revoke_time)
+
+
+def is_app_name(text: str) -> bool:
+    """True for what an app can be called; a stranger's path is not looked up otherwise."""
+    return _NAME.fullmatch(text) is not None
 
 
 async def create_app(conn: AsyncConnection, app: str, display_name: str) -> App:

@@ -112,7 +112,7 @@ def create_ingress(
         if collection != "webhooks":
             return PlainTextResponse("not found", 404)
         try:
-            own = await accounts.find_own(app[:63], name[:32], time.monotonic())
+            own = await accounts.find_own(app, name, time.monotonic())
         except AftertouchError as error:
             return PlainTextResponse(str(error), 503, headers={"retry-after": "1"})
         channel, app_id = own or (None, None)
