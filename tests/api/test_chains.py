@@ -462,6 +462,28 @@ async def test_explanation_of_a_chain_follows_the_person_through_every_wave(shar
     assert told.waves[0].events
 
 
+@pytest.mark.parametrize(
+    ("lost", "cause"), [("channel", "channels/whatsapp does not exist"), ("action", "whatsapp has no action 'read'")]
+)
+async def test_wave_that_can_ask_nothing_any_more_leaves_the_rest_of_the_chain_explained(
+    shared_world: World, monkeypatch: pytest.MonkeyPatch, lost: str, cause: str
+) -> None:
+    """A draft over a plugin that was removed had the whole chain answered NOT_FOUND."""
+    root = await create(shared_world, "whatsapp")
+    await shared_world.launch(root.name)
+    wave = await draft_wave(shared_world, root.name, "read", "sms")
+    types = shared_world.core.registry.types
+    if lost == "channel":
+        monkeypatch.delitem(types, "whatsapp")  # type: ignore[arg-type]
+    else:
+        monkeypatch.delitem(types["whatsapp"].actions, "read")  # type: ignore[arg-type]
+    told = await explain_chain(shared_world, min(await shared_world.read_recipients(root.name)), root.name)
+    assert told.decision != Decision.WOULD_NOT_BE_MESSAGED
+    (waiting,) = told.waves
+    assert (waiting.campaign, waiting.decision) == (wave.name, Decision.WOULD_NOT_BE_MESSAGED)
+    assert cause in waiting.text
+
+
 async def test_erased_person_stays_in_the_totals_of_a_report(shared_world: World) -> None:
     root = await create(shared_world, "whatsapp", holdout_percent=50)
     await shared_world.launch(root.name)

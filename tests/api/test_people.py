@@ -424,6 +424,23 @@ async def test_person_who_is_held_or_had_enough_is_told(shared_world: World) -> 
             await conn.execute(update(apps).values(cap_messages=None, cap_hours=None))
 
 
+async def test_cap_that_was_changed_is_explained_as_it_is_now(shared_world: World) -> None:
+    """Who had one message was said to have had three of three, and a launch messaged them."""
+    name = await upsert(shared_world, "capped", ("sms", new_phone(), State.ACTIVE))
+    draft = await shared_world.create_campaign("sms", give(name))
+    async with transaction(shared_world.core.engine) as conn:
+        (number,) = (await find_numbers(conn, 1, ["capped"])).values()
+        await count_messages(conn, 1, np.array([number]), 1, timedelta(hours=24))
+    try:
+        for messages, expected in ((1, Explanation.WOULD_NOT_BE_MESSAGED), (3, Explanation.WOULD_BE_MESSAGED)):
+            async with transaction(shared_world.core.engine) as conn:
+                await conn.execute(update(apps).values(cap_messages=messages, cap_hours=24))
+            assert (await explain(shared_world, name, draft.name)).decision == expected
+    finally:
+        async with transaction(shared_world.core.engine) as conn:
+            await conn.execute(update(apps).values(cap_messages=None, cap_hours=None))
+
+
 async def test_skipped_person_is_told_with_the_reason(shared_world: World) -> None:
     name = await upsert(shared_world, "nameless", ("sms", new_phone(), 0))
     campaign = campaigns_pb2.Campaign(

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.store.engine import open_engine, transaction
-from aftertouch.store.paces import count_messages, forget_limits, hold_limits, take_room
+from aftertouch.store.paces import count_messages, find_full, forget_limits, hold_limits, read_full_until, take_room
 
 SECOND = timedelta(seconds=1)
 HOUR = timedelta(hours=1)
@@ -103,6 +103,21 @@ async def test_cap_counts_again_when_the_oldest_message_is_out_of_the_window(eng
     async with transaction(engine) as conn:
         await conn.execute(text("UPDATE contact_paces SET recent[1] = recent[1] - interval '1 hour'"))
     assert [await count() for _ in range(2)] == [{7}, set()]
+
+
+@pytest.mark.parametrize(("most", "hours"), [(1, 1), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3), (4, 3)])
+async def test_one_person_is_full_when_a_funnel_says_so_whatever_the_cap_was(engine: AsyncEngine, most: int, hours: int) -> None:
+    """Messages 2 h, 30 min and 0 min ago, counted under a cap of 3 in 3 h, and asked about under another."""
+    ages, window = (timedelta(hours=2), timedelta(minutes=30), ZERO), timedelta(hours=hours)
+    async with transaction(engine) as conn:
+        now = (await conn.execute(text("SELECT now()"))).scalar_one()
+        for _ in ages:
+            await count_messages(conn, 1, np.array([7], np.int64), 3, 3 * HOUR)
+        await conn.execute(text("UPDATE contact_paces SET recent = :recent"), {"recent": [now - age for age in ages]})
+        until = await read_full_until(conn, 1, 7, most, window)
+        assert (until is not None) == (7 in await find_full(conn, 1, most, window))
+    heard = [age for age in ages if age < window]
+    assert until == (now - heard[-most] + window if len(heard) >= most else None)
 
 
 async def test_cap_that_was_not_committed_counts_nothing(engine: AsyncEngine) -> None:

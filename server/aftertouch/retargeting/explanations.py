@@ -52,6 +52,8 @@ LONGEST_LOOK = timedelta(seconds=3)
 EARLIEST = timedelta(minutes=5)
 """How long before the launch an event may have arrived: clocks differ."""
 
+_REFUSALS = frozenset({"FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT"})
+"""What ``find_sources`` says of a wave that cannot be launched: also one whose source's plugin is gone, or has no such action."""
 _NOTHING = weigh_kinds((), {})
 _HELD_OUT = "is held out of the chain, so that messaging can be compared with not messaging"
 
@@ -176,7 +178,7 @@ async def explain_chain(
         try:
             explained = await explain_campaign(conn, app, channels, campaign, contact, LONGEST_LOOK / len(campaigns))
         except AftertouchError as error:
-            if error.code != "FAILED_PRECONDITION":
+            if error.code not in _REFUSALS:
                 raise
             explained = Explanation(campaign, "WOULD_NOT_BE_MESSAGED", f"Would not be messaged now: {error}.")
         explanations.append(explained)
@@ -385,8 +387,9 @@ async def _ask_pace(conn: AsyncConnection, app: App, channel: str, contact: Cont
     holds = [one.held_until for one in active if one.held_until is not None and one.held_until > datetime.now(UTC)]
     if holds and len(holds) == len(active):
         steps.append(Step("NOT_HELD", False, f"the provider asks to leave the person alone until {_tell(min(holds))}"))
-    if app.cap_messages is not None and not transactional:
-        full_until = await read_full_until(conn, app.app_id, contact.number)
+    if app.cap_messages and app.cap_hours and not transactional:
+        window = timedelta(hours=app.cap_hours)
+        full_until = await read_full_until(conn, app.app_id, contact.number, app.cap_messages, window)
         if full_until is not None:
             had = f"{app.cap_messages} of {app.cap_messages} messages that the app allows within {app.cap_hours} hours"
             text = f"has had {had}; the next may go out at {_tell(full_until)}"

@@ -100,12 +100,17 @@ async def count_messages(conn: AsyncConnection, app_id: int, numbers: Numbers, m
     return {number for (number,) in await rows.fetchall()}
 
 
-async def read_full_until(conn: AsyncConnection, app_id: int, number: int) -> datetime | None:
-    """Until when a contact has had all the messages that the app's frequency cap allows; None when there is room."""
+_IS_FULL = "full_until IS NOT NULL AND (SELECT count(*) FROM unnest(recent) AS sent WHERE sent > now() - %(window)s) >= %(most)s"
+"""Counted again, since what ``full_until`` says is by the cap of then."""
+
+
+async def read_full_until(conn: AsyncConnection, app_id: int, number: int, most: int, window: timedelta) -> datetime | None:
+    """Until when a contact has had ``most`` messages within ``window``; None for whom ``find_full`` does not find."""
     pg = await driver(conn)
     rows = await pg.execute(
-        "SELECT full_until FROM contact_paces WHERE block = %b AND number = %b AND full_until > now()",
-        (block_of(app_id, number), number),
+        "SELECT recent[cardinality(recent) + 1 - %(most)s] + %(window)s FROM contact_paces"
+        f" WHERE block = %(block)s AND number = %(number)s AND {_IS_FULL}",
+        {"block": block_of(app_id, number), "number": number, "most": most, "window": window},
     )
     row = await rows.fetchone()
     return row[0] if row else None
@@ -125,8 +130,7 @@ async def find_full(
     rows = await pg.execute(
         "SELECT number FROM contact_paces"
         f" WHERE {'block = ANY(%(blocks)s::bigint[])' if blocks is not None else 'block >= %(first)s AND block < %(last)s'}"
-        " AND full_until IS NOT NULL"
-        " AND (SELECT count(*) FROM unnest(recent) AS sent WHERE sent > now() - %(window)s) >= %(most)s",
+        f" AND {_IS_FULL}",
         {
             "blocks": list(blocks or ()),
             "first": app_id << SLOT_SHIFT,
