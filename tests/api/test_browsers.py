@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from base64 import urlsafe_b64encode
 from collections.abc import AsyncIterator
@@ -195,6 +196,68 @@ async def test_browser_takes_over_and_gives_back(caller: Caller) -> None:
             assert await caller.read_states(other) == {subscription["endpoint"]: "INVALID moved"}
 
 
+async def test_whoever_logs_in_on_a_kiosk_takes_it_from_the_one_before(caller: Caller) -> None:
+    """The twenty-first went on getting messages, on the screen of the twenty-second: twenty who had left hid them."""
+    subscription = make_subscription()
+    people = [f"kiosk-{index}" for index in range(23)]
+    for person in people:
+        assert (await caller.subscribe(person, subscription))[0] == 204
+    states = [(await caller.read_states(person))[subscription["endpoint"]] for person in people]
+    assert states == ["INVALID moved"] * 22 + ["ACTIVE"]
+    assert (await caller.post("unsubscribe", {"subscription": subscription}))[0] == 204
+    states = [(await caller.read_states(person))[subscription["endpoint"]] for person in people]
+    assert states == ["INVALID moved"] * 22 + ["OPTED_OUT unsubscribed in the browser"]
+
+
+async def test_kiosk_can_be_renewed_for_who_is_logged_in(caller: Caller) -> None:
+    first, second = make_subscription(), make_subscription()
+    people = [f"renewed-{index}" for index in range(22)]
+    for person in people:
+        await caller.subscribe(person, first)
+    assert (await caller.post("subscribe", {"subscription": second, "previous": first}))[0] == 204
+    assert (await caller.read_states(people[-1]))[second["endpoint"]] == "ACTIVE"
+
+
+async def test_browser_is_one_persons_when_several_log_in_at_once(caller: Caller) -> None:
+    """Neither saw the other, and both were sent to on one screen."""
+    people = [f"at-once-{index}" for index in range(6)]
+    for _ in range(3):
+        subscription = make_subscription()
+        answers = await asyncio.gather(*(caller.subscribe(person, subscription) for person in people))
+        assert answers == [(204, "")] * len(people)
+        states = [(await caller.read_states(person))[subscription["endpoint"]] for person in people]
+        assert sorted(states) == ["ACTIVE"] + ["INVALID moved"] * (len(people) - 1)
+
+
+async def test_browsers_that_change_hands_in_opposite_directions_do_not_wait_for_each_other(caller: Caller) -> None:
+    """Between people of two blocks, both ways: each call had the lock that the other one needed next."""
+    low, high = ([f"{side}-{index}" for index in range(8)] for side in ("low", "high"))
+    subscriptions = [make_subscription() for _ in range(16)]
+    before = list(zip([*low, *high], subscriptions, strict=True))
+    for index, (person, subscription) in enumerate(before):
+        if index == len(low):
+            async with transaction(caller.world.core.engine) as conn:
+                await conn.execute(text("UPDATE contact_counters SET next_number = next_number + 8192"))
+        assert (await caller.subscribe(person, subscription))[0] == 204
+    for _ in range(2):
+        await asyncio.gather(*(caller.subscribe(person, subscription) for person, subscription in before))
+        after = zip([*high, *low], subscriptions, strict=True)
+        answers = await asyncio.gather(*(caller.subscribe(person, subscription) for person, subscription in after))
+        assert answers == [(204, "")] * len(subscriptions)
+
+
+async def test_refresh_is_for_who_is_active_there(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody whose browser had made room got it back along with the person who had it by then."""
+    monkeypatch.setattr(enrolment, "MOST_DEVICES", 1)
+    subscription = make_subscription()
+    await caller.subscribe("crowded", subscription)
+    await caller.subscribe("crowded", make_subscription())
+    await caller.subscribe("next one", subscription)
+    assert (await caller.post("subscribe", {"subscription": subscription, "previous": subscription}))[0] == 204
+    assert (await caller.read_states("crowded"))[subscription["endpoint"]] == "INVALID too many browsers"
+    assert await caller.read_states("next one") == {subscription["endpoint"]: "ACTIVE"}
+
+
 async def test_renewal_needs_the_endpoint_before(caller: Caller) -> None:
     first, second = make_subscription(), make_subscription()
     await caller.subscribe("renewing", first)
@@ -237,6 +300,31 @@ async def test_oldest_browser_makes_room(caller: Caller, monkeypatch: pytest.Mon
         await caller.subscribe("collector", subscription)
     states = await caller.read_states("collector")
     assert [states[one["endpoint"]] for one in given] == ["INVALID too many browsers", "ACTIVE", "ACTIVE"]
+
+
+async def test_browser_in_daily_use_does_not_make_room(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of twenty was ended when a new one came, although its person opened the site in it every day."""
+    monkeypatch.setattr(enrolment, "MOST_DEVICES", 2)
+    daily, seldom, new = (make_subscription() for _ in range(3))
+    for subscription in (daily, seldom, daily, new):
+        await caller.subscribe("faithful", subscription)
+    states = await caller.read_states("faithful")
+    assert [states[one["endpoint"]] for one in (daily, seldom, new)] == ["ACTIVE", "INVALID too many browsers", "ACTIVE"]
+
+
+async def test_visit_is_no_change_of_a_subscription(caller: Caller) -> None:
+    """An explanation says since when somebody can be reached."""
+
+    async def read_time() -> datetime:
+        name = caller.world.client.name("contacts", "visitor")
+        contact = await caller.world.client.contacts.GetContact(contacts_pb2.GetContactRequest(name=name))
+        return contact.subscriptions[0].update_time.ToDatetime()
+
+    subscription = make_subscription()
+    await caller.subscribe("visitor", subscription)
+    before = await read_time()
+    await caller.subscribe("visitor", subscription)
+    assert await read_time() == before
 
 
 async def test_apps_have_keys_of_their_own(open_world: OpenWorld) -> None:

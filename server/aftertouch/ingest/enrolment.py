@@ -12,7 +12,6 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -22,16 +21,21 @@ from aftertouch.identity import InvalidIdentity, read_identity
 from aftertouch.ingest.accounts import Accounts
 from aftertouch.ingest.lookups import Kept
 from aftertouch.plugins import Registry
+from aftertouch.rolls.chunks import block_of
+from aftertouch.rolls.sql import lock_blocks
 from aftertouch.store.app_secrets import ensure_app_keys, read_identity_secrets
 from aftertouch.store.apps import App, find_app, is_app_name
 from aftertouch.store.contacts import (
     Contact,
+    Subscriber,
     Subscription,
     find_numbers,
+    find_subscribers,
     hash_address,
-    page_address,
+    list_surplus,
+    lock_addresses,
+    mark_heard,
     put_subscriptions,
-    read_contacts,
     set_states,
     upsert_contacts,
 )
@@ -41,8 +45,6 @@ from aftertouch.vault import Vault
 
 MOST_DEVICES = 20
 """Active browsers of one person on a channel; the one that was heard of least recently makes room."""
-MOST_HOLDERS = 20
-"""People of whom an address may have been before it came to one."""
 EVERY, AHEAD = timedelta(seconds=6), timedelta(seconds=54)
 """A person, or an unknown browser, may change subscriptions ten times in a minute, over all server processes."""
 KEEP_SECONDS = 1.0
@@ -106,21 +108,31 @@ class Enrolment:
             TooManyRequests, DatabaseUnavailable.
         """
         external_id = _read_external_id(site, identity) if identity else None
+        app_id, channel, key = site.app.app_id, site.channel.name, hash_address(address.key)
+        before = key if previous is None else hash_address(previous.key)
         async with transaction(self._engine) as conn:
             await _take_room(conn, site, external_id or (previous or address).key)
+            await lock_addresses(conn, [key, before])
             if external_id is not None:
-                await upsert_contacts(conn, site.app.app_id, [Contact(external_id, {})])
-                numbers = list((await find_numbers(conn, site.app.app_id, [external_id])).values())
+                await upsert_contacts(conn, app_id, [Contact(external_id, {})])
+                numbers = list((await find_numbers(conn, app_id, [external_id])).values())
             else:
-                numbers = await _find_renewable(conn, site, previous)
+                numbers = await _find_renewable(conn, site, before) if previous is not None else []
             if not numbers:
                 raise NotFound("a subscription with the previous endpoint")
-            await _hand_over(conn, site, address, numbers, "moved")
-            if previous is not None and previous.key != address.key:
-                await _hand_over(conn, site, previous, [], "replaced")
-            await self._make_room(conn, site, numbers, address)
-            given = Subscription(site.channel.name, address.model_dump(mode="json"), address.key, "active")
-            await put_subscriptions(conn, site.app.app_id, [(number, given) for number in numbers])
+            ended = [(one.number, key, "moved") for one in await _find_holders(conn, site, key) if one.number not in numbers]
+            if before != key:
+                ended += [(one.number, before, "replaced") for one in await _find_holders(conn, site, before)]
+            # All at once and in order: two calls that hand over in opposite directions would wait for each other.
+            await lock_blocks(conn, [block_of(app_id, number) for number in [*numbers, *(number for number, _, _ in ended)]])
+            await set_states(conn, app_id, [(number, channel, other, "invalid", reason) for number, other, reason in ended])
+            given = Subscription(channel, address.model_dump(mode="json"), address.key, "active")
+            await put_subscriptions(conn, app_id, [(number, given) for number in numbers])
+            await mark_heard(conn, app_id, channel, key, numbers)
+            surplus = await list_surplus(conn, app_id, channel, numbers, MOST_DEVICES)
+            await set_states(
+                conn, app_id, [(number, channel, other, "invalid", "too many browsers") for number, other in surplus]
+            )
 
     async def unsubscribe(self, site: Site, address: Address) -> None:
         """End an address's subscription, whoever's it is. One that nobody has is ended already.
@@ -130,26 +142,10 @@ class Enrolment:
         """
         async with transaction(self._engine) as conn:
             await _take_room(conn, site, address.key)
-            holders = await _find_holders(conn, site, address)
-            key = hash_address(address.key)
-            changes = [(number, site.channel.name, key, "opted_out", "unsubscribed in the browser") for number in holders]
+            await lock_addresses(conn, [key := hash_address(address.key)])
+            holders = await _find_holders(conn, site, key)
+            changes = [(one.number, site.channel.name, key, "opted_out", "unsubscribed in the browser") for one in holders]
             await set_states(conn, site.app.app_id, changes)
-
-    async def _make_room(self, conn: AsyncConnection, site: Site, numbers: list[int], address: Address) -> None:
-        """End the oldest browsers of people who have as many as they may have."""
-        for contact in await read_contacts(conn, site.app.app_id, numbers):
-            own = [
-                (contact.number, site.channel.name, hash_address(key), "invalid", "too many browsers")
-                for subscription in contact.subscriptions
-                if subscription.channel == site.channel.name
-                and subscription.state == "active"
-                and (key := self._read_key(site, subscription.address)) != address.key
-            ]
-            await set_states(conn, site.app.app_id, own[: max(len(own) - MOST_DEVICES + 1, 0)])
-
-    @staticmethod
-    def _read_key(site: Site, address: Mapping[str, Any]) -> str:
-        return site.channel.address_model.model_validate(address).key
 
 
 def _read_external_id(site: Site, identity: str) -> str:
@@ -181,28 +177,13 @@ async def _take_room(conn: AsyncConnection, site: Site, who: str) -> None:
         raise TooManyRequests(wait - AHEAD)
 
 
-async def _find_holders(conn: AsyncConnection, site: Site, address: Address) -> list[int]:
-    return await page_address(conn, site.app.app_id, site.channel.name, hash_address(address.key), -1, MOST_HOLDERS)
+async def _find_holders(conn: AsyncConnection, site: Site, address_hash: bytes) -> list[Subscriber]:
+    """Whose address it is: everybody's who had it and neither unsubscribed nor lost it to another person."""
+    found = await find_subscribers(conn, site.channel.name, address_hash, site.app.app_id)
+    return [one for one in found if one.state != "opted_out" and one.reason != "moved"]
 
 
-async def _find_renewable(conn: AsyncConnection, site: Site, previous: Address | None) -> list[int]:
-    """Whose subscription an address is that may be renewed: nobody's who unsubscribed, or who lost it to another person."""
-    if previous is None:
-        return []
-    numbers = await _find_holders(conn, site, previous)
-    return [
-        contact.number
-        for contact in await read_contacts(conn, site.app.app_id, numbers)
-        for subscription in contact.subscriptions
-        if subscription.channel == site.channel.name
-        and Enrolment._read_key(site, subscription.address) == previous.key
-        and subscription.state != "opted_out"
-        and subscription.reason != "moved"
-    ]
-
-
-async def _hand_over(conn: AsyncConnection, site: Site, address: Address, keepers: list[int], reason: str) -> None:
-    """End an address's subscription of everybody but its keepers."""
-    key = hash_address(address.key)
-    others = [number for number in await _find_holders(conn, site, address) if number not in keepers]
-    await set_states(conn, site.app.app_id, [(number, site.channel.name, key, "invalid", reason) for number in others])
+async def _find_renewable(conn: AsyncConnection, site: Site, address_hash: bytes) -> list[int]:
+    """For whom a browser may renew its subscription: who is active there, or else whoever else it is of."""
+    holders = await _find_holders(conn, site, address_hash)
+    return [one.number for one in holders if one.state == "active"] or [one.number for one in holders]

@@ -93,8 +93,6 @@ async def apply_standings(conn: AsyncConnection, channel: str, standings: Sequen
 
 async def _find_subscribers(conn: AsyncConnection, channel: str, address_hash: bytes, app_id: int | None) -> list[Subscriber]:
     """Who may have been spoken to: people of the app whose own account it is, or of those that share the server's."""
-    found = await find_subscribers(conn, channel, address_hash)
-    if app_id is not None:
-        return [subscriber for subscriber in found if subscriber.app_id == app_id]
-    owners = await list_owners(conn, channel) if found else ()
+    found = await find_subscribers(conn, channel, address_hash, app_id)
+    owners = await list_owners(conn, channel) if found and app_id is None else ()
     return [subscriber for subscriber in found if subscriber.app_id not in owners]

@@ -28,6 +28,8 @@ from aftertouch.store.tables import contact_counters, contact_ids, contacts, sub
 
 STANDINGS = ("active", "opted_out", "invalid")
 """What a subscription can be, strongest first: the strongest of a contact's subscriptions is its standing on the channel."""
+_ADDRESSES = 3
+"""The class of the advisory locks on addresses, beside those of ``campaigns``."""
 
 
 def standing_set(standing: str, channel: str) -> str:
@@ -151,15 +153,27 @@ class Subscriber:
     update_time: datetime
 
 
-async def find_subscribers(conn: AsyncConnection, channel: str, address_hash: bytes) -> list[Subscriber]:
-    """Everybody, in all apps, who has this address on a channel."""
+async def find_subscribers(
+    conn: AsyncConnection, channel: str, address_hash: bytes, app_id: int | None = None
+) -> list[Subscriber]:
+    """Everybody, in one app or in all of them, who has this address on a channel, in whatever state."""
     columns = subscriptions.c
-    rows = await conn.execute(
+    statement = (
         select(columns.block, columns.number, columns.state, columns.reason, columns.update_time)
         .where(columns.address_hash == address_hash, columns.channel == channel)
         .order_by(columns.block, columns.number)
     )
+    if app_id is not None:
+        statement = statement.where(columns.block >= app_id << SLOT_SHIFT, columns.block < (app_id + 1) << SLOT_SHIFT)
+    rows = await conn.execute(statement)
     return [Subscriber(row.block >> SLOT_SHIFT, row.number, row.state, row.reason, row.update_time) for row in rows]
+
+
+async def lock_addresses(conn: AsyncConnection, address_hashes: Iterable[bytes]) -> None:
+    """Until the transaction ends, have nobody else choose whose these addresses are; in order, so that nobody deadlocks."""
+    keys = sorted({int.from_bytes(address_hash[:4], signed=True) for address_hash in address_hashes})
+    pg = await driver(conn)
+    await pg.execute("SELECT pg_advisory_xact_lock(%b, key) FROM unnest(%b::int[]) AS locks (key)", (_ADDRESSES, keys))
 
 
 async def _number_new(conn: AsyncConnection, app_id: int, external_ids: Iterable[str]) -> tuple[dict[str, int], set[str]]:
@@ -285,6 +299,31 @@ async def set_states(conn: AsyncConnection, app_id: int, changes: Sequence[tuple
         (blocks, numbers, channels, hashes, states, reasons),
     )
     await _refresh_standings(conn, app_id, set(zip(numbers, channels, strict=True)))
+
+
+async def mark_heard(conn: AsyncConnection, app_id: int, channel: str, address_hash: bytes, numbers: Sequence[int]) -> None:
+    """Note that contacts' browser subscribed now by itself, whether that changes anything or not."""
+    pg = await driver(conn)
+    await pg.execute(
+        "UPDATE subscriptions SET heard_time = now()"
+        " WHERE block = ANY(%b) AND number = ANY(%b) AND channel = %b AND address_hash = %b",
+        (sorted({block_of(app_id, number) for number in numbers}), list(numbers), channel, address_hash),
+    )
+
+
+async def list_surplus(
+    conn: AsyncConnection, app_id: int, channel: str, numbers: Sequence[int], most: int
+) -> list[tuple[int, bytes]]:
+    """Number and hash of each active address of contacts on a channel, but for the ``most`` of each that were heard of last."""
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT number, address_hash FROM (SELECT number, address_hash, row_number() OVER"
+        "  (PARTITION BY block, number ORDER BY coalesce(heard_time, update_time) DESC, address_hash) AS place"
+        "  FROM subscriptions WHERE block = ANY(%b) AND number = ANY(%b) AND channel = %b AND state = 'active') AS heard"
+        " WHERE place > %b",
+        (sorted({block_of(app_id, number) for number in numbers}), list(numbers), channel, most),
+    )
+    return await rows.fetchall()
 
 
 async def _refresh_standings(conn: AsyncConnection, app_id: int, touched: set[tuple[int, str]]) -> None:

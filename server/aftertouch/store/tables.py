@@ -149,6 +149,8 @@ subscriptions = Table(
     Column("state", Text, nullable=False, comment="active, opted_out or invalid"),
     Column("reason", Text, nullable=False, server_default=text("''")),
     _time("held_until", nullable=True),
+    # When a browser last subscribed by itself. Apart from update_time, since nothing changes when it does so every day.
+    _time("heard_time", nullable=True),
     _time("update_time", default=True),
     PrimaryKeyConstraint("block", "number", "channel", "address_hash"),
     # Few are ever held, and the funnel asks for all of them.

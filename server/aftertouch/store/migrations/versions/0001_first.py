@@ -276,6 +276,7 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), nullable=False, comment="active, opted_out or invalid"),
         sa.Column("reason", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("held_until", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("heard_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("update_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("block", "number", "channel", "address_hash", name=op.f("subscriptions_pkey")),
     )
