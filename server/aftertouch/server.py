@@ -48,7 +48,7 @@ from aftertouch.store.engine import SchemaMismatch, check_schema, open_engine, t
 from aftertouch.store.erasures import blank_late_attempts
 from aftertouch.store.imports import forget_imports
 from aftertouch.store.paces import forget_limits
-from aftertouch.store.partitions import create_partitions, drop_partitions, lock_partitions
+from aftertouch.store.partitions import create_partitions, drop_partitions, lock_housekeeping
 from aftertouch.store.requests import forget_requests
 from aftertouch.store.users import forget_sessions
 from aftertouch.vault import Vault
@@ -207,11 +207,13 @@ async def keep_house(engine: AsyncEngine) -> None:
     """Make partitions ahead, drop those that no app keeps any longer; forget old requests, and what came late of the erased."""
     today = datetime.now(UTC).date()
     async with transaction(engine) as conn:
-        await lock_partitions(conn)
-        await create_partitions(conn, today)
+        await lock_housekeeping(conn)
         kept = max((app.retention_days for app in await list_apps(conn)), default=DEFAULT_RETENTION_DAYS)
         for day in await drop_partitions(conn, today - timedelta(days=kept)):
             log.info("a day's events are kept no longer", action="drop_partitions", day=day.isoformat())
+        await create_partitions(conn, today)
+    async with transaction(engine) as conn:
+        await lock_housekeeping(conn)
         if blanked := await blank_late_attempts(conn):
             log.info("messages of people who were erased meanwhile were blanked", action="erase_contact", count=blanked)
         await forget_requests(conn)

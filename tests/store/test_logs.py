@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
@@ -10,6 +11,7 @@ from psycopg.errors import CheckViolation
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from aftertouch.server import keep_house
 from aftertouch.store.apps import create_app
 from aftertouch.store.campaigns import create_campaign
 from aftertouch.store.engine import driver, transaction
@@ -104,6 +106,20 @@ async def test_last_dropped_event_is_remembered_by_its_transaction(engine: Async
     async with transaction(engine) as conn:
         await drop_partitions(conn, today + timedelta(days=1))
         assert await read_last_dropped(conn) == (number, today + timedelta(days=1))
+
+
+async def test_events_are_stored_while_housekeeping_looks_for_what_came_late(engine: AsyncEngine) -> None:
+    """It had locked the logs to make and drop days: after many were erased, every commit of a server waited after midnight."""
+    async with transaction(engine) as conn:
+        await create_partitions(conn, date(2020, 1, 1))
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group, transaction(engine) as blocking:
+        await blocking.execute(text("LOCK TABLE erasures"))
+        group.create_task(keep_house(engine))
+        waiting = text("SELECT count(*) FROM pg_locks WHERE relation = 'erasures'::regclass AND NOT granted")
+        while not (await blocking.execute(waiting)).scalar_one():  # noqa: ASYNC110 - nothing else tells of it
+            await asyncio.sleep(0.01)
+        async with transaction(engine) as conn:
+            await store_events(conn, make_batch(5, [1]))
 
 
 async def test_counts_survive_the_drop_of_the_log(engine: AsyncEngine) -> None:

@@ -17,9 +17,9 @@ def name_partition(log: str, day: date) -> str:
     return f"{log}_{day:%Y%m%d}"
 
 
-async def lock_partitions(conn: AsyncConnection) -> None:
-    """Be the only one who makes and drops partitions until the transaction ends: IF NOT EXISTS does not hold between two."""
-    await conn.execute(text("SELECT pg_advisory_xact_lock(hashtext('aftertouch partitions'))"))
+async def lock_housekeeping(conn: AsyncConnection) -> None:
+    """Be the only one who keeps house until the transaction ends: making partitions, IF NOT EXISTS does not hold between two."""
+    await conn.execute(text("SELECT pg_advisory_xact_lock(hashtext('aftertouch housekeeping'))"))
 
 
 async def create_partitions(conn: AsyncConnection, today: date) -> None:
@@ -46,16 +46,14 @@ async def list_days(conn: AsyncConnection, log: str) -> list[date]:
 
 async def drop_partitions(conn: AsyncConnection, before: date) -> list[date]:
     """Drop the logs of all days before this one, and return those days. What was counted stays counted."""
-    dropped: set[date] = set()
-    for log in LOGS:
-        for day in await list_days(conn, log):
-            if day < before:
-                table = name_partition(log, day)
-                last = f"(SELECT max(commit_id) FROM {table})" if log == "events" else "NULL"
-                await conn.execute(text(f"INSERT INTO dropped_days VALUES ('{log}', '{day}', {last})"))
-                await conn.execute(text(f"DROP TABLE {table}"))
-                dropped.add(day)
-    return sorted(dropped)
+    old = [(log, day) for log in LOGS for day in await list_days(conn, log) if day < before]
+    # Days are looked through before the first is dropped, which has everybody wait who writes into the log.
+    for log, day in old:
+        last = f"(SELECT max(commit_id) FROM {name_partition(log, day)})" if log == "events" else "NULL"
+        await conn.execute(text(f"INSERT INTO dropped_days VALUES ('{log}', '{day}', {last})"))
+    for log, day in old:
+        await conn.execute(text(f"DROP TABLE {name_partition(log, day)}"))
+    return sorted({day for _, day in old})
 
 
 async def read_last_dropped(conn: AsyncConnection) -> tuple[int, date] | None:
