@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import text
 
 from aftertouch.client import Client
 from aftertouch.config import Config
 from aftertouch.plugins import discover_channels
 from aftertouch.server import serve
-from aftertouch.store.apps import find_app
-from aftertouch.store.campaigns import find_campaign
+from aftertouch.store.apps import create_app, find_app
+from aftertouch.store.campaigns import create_campaign, find_campaign
 from aftertouch.store.engine import transaction
+from aftertouch.store.logs import Attempt, store_attempts
 from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2
 from aftertouch.web.server import bind
 from tests.fix_world import SECRET_KEY, World
@@ -67,6 +69,31 @@ async def ingest(world: World, *events: events_pb2.Event) -> events_pb2.IngestEv
 def read_rejections(answer: events_pb2.IngestEventsResponse) -> list[tuple[int, str]]:
     assert all(rejection.description for rejection in answer.rejections)
     return [(rejection.index, Reason.Name(rejection.reason)) for rejection in answer.rejections]
+
+
+async def test_event_by_the_message_of_a_test_is_rejected(shared_world: World) -> None:
+    """It was taken, into a place that all apps have in common."""
+    sent = await send_one(shared_world, "sms")
+    request = campaigns_pb2.SendTestRequest(name=sent.name, contact=f"apps/acme/contacts/{sent.people[0]}")
+    (test,) = (await shared_world.client.campaigns.SendTest(request)).outcomes
+    target = events_pb2.MessageTarget(channel="sms", message_id=test.message_id)
+    answer = await ingest(shared_world, events_pb2.Event(message=target, signal="delivered"))
+    assert (answer.accepted_count, read_rejections(answer)) == (0, [(0, "NOT_A_RECIPIENT")])
+
+
+async def test_event_by_message_is_about_the_apps_own(shared_world: World) -> None:
+    """Two accounts had given one id, and one app's event was rejected; and an app could tell which ids others have."""
+    await send_one(shared_world, "sms")
+    async with transaction(shared_world.core.engine) as conn:
+        app = await create_app(conn, "neighbour", "Neighbour")
+        campaign = await create_campaign(conn, app.app_id, "sale", {"display_name": "Sale", "channel": "sms"})
+        own = "SELECT message_id FROM attempts WHERE channel = 'sms' AND message_id <> '' ORDER BY arrive_time DESC LIMIT 1"
+        shared = (await conn.execute(text(own))).scalar_one()
+        attempts = [Attempt(campaign.campaign_id << 20, 7, 1, b"hash", "sms", message_id) for message_id in (shared, "SMtheirs")]
+        await store_attempts(conn, attempts)
+    targets = [events_pb2.MessageTarget(channel="sms", message_id=message_id) for message_id in (shared, "SMtheirs")]
+    answer = await ingest(shared_world, *(events_pb2.Event(message=target, signal="delivered") for target in targets))
+    assert (answer.accepted_count, read_rejections(answer)) == (1, [(1, "MESSAGE_UNKNOWN")])
 
 
 async def test_event_by_token_and_by_external_id_become_true_with_what_they_imply(shared_world: World, push: Sent) -> None:

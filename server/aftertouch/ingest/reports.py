@@ -19,7 +19,7 @@ from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
-from aftertouch.store.logs import MICROSECONDS, EventBatch, find_messages
+from aftertouch.store.logs import MICROSECONDS, TEST_ROW, EventBatch, find_messages
 
 AHEAD = timedelta(minutes=5)
 """How far an event's time may be ahead of our clock, or before its campaign's launch: clocks differ."""
@@ -30,7 +30,7 @@ REASONS = {
     "TOKEN_INVALID": "the token is not one of ours",
     "CAMPAIGN_UNKNOWN": "no launched campaign of this name",
     "CONTACT_UNKNOWN": "no contact of this external_id",
-    "NOT_A_RECIPIENT": "the contact is not a recipient of the campaign",
+    "NOT_A_RECIPIENT": "the contact is not a recipient of the campaign, or the message was a test",
     "SIGNAL_UNKNOWN": "the campaign's channel has no such signal that can be reported",
     "TIME_OUT_OF_RANGE": "the time is before the campaign was launched, or ahead of the clock",
     "MALFORMED": "it names no target or no signal, or a text of it is too long",
@@ -139,7 +139,7 @@ async def place_reports(
     if reports.by_name is not None:
         await _place_by_name(lookups, app, reports.by_name, placing)
     if reports.by_message is not None:
-        await _place_by_message(engine, reports.by_message, placing)
+        await _place_by_message(engine, app, reports.by_message, placing)
     if not len(reports):
         return EventBatch.empty(), []
     distinct, places = rank(placing.campaign_ids)
@@ -202,18 +202,21 @@ async def _place_by_name(lookups: Lookups, app: App, targets: NamedTargets, plac
         placing.reject(targets.indexes[members[~is_found]], "NOT_A_RECIPIENT")
 
 
-async def _place_by_message(engine: AsyncEngine, targets: MessageTargets, placing: _Placing) -> None:
+async def _place_by_message(engine: AsyncEngine, app: App, targets: MessageTargets, placing: _Placing) -> None:
     asked: dict[str, set[str]] = defaultdict(set)
     for channel, message_id in zip(targets.channels, targets.message_ids, strict=True):
         asked[channel].add(message_id)
     async with transaction(engine) as conn:
-        found = {channel: await find_messages(conn, channel, list(ids)) for channel, ids in asked.items()}
+        found = {channel: await find_messages(conn, channel, list(ids), app.app_id) for channel, ids in asked.items()}
     for index, channel, message_id in zip(targets.indexes.tolist(), targets.channels, targets.message_ids, strict=True):
-        if attempt := found[channel].get(message_id):
+        attempt = found[channel].get(message_id)
+        if attempt is None:
+            placing.reject(np.array([index]), "MESSAGE_UNKNOWN")
+        elif attempt.position == TEST_ROW:
+            placing.reject(np.array([index]), "NOT_A_RECIPIENT")
+        else:
             placing.campaign_ids[index] = attempt.slot >> SLOT_SHIFT
             placing.positions[index] = chunk_of(attempt.slot) * CHUNK + attempt.position
-        else:
-            placing.reject(np.array([index]), "MESSAGE_UNKNOWN")
 
 
 async def _number_kinds(

@@ -146,7 +146,7 @@ class RejectedEvent(_message.Message):
         CONTACT_UNKNOWN: RejectedEvent._Reason.ValueType  # 3
         """No contact of this external_id."""
         NOT_A_RECIPIENT: RejectedEvent._Reason.ValueType  # 4
-        """The contact is not a recipient of the campaign."""
+        """The contact is not a recipient of the campaign, or the message was a test."""
         SIGNAL_UNKNOWN: RejectedEvent._Reason.ValueType  # 5
         """The campaign's channel has no such signal, or it is one that only the server sets."""
         TIME_OUT_OF_RANGE: RejectedEvent._Reason.ValueType  # 6
@@ -170,7 +170,7 @@ class RejectedEvent(_message.Message):
     CONTACT_UNKNOWN: RejectedEvent.Reason.ValueType  # 3
     """No contact of this external_id."""
     NOT_A_RECIPIENT: RejectedEvent.Reason.ValueType  # 4
-    """The contact is not a recipient of the campaign."""
+    """The contact is not a recipient of the campaign, or the message was a test."""
     SIGNAL_UNKNOWN: RejectedEvent.Reason.ValueType  # 5
     """The campaign's channel has no such signal, or it is one that only the server sets."""
     TIME_OUT_OF_RANGE: RejectedEvent.Reason.ValueType  # 6
