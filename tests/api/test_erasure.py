@@ -19,9 +19,11 @@ from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.server import keep_house
-from aftertouch.store.campaigns import find_campaign
+from aftertouch.store.apps import create_app
+from aftertouch.store.campaigns import create_campaign, find_campaign
 from aftertouch.store.contacts import hash_address
 from aftertouch.store.engine import transaction
+from aftertouch.store.logs import TEST_ROW, Attempt, store_attempts
 from aftertouch.store.tables import attempts, unrecognized_receipts
 from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2, lists_pb2, retargeting_pb2
 from tests.fix_database import clone_database
@@ -114,6 +116,33 @@ async def test_erased_person_is_nowhere(shared_world: World) -> None:
     assert (await client.lists.GetList(lists_pb2.GetListRequest(name=made.name))).contact_count == 1
     assert list((await world.get_campaign(draft.name)).audience.given_contacts.contacts) == names[1:]
     assert await refuse_get(world, "traceable") == "RESOURCE_NOT_FOUND"
+
+
+async def test_test_of_a_deleted_draft_is_blanked(shared_world: World) -> None:
+    """The hash of the address and the message's id stayed as long as the log."""
+    world, client = shared_world, shared_world.client
+    await upsert(world, "tested", "+34699000007")
+    draft = await world.create_campaign("sms")
+    tested = campaigns_pb2.SendTestRequest(name=draft.name, contact="apps/acme/contacts/tested")
+    (test,) = (await client.campaigns.SendTest(tested)).outcomes
+    await client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=draft.name))
+    assert (await erase(client, "tested")).attempt_count == 1
+    left = await read_everything(world)
+    assert test.message_id not in left
+    assert hash_address("+34699000007").hex() not in left
+
+
+async def test_tests_of_other_apps_stay_when_somebody_is_erased(shared_world: World) -> None:
+    """The same person is another contact there, who was not erased."""
+    world = shared_world
+    phone = "+34699000008"
+    await upsert(world, "shared", phone)
+    async with transaction(world.core.engine) as conn:
+        app = await create_app(conn, "neighbour", "Neighbour")
+        campaign = await create_campaign(conn, app.app_id, "sale", {"display_name": "Sale", "channel": "sms"})
+        await store_attempts(conn, [Attempt(campaign.campaign_id << 20, TEST_ROW, 1, hash_address(phone), "sms", "SMtheirs")])
+    assert (await erase(world.client, "shared")).attempt_count == 0
+    assert "SMtheirs" in await read_everything(world)
 
 
 async def refuse_get(world: World, external_id: str) -> str:

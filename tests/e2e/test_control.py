@@ -19,7 +19,7 @@ from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, We
 from aftertouch.delivery import leftovers, sender
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import apps_pb2, campaigns_pb2
+from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2
 from tests.e2e.pigeons import Loft, Messages, PigeonChannel, accept_all, open_loft
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
@@ -567,6 +567,22 @@ async def test_test_send_holds_no_connection_while_the_provider_is_waited_for(lo
     may_answer.set()
     (outcome,) = (await sending).outcomes
     assert outcome.message_id == "late"
+
+
+async def test_test_send_to_somebody_who_is_erased_meanwhile_leaves_no_trace(loft: Loft) -> None:
+    """It was recorded with the hash of the address, and the provider's id, as long as the log is kept."""
+    name = await loft.draft(1)
+
+    async def answer(messages: Messages) -> Sequence[Outcome]:
+        await loft.client.contacts.EraseContact(contacts_pb2.EraseContactRequest(name=loft.client.name("contacts", "p0")))
+        return [Accepted(message_id="late")]
+
+    loft.channel.script = answer
+    await send_test(loft, name, "p0")
+    statement = "SELECT address_hash, message_id FROM attempts JOIN campaigns ON campaign_id = slot >> 20 WHERE campaign = :id"
+    async with transaction(loft.world.core.engine) as conn:
+        (attempt,) = await conn.execute(text(statement), {"id": name.rpartition("/")[2]})
+    assert tuple(attempt) == (b"", "")
 
 
 async def test_test_send_to_nobody_is_refused(loft: Loft) -> None:

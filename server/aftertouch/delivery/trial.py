@@ -75,7 +75,10 @@ async def send_test(
     (token,) = ledger.tokens.make(campaign.campaign_id, np.array([TEST_POSITION]))
     async with transaction(engine) as conn:
         choice = await context.accounts.choose(conn, app, campaign.channel)
-        written = await _write(conn, declared, context, app, campaign, external_id, token)
+        number = (await find_numbers(conn, app.app_id, [external_id])).get(external_id)
+        if number is None:
+            raise NotFound(f"{app.name}/contacts/{external_id}")
+        written = await _write(conn, declared, context, app, campaign, number, token)
     with context.accounts.hold(await context.accounts.open(choice)) as channel:
         messages = [message for _, message in written]
         outcomes = await send_messages(channel, messages)
@@ -94,6 +97,9 @@ async def send_test(
         for (address_hash, _), outcome, kind in zip(written, outcomes, described, strict=True)
     ]
     async with transaction(engine) as conn:
+        if (await find_numbers(conn, app.app_id, [external_id], hold=True)).get(external_id) != number:
+            # Whoever was erased meanwhile leaves no trace.
+            attempts = [attempt._replace(address_hash=b"", message_id="") for attempt in attempts]
         await store_attempts(conn, attempts)
     classes = [ReasonClass(kind.reason_class) if kind.reason_class else None for kind in described]
     content = messages[0].content.model_dump(mode="json", exclude_none=True)
@@ -106,13 +112,10 @@ async def _write(
     context: MessageContext,
     app: App,
     campaign: Campaign,
-    external_id: str,
+    number: int,
     token: str,
 ) -> list[tuple[bytes, Message[Address, Content]]]:
     """The messages to a contact's addresses, each with the hash of its address."""
-    number = (await find_numbers(conn, app.app_id, [external_id])).get(external_id)
-    if number is None:
-        raise NotFound(f"{app.name}/contacts/{external_id}")
     addressees = await read_addressees(conn, app.app_id, campaign.channel, np.array([number]))
     template = context.compile_content(app, campaign, declared)
     app_keys = await context.read_app_keys(conn, app, declared)

@@ -61,7 +61,7 @@ async def erase_contact(conn: AsyncConnection, app_id: int, external_id: str) ->
     days = await list_days(conn, "attempts")
     launched = await _list_sent_since(conn, app_id, datetime.combine(days[0], time(), UTC)) if days else []
     attempts, message_ids = await blank_attempts(conn, await find_places(conn, number, launched))
-    tests, test_ids = await blank_tests(conn, await _list_all(conn, app_id), [address_hash for _, address_hash in held])
+    tests, test_ids = await blank_tests(conn, app_id, [address_hash for _, address_hash in held])
     texts = _list_texts([address for address, _ in held])
     unrecognized = await _forget_unrecognized(conn, {*message_ids, *test_ids, *texts})
     await pg.execute("DELETE FROM contacts WHERE block = %b AND number = %b", (block, number))
@@ -102,10 +102,6 @@ async def blank_late_attempts(conn: AsyncConnection) -> int:
         count, _ = await blank_attempts(conn, places)
         blanked += count
     return blanked
-
-
-async def _list_all(conn: AsyncConnection, app_id: int) -> list[int]:
-    return list((await conn.execute(select(campaigns.c.campaign_id).where(campaigns.c.app_id == app_id))).scalars())
 
 
 async def _list_sent_since(conn: AsyncConnection, app_id: int, since: datetime) -> list[int]:

@@ -16,7 +16,7 @@ import numpy as np
 import psycopg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftertouch.rolls.chunks import SLOT_SHIFT, decode_numbers, slot_of
+from aftertouch.rolls.chunks import SLOT_SHIFT, decode_numbers
 from aftertouch.store.engine import driver
 from aftertouch.store.logs import TEST_ROW
 from aftertouch.store.partitions import list_days
@@ -174,13 +174,13 @@ async def blank_attempts(conn: AsyncConnection, places: Sequence[Place]) -> tupl
     )
 
 
-async def blank_tests(conn: AsyncConnection, campaign_ids: Sequence[int], hashes: Sequence[bytes]) -> tuple[int, list[str]]:
-    """The same for test sends of these campaigns, which have no place, to addresses with these hashes."""
-    slots = [slot_of(campaign_id, 0) for campaign_id in campaign_ids]
+async def blank_tests(conn: AsyncConnection, app_id: int, hashes: Sequence[bytes]) -> tuple[int, list[str]]:
+    """The same for test sends of an app, which have no place, to addresses with these hashes; of deleted drafts too."""
     return await _blank(
         conn,
-        "FROM attempts AS a WHERE a.slot = ANY(%b) AND a.position = %b AND a.address_hash = ANY(%b)",
-        (slots, TEST_ROW, list(hashes)),
+        f"FROM attempts AS a WHERE a.position = {TEST_ROW} AND a.address_hash = ANY(%b)"
+        " AND NOT EXISTS (SELECT FROM campaigns AS c WHERE c.campaign_id = a.slot >> %b AND c.app_id <> %b)",
+        (list(hashes), SLOT_SHIFT, app_id),
     )
 
 

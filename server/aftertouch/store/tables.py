@@ -330,6 +330,8 @@ attempts = Table(
     Column("message_id", Text, nullable=False, comment="the provider's; empty where there is none"),
     Index(None, "message_id", postgresql_where=text("message_id <> ''")),
     Index(None, "slot", "position"),
+    # Test sends, by which somebody who is erased is found, whatever became of the draft.
+    Index(None, "address_hash", postgresql_where=text("position = -1")),
     # Rows arrive in the order of their times: what was sent in a minute is found at almost no cost.
     Index(None, "arrive_time", postgresql_using="brin", postgresql_with={"autosummarize": "on", "pages_per_range": 32}),
     comment="one row for each message handed to a provider, by day",

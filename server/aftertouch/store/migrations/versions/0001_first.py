@@ -84,6 +84,9 @@ def upgrade() -> None:
     )
     op.create_index(op.f("attempts_slot_position_idx"), "attempts", ["slot", "position"], unique=False)
     op.create_index(
+        op.f("attempts_address_hash_idx"), "attempts", ["address_hash"], unique=False, postgresql_where=sa.text("position = -1")
+    )
+    op.create_index(
         op.f("attempts_arrive_time_idx"),
         "attempts",
         ["arrive_time"],
