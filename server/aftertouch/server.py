@@ -265,7 +265,8 @@ async def serve(
         core = await stack.enter_async_context(open_core(config, database_url, discovery, environment, public_url))
         await keep_house(core.engine)
         intake = await stack.enter_async_context(_open_intake(config, core, stopping))
-        servicers = create_servicers(core.registry, core.ledger, core.context)
+        ending = asyncio.Event()
+        servicers = create_servicers(core.registry, core.ledger, core.context, ending)
         browsers = Browsers(Enrolment(core.engine, core.registry, core.context.accounts, core.context.vault))
         clicks = Clicks(core.engine, core.registry, core.ledger, intake)
         http = create_ingress(core.registry, core.context.accounts, intake, browsers, clicks, public_url)
@@ -277,7 +278,7 @@ async def serve(
         metrics_address = await stack.enter_async_context(serve_metrics(config, core))
         port = await stack.enter_async_context(
             serve_grpc(
-                *(core.engine, servicers, config.grpc_address),
+                *(core.engine, servicers, config.grpc_address, ending),
                 with_channelz=config.channelz,
                 is_shared=is_shared,
             )

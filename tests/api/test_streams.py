@@ -24,7 +24,7 @@ from aftertouch.rpc import events as events_service
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
 from aftertouch.store.partitions import create_partitions
-from aftertouch.v1 import events_pb2, events_pb2_grpc
+from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc, events_pb2, events_pb2_grpc
 from tests.fix_database import CUT_CONNECTIONS
 from tests.fix_world import OpenWorld, World
 
@@ -165,6 +165,20 @@ async def test_streams_are_told_that_the_server_stops(open_world: OpenWorld) -> 
             assert (await watch.call.read()).resume_token
             await stack.aclose()
             assert await stream.fail() == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+            assert await watch.fail() == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+
+
+async def test_watch_of_a_draft_is_told_that_the_server_stops(open_world: OpenWorld) -> None:
+    """It used up the time that calls have to end in, and was cut off without a word."""
+    async with AsyncExitStack() as stack:
+        world = await stack.enter_async_context(open_world())
+        draft = await world.create_campaign("sms")
+        address, header = world.addresses.grpc, (("authorization", f"Bearer {world.secret}"),)
+        async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = campaigns_pb2_grpc.CampaignsStub(channel)
+            watch = Stream(stub.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=draft.name), metadata=header))
+            assert (await watch.call.read()).name == draft.name
+            await stack.aclose()
             assert await watch.fail() == (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
 
 

@@ -122,7 +122,7 @@ async def watch_events(
                 until = min(horizon, after[0] + span)
                 rows = await read_events(conn, after, until, slots, kinds, READ)
         except DatabaseUnavailable:
-            await _pause(stopping, 1)
+            await rest(stopping, 1)
             continue
         for start in range(0, len(rows), PAGE):
             page = rows[start : start + PAGE]
@@ -141,11 +141,12 @@ async def watch_events(
             yield Page([], encode_resume_token(*after))
             silent_until = asyncio.get_running_loop().time() + CHECKPOINT_SECONDS
         if after[0] >= horizon:
-            await _pause(stopping, POLL_SECONDS)
+            await rest(stopping, POLL_SECONDS)
     raise ServerStopping
 
 
-async def _pause(stopping: asyncio.Event, seconds: float) -> None:
+async def rest(stopping: asyncio.Event, seconds: float) -> None:
+    """Wait, but no longer than until the server stops."""
     with suppress(TimeoutError):
         await asyncio.wait_for(stopping.wait(), seconds)
 

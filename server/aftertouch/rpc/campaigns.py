@@ -22,8 +22,9 @@ from aftertouch.delivery.estimates import Bill, estimate_campaign
 from aftertouch.delivery.launch import check_content, check_times, launch, prepare_launch, schedule, unschedule
 from aftertouch.delivery.render import find_template_errors
 from aftertouch.delivery.trial import send_test
-from aftertouch.errors import AlreadyExists, AudienceEmpty, EtagMismatch, FieldsInvalid, NotFound, Violation
+from aftertouch.errors import AlreadyExists, AudienceEmpty, EtagMismatch, FieldsInvalid, NotFound, ServerStopping, Violation
 from aftertouch.ingest.ledger import Ledger
+from aftertouch.ingest.watch import rest
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.audiences import (
     AllSubscribers,
@@ -65,11 +66,14 @@ _LARGEST_CONTENT = 65_536
 class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     """The campaigns of the caller's app."""
 
-    def __init__(self, registry: Registry, ledger: Ledger, context: MessageContext, copies: Copies) -> None:
+    def __init__(
+        self, registry: Registry, ledger: Ledger, context: MessageContext, copies: Copies, stopping: asyncio.Event
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._context = context
         self._copies = copies
+        self._stopping = stopping
 
     async def CreateCampaign(  # type: ignore[override]
         self, request: campaigns_pb2.CreateCampaignRequest, call: Call
@@ -256,7 +260,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         self, request: campaigns_pb2.WatchCampaignRequest, call: Call
     ) -> AsyncIterator[campaigns_pb2.Campaign]:
         last = None
-        while True:
+        while not self._stopping.is_set():
             campaign = await find(call, request.name)
             message = await self._to_counted(call, campaign)
             is_over = campaign.state in ("SENT", "CANCELED", "FAILED") and not await has_units(
@@ -268,7 +272,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             if is_over:
                 return
             last = message
-            await asyncio.sleep(WATCH_SECONDS)
+            await rest(self._stopping, WATCH_SECONDS)
+        raise ServerStopping
 
     async def SendTest(  # type: ignore[override]
         self, request: campaigns_pb2.SendTestRequest, call: Call

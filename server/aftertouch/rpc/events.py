@@ -43,16 +43,9 @@ MINUTE = timedelta(minutes=1)
 class Events(events_pb2_grpc.EventsServicer):
     """What happened to messages, from callers."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, stopping: asyncio.Event) -> None:
         self._ledger = ledger
-        self._stopping = asyncio.Event()
-        self._readers: set[asyncio.Task[None]] = set()
-
-    def stop(self) -> None:
-        """End the streams, which would go on for ever: what was read of them is still acknowledged."""
-        self._stopping.set()
-        for reader in self._readers:
-            reader.cancel()
+        self._stopping = stopping
 
     async def IngestEvents(  # type: ignore[override]
         self, request: events_pb2.IngestEventsRequest, call: Call
@@ -86,8 +79,9 @@ class Events(events_pb2_grpc.EventsServicer):
         yield _to_progress(progress)
         window = _Window()
         reading = asyncio.create_task(self._read_batches(requests, call, stream, progress.position, window))
-        self._readers.add(reading)
-        reading.add_done_callback(self._readers.discard)
+        # What was read until then is still acknowledged.
+        stopping = asyncio.create_task(self._stopping.wait())
+        stopping.add_done_callback(lambda _: reading.cancel())
         try:
             while ready := await window.take():
                 for pending in ready:
@@ -98,6 +92,7 @@ class Events(events_pb2_grpc.EventsServicer):
                 yield _to_progress(progress, ready)
             await reading
         finally:
+            stopping.cancel()
             reading.cancel()
             window.drop()
             await asyncio.gather(reading, return_exceptions=True)

@@ -60,27 +60,34 @@ SERVICES = tuple(
 """The descriptors of our services."""
 
 
-def create_servicers(registry: Registry, ledger: Ledger, context: MessageContext) -> dict[str, Any]:
-    """Our services by name."""
+def create_servicers(registry: Registry, ledger: Ledger, context: MessageContext, stopping: asyncio.Event) -> dict[str, Any]:
+    """Our services by name; answers that would go on for ever end when ``stopping`` is set."""
     copies = Copies()
     return {
         "Apps": Apps(context.vault),
         "Channels": Channels(registry, context),
         "Contacts": Contacts(registry, context.accounts),
         "Lists": Lists(),
-        "Campaigns": Campaigns(registry, ledger, context, copies),
-        "Events": Events(ledger),
+        "Campaigns": Campaigns(registry, ledger, context, copies, stopping),
+        "Events": Events(ledger, stopping),
         "Retargeting": Retargeting(registry, copies),
     }
 
 
 @asynccontextmanager
 async def serve_grpc(
-    engine: AsyncEngine, servicers: Mapping[str, Any], address: str, *, with_channelz: bool, is_shared: bool
+    engine: AsyncEngine,
+    servicers: Mapping[str, Any],
+    address: str,
+    stopping: asyncio.Event,
+    *,
+    with_channelz: bool,
+    is_shared: bool,
 ) -> AsyncIterator[int]:
     """Serve on ``address`` (``host:port``, port 0 takes a free one) and hand out the port; calls under way end first.
 
     Args:
+        stopping: of the servicers; set in the end.
         is_shared: with other processes that listen there.
 
     Raises:
@@ -121,5 +128,5 @@ async def serve_grpc(
         yield port
     finally:
         await checker.enter_graceful_shutdown()
-        servicers["Events"].stop()
+        stopping.set()
         await asyncio.shield(server.stop(GRACE_SECONDS))
