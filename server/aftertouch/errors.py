@@ -268,7 +268,9 @@ class ResumeTokenTooOld(AftertouchError):
 
     def __init__(self, kept_since: str) -> None:
         super().__init__(
-            f"the events after this token are kept no longer; there are those since {kept_since}", kept_since=kept_since
+            f"what came after this token is not known any more, only what came since {kept_since}:"
+            " list what you need, then watch without a token",
+            kept_since=kept_since,
         )
 
 

@@ -43,6 +43,7 @@ from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.plugins import Discovery, Registry, build_registry
 from aftertouch.rpc.server import create_servicers, serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
+from aftertouch.store.clusters import note_cluster
 from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
 from aftertouch.store.engine import SchemaMismatch, check_schema, open_engine, transaction
 from aftertouch.store.erasures import blank_late_attempts
@@ -206,8 +207,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 async def keep_house(engine: AsyncEngine) -> None:
     """Make partitions ahead, drop those that no app keeps any longer; forget old requests, and what came late of the erased."""
     today = datetime.now(UTC).date()
+    # Making and dropping a partition locks its log until the commit, so nothing that takes long comes with it.
     async with transaction(engine) as conn:
         await lock_housekeeping(conn)
+        if await note_cluster(conn):
+            log.info("the database is new in this PostgreSQL: watches of events begin anew", action="note_cluster")
         kept = max((app.retention_days for app in await list_apps(conn)), default=DEFAULT_RETENTION_DAYS)
         for day in await drop_partitions(conn, today - timedelta(days=kept)):
             log.info("a day's events are kept no longer", action="drop_partitions", day=day.isoformat())

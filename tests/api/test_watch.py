@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -28,6 +29,7 @@ from aftertouch.store.partitions import drop_partitions
 from aftertouch.v1 import events_pb2
 from tests.api.test_streams import delivered, launch_on, launch_quietly, make_tokens
 from tests.fix_world import SECRET_KEY, World
+from tests.refusals import refuse
 
 
 @pytest.fixture
@@ -178,11 +180,32 @@ async def test_watch_that_is_far_behind_reads_on_in_parts(
 
 
 async def test_token_of_another_database_is_refused(world: World) -> None:
-    """After a restore into a new cluster, where transactions are counted from the beginning, it waited for ever."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await anext(world.client.watch_events(resume_token=watch.encode_resume_token(1 << 40, 0)))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "is not of this database" in str(caught.value)
+    """It waited until this one had as many transactions."""
+    async with watching(world.client) as watcher:
+        _, _, digest = watch._TOKEN.unpack(urlsafe_b64decode(watcher.resume_token))
+    token = urlsafe_b64encode(watch._TOKEN.pack(1 << 62, 0, digest)).decode()
+    refusal = await refuse(anext(world.client.watch_events(resume_token=token)))
+    assert "is not of this database" in refusal.fields["resume_token"]
+
+
+@pytest.mark.parametrize("is_narrowed_later", [True, False])
+async def test_token_of_another_watch_is_refused(world: World, campaign: str, is_narrowed_later: bool) -> None:
+    """Its place was taken for one among other events: some were left out, or came twice."""
+    narrowed: dict[str, Any] = {"campaign": campaign, "signals": ["read", "delivered"]}
+    first, then = ({}, narrowed) if is_narrowed_later else (narrowed, {})
+    async with watching(world.client, **first) as watcher:
+        token = watcher.resume_token
+    refusal = await refuse(anext(world.client.watch_events(**then, resume_token=token)))
+    assert "belongs to another watch" in refusal.fields["resume_token"]
+
+
+async def test_token_goes_with_the_same_signals_in_any_order(world: World, campaign: str) -> None:
+    async with watching(world.client, signals=["read", "delivered"]) as watcher:
+        token = watcher.resume_token
+    (first, *_) = await read_ids(world)
+    await ingest(world, await make_tokens(world, campaign, 1))
+    async with watching(world.client, signals=["delivered", "read", "read"], resume_token=token) as watcher:
+        assert await watcher.read_people(1) == [first]
 
 
 async def test_transaction_that_commits_late_is_not_skipped(world: World, campaign: str) -> None:
@@ -191,7 +214,8 @@ async def test_transaction_that_commits_late_is_not_skipped(world: World, campai
     ids = await read_ids(world)
     await ingest(world, tokens[:1])
     insert = text(
-        "INSERT INTO events SELECT now(), pg_current_xact_id()::text::bigint, slot, 2, kind, now() FROM events WHERE position = 0"
+        "INSERT INTO events SELECT now(), pg_current_xact_id()::text::bigint + commit_offset, slot, 2, kind, now()"
+        " FROM events, clusters WHERE position = 0"
     )
     async with watching(world.client) as watcher:
         async with transaction(world.core.engine) as late:
@@ -267,15 +291,15 @@ async def test_silent_watch_is_told_how_far_it_is(world: World, campaign: str, m
     monkeypatch.setattr(watch, "CHECKPOINT_SECONDS", 0.3)
     tokens = await make_tokens(world, campaign, 2)
     ids = await read_ids(world)
-    async with watching(world.client, signals=["read"]) as watcher:
+    async with watching(world.client, signals=["failed"]) as watcher:
         first = watcher.resume_token
         await ingest(world, tokens[:1])
         while watcher.resume_token == first:
             assert await watcher.read() == []
         token = watcher.resume_token
-    await ingest(world, tokens[1:])
-    async with watching(world.client, resume_token=token) as watcher:
-        assert (await watcher.read_people(1))[0] in ids[:2]
+    await ingest(world, tokens[1:], "failed")
+    async with watching(world.client, signals=["failed"], resume_token=token) as watcher:
+        assert await watcher.read_people(1) == ids[1:2]
 
 
 async def test_token_whose_events_are_dropped_is_too_old(world: World, campaign: str) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from aftertouch.server import keep_house
 from aftertouch.store.apps import create_app
 from aftertouch.store.campaigns import create_campaign
+from aftertouch.store.clusters import read_commit_id
 from aftertouch.store.engine import driver, transaction
 from aftertouch.store.logs import Attempt, EventBatch, find_messages, join_batches, store_attempts, store_events
 from aftertouch.store.partitions import DAYS_AHEAD, LOGS, create_partitions, drop_partitions, list_days, read_last_dropped
@@ -40,7 +41,7 @@ async def test_events_read_back_as_they_were_copied(engine: AsyncEngine) -> None
     batch = join_batches([make_batch(5, [0, 999, 7, 7, 8, 9], kind=3, times=times), EventBatch.empty()])
     async with transaction(engine) as conn:
         await store_events(conn, batch)
-        number = (await conn.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
+        number = await read_commit_id(conn)
     async with transaction(engine) as conn:
         rows = (await conn.execute(text("SELECT *, arrive_time > now() - interval '1 minute' AS is_new FROM events"))).all()
     found = sorted((row.slot, row.position, row.kind, round(row.time.timestamp() * 1e6)) for row in rows)

@@ -2,12 +2,14 @@
 
 Events carry the number of the transaction that stored them. Transactions may commit in another order than they are numbered,
 so a watcher reads only up to the first that may still be running: whatever is below is all there, and stays so. A resume
-token is the last event's transaction and its place within it.
+token is the last event's transaction and its place within it among those that were asked for, with a digest of which these are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import struct
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -23,10 +25,11 @@ from aftertouch.ingest.lookups import Lookups
 from aftertouch.rolls.chunks import CHUNK, SLOT_SHIFT, slot_range
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
+from aftertouch.store.clusters import read_first_commit, read_horizon
 from aftertouch.store.contacts import find_external_ids
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind, load_kinds
-from aftertouch.store.logs import LoggedEvent, read_events, read_horizon
+from aftertouch.store.logs import LoggedEvent, read_events
 from aftertouch.store.partitions import read_last_dropped
 
 POLL_SECONDS = 0.2
@@ -39,7 +42,7 @@ READ = 10_000
 LARGEST_SPAN = 1 << 20
 """Transactions that are looked through at once at the most. Half as many after a look that found too much to read at once, twice
 as many after any other: whoever goes on after a day costs what there is to tell, not as much for every answer."""
-_TOKEN = struct.Struct(">qq")
+_TOKEN = struct.Struct(">qq8s")
 _ALL_SLOTS = (0, (1 << 63) - 1)
 
 
@@ -63,22 +66,29 @@ class Page:
     resume_token: str
 
 
-def encode_resume_token(commit_id: int, place: int) -> str:
-    """A position as text."""
-    return urlsafe_b64encode(_TOKEN.pack(commit_id, place)).decode()
+def encode_resume_token(commit_id: int, place: int, question: str) -> str:
+    """A position among the events of a question as text."""
+    return urlsafe_b64encode(_TOKEN.pack(commit_id, place, _digest(question))).decode()
 
 
-def decode_resume_token(token: str) -> tuple[int, int]:
+def decode_resume_token(token: str, question: str) -> tuple[int, int]:
     """The position in a token.
 
     Raises:
-        FieldsInvalid: it is none.
+        FieldsInvalid: it is none, or one for another question.
     """
     try:
-        commit_id, place = _TOKEN.unpack(urlsafe_b64decode(token))
+        commit_id, place, digest = _TOKEN.unpack(urlsafe_b64decode(token))
     except (ValueError, struct.error) as error:
         raise FieldsInvalid([Violation("resume_token", "is not a resume token")]) from error
+    if digest != _digest(question):
+        text = "belongs to another watch: go on with the same campaign and signals, or watch without one"
+        raise FieldsInvalid([Violation("resume_token", text)])
     return commit_id, place
+
+
+def _digest(question: str) -> bytes:
+    return hashlib.sha256(question.encode()).digest()[:8]
 
 
 async def watch_events(
@@ -93,18 +103,22 @@ async def watch_events(
     """Pages of an app's events, until ``stopping``; an empty one at the beginning, and every 15 seconds while nothing happens.
 
     Raises:
-        FieldsInvalid: the token is none, or not of this database.
-        ResumeTokenTooOld: its events are no longer kept.
+        FieldsInvalid: the token is none, of another watch, or not of this database.
+        ResumeTokenTooOld: its events are no longer kept, or it was made before the database was restored.
         ServerStopping: they end, after whole pages.
     """
     slots = slot_range(campaign.campaign_id) if campaign else _ALL_SLOTS
+    question = json.dumps([app.app_id, campaign and campaign.campaign_id, sorted(signals)])
     async with transaction(engine) as conn:
         now = after = (await read_horizon(conn), 0)
         if resume_token:
-            after = decode_resume_token(resume_token)
+            after = decode_resume_token(resume_token, question)
             if after > now:
-                text = "is not of this database, or was made before it was restored: list what you need, then watch without one"
+                text = "is not of this database: list what you need, then watch without one"
                 raise FieldsInvalid([Violation("resume_token", text)])
+            first, begin_time = await read_first_commit(conn)
+            if after[0] < first:
+                raise ResumeTokenTooOld(begin_time.date().isoformat())
             dropped = await read_last_dropped(conn)
             if dropped is not None and after[0] <= dropped[0]:
                 raise ResumeTokenTooOld(dropped[1].isoformat())
@@ -130,7 +144,7 @@ async def watch_events(
             after = (page[-1][1].commit_id, page[-1][0])
             # The events of other apps move the token on, and are no reason to answer.
             if events:
-                yield Page(events, encode_resume_token(*after))
+                yield Page(events, encode_resume_token(*after, question))
                 silent_until = asyncio.get_running_loop().time() + CHECKPOINT_SECONDS
         if len(rows) < READ:
             after = max(after, (until, 0))
@@ -138,7 +152,7 @@ async def watch_events(
         else:
             span = max(1, (until - after[0]) // 2)
         if asyncio.get_running_loop().time() >= silent_until:
-            yield Page([], encode_resume_token(*after))
+            yield Page([], encode_resume_token(*after, question))
             silent_until = asyncio.get_running_loop().time() + CHECKPOINT_SECONDS
         if after[0] >= horizon:
             await rest(stopping, POLL_SECONDS)

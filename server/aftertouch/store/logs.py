@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.rolls.chunks import SLOT_SHIFT, Numbers, group_bits, rank
 from aftertouch.rolls.sql import upsert_receipts
+from aftertouch.store.clusters import read_commit_id
 from aftertouch.store.engine import driver
 from aftertouch.store.tables import unrecognized_receipts
 
@@ -93,9 +94,8 @@ async def log_events(conn: AsyncConnection, batch: EventBatch) -> None:
     """Write events into the log alone; the same transaction has to count them. Nobody waits for it or is waited for."""
     if not len(batch):
         return
+    commit_id = await read_commit_id(conn)
     pg = await driver(conn)
-    rows = await pg.execute("SELECT pg_current_xact_id()::text::bigint")
-    ((commit_id,),) = await rows.fetchall()
     async with pg.cursor().copy(f"COPY events ({', '.join(name for name, _ in _COLUMNS)}) FROM STDIN (FORMAT BINARY)") as copy:
         await copy.write(encode_events(batch, commit_id))
 
@@ -218,14 +218,6 @@ class LoggedEvent:
     kind: int
     time: datetime
     arrive_time: datetime
-
-
-async def read_horizon(conn: AsyncConnection) -> int:
-    """The first transaction that may still be running: all events of earlier ones are visible, and no more will come."""
-    pg = await driver(conn)
-    rows = await pg.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
-    ((horizon,),) = await rows.fetchall()
-    return int(horizon)
 
 
 async def read_events(

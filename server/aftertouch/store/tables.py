@@ -272,7 +272,7 @@ events = Table(
     "events",
     metadata,
     _time("arrive_time"),
-    Column("commit_id", BigInteger, nullable=False, comment="number of the transaction that stored it"),
+    Column("commit_id", BigInteger, nullable=False, comment="of the transaction that stored it; ever higher"),
     Column("slot", BigInteger, nullable=False),
     Column("position", Integer, nullable=False, comment="within the slot"),
     Column("kind", Integer, nullable=False),
@@ -281,6 +281,15 @@ events = Table(
     Index(None, "commit_id", postgresql_using="brin", postgresql_with={"autosummarize": "on", "pages_per_range": 32}),
     comment="every event as it came, by the day of its arrival",
     postgresql_partition_by="RANGE (arrive_time)",
+)
+
+clusters = Table(
+    "clusters",
+    metadata,
+    Column("system_identifier", BigInteger, primary_key=True, autoincrement=False, comment="PostgreSQL's own, of each initdb"),
+    Column("first_commit_id", BigInteger, nullable=False, comment="microseconds since 1970, when the database came here"),
+    Column("commit_offset", BigInteger, nullable=False, comment="from the cluster's number of a transaction to its commit_id"),
+    comment="where the database is, in one row: its commits are numbered on after those of wherever it was dumped",
 )
 
 dropped_days = Table(

@@ -85,7 +85,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     STREAM_NOT_OPENED: _ErrorReason.ValueType  # 24
     """FAILED_PRECONDITION {}: the first message of a stream must open it, and no other may."""
     RESUME_TOKEN_TOO_OLD: _ErrorReason.ValueType  # 25
-    """OUT_OF_RANGE {"kept_since": "…"}: list what you need again, then watch without a token."""
+    """OUT_OF_RANGE {"kept_since": "…"}: what came after the token is no longer kept, or the database was restored since. List
+    what you need again, then watch without a token.
+    """
     LIST_IN_USE: _ErrorReason.ValueType  # 50
     """FAILED_PRECONDITION {"list": "apps/acme/lists/vip", "campaign": "apps/acme/campaigns/summer"}: a campaign that is not
     launched yet is for this list. Give it another audience, or delete it.
@@ -179,7 +181,9 @@ STREAM_SUPERSEDED: ErrorReason.ValueType  # 23
 STREAM_NOT_OPENED: ErrorReason.ValueType  # 24
 """FAILED_PRECONDITION {}: the first message of a stream must open it, and no other may."""
 RESUME_TOKEN_TOO_OLD: ErrorReason.ValueType  # 25
-"""OUT_OF_RANGE {"kept_since": "…"}: list what you need again, then watch without a token."""
+"""OUT_OF_RANGE {"kept_since": "…"}: what came after the token is no longer kept, or the database was restored since. List
+what you need again, then watch without a token.
+"""
 LIST_IN_USE: ErrorReason.ValueType  # 50
 """FAILED_PRECONDITION {"list": "apps/acme/lists/vip", "campaign": "apps/acme/campaigns/summer"}: a campaign that is not
 launched yet is for this list. Give it another audience, or delete it.

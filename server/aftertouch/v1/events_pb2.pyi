@@ -445,7 +445,9 @@ class WatchEventsRequest(_message.Message):
     campaign: _builtins.str
     """Only events of this campaign: `apps/{app}/campaigns/{campaign}`."""
     resume_token: _builtins.str
-    """Goes on after the answer that carried it; empty begins with what becomes durable from now on."""
+    """Goes on after the answer that carried it, which was to the same campaign and signals; empty begins with what becomes
+    durable from now on.
+    """
     @_builtins.property
     def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these signals; empty means all."""

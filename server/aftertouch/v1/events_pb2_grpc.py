@@ -84,8 +84,9 @@ class EventsServicer:
 
     def WatchEvents(self, request, context):
         """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
-        answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
-        when its events are no longer kept.
+        answer carries a resume token; after a broken connection go on with the last one, and with the same campaign and
+        signals. Reasons: FIELDS_INVALID for the token of another watch, RESUME_TOKEN_TOO_OLD when its events are no longer
+        kept, or the database was restored since.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,8 +48,9 @@ class EventsStub:
     """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_events_pb2.WatchEventsRequest, _events_pb2.WatchEventsResponse]
     """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
-    answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
-    when its events are no longer kept.
+    answer carries a resume token; after a broken connection go on with the last one, and with the same campaign and
+    signals. Reasons: FIELDS_INVALID for the token of another watch, RESUME_TOKEN_TOO_OLD when its events are no longer
+    kept, or the database was restored since.
     """
     GetActivity: _grpc.UnaryUnaryMultiCallable[_events_pb2.GetActivityRequest, _events_pb2.Activity]
     """Counts a campaign's events over time, by signal: what a chart of it shows. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID."""
@@ -74,8 +75,9 @@ class EventsAsyncStub(EventsStub):
     """
     WatchEvents: _aio.UnaryStreamMultiCallable[_events_pb2.WatchEventsRequest, _events_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
-    answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
-    when its events are no longer kept.
+    answer carries a resume token; after a broken connection go on with the last one, and with the same campaign and
+    signals. Reasons: FIELDS_INVALID for the token of another watch, RESUME_TOKEN_TOO_OLD when its events are no longer
+    kept, or the database was restored since.
     """
     GetActivity: _aio.UnaryUnaryMultiCallable[_events_pb2.GetActivityRequest, _events_pb2.Activity]  # type: ignore[assignment]
     """Counts a campaign's events over time, by signal: what a chart of it shows. Reasons: RESOURCE_NOT_FOUND, FIELDS_INVALID."""
@@ -115,8 +117,9 @@ class EventsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_events_pb2.WatchEventsResponse], _abc.AsyncIterator[_events_pb2.WatchEventsResponse]]:
         """Streams events as they become durable, each once and none left out, also of transactions that commit late. Every
-        answer carries a resume token; after a broken connection go on with the last one. Reasons: RESUME_TOKEN_TOO_OLD
-        when its events are no longer kept.
+        answer carries a resume token; after a broken connection go on with the last one, and with the same campaign and
+        signals. Reasons: FIELDS_INVALID for the token of another watch, RESUME_TOKEN_TOO_OLD when its events are no longer
+        kept, or the database was restored since.
         """
 
     @_abc_1.abstractmethod

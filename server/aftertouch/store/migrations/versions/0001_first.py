@@ -104,6 +104,30 @@ def upgrade() -> None:
         comment="up to which message each channel was asked what became of those it never told of",
     )
     op.create_table(
+        "clusters",
+        sa.Column(
+            "system_identifier",
+            sa.BigInteger(),
+            autoincrement=False,
+            nullable=False,
+            comment="PostgreSQL's own, of each initdb",
+        ),
+        sa.Column(
+            "first_commit_id",
+            sa.BigInteger(),
+            nullable=False,
+            comment="microseconds since 1970, when the database came here",
+        ),
+        sa.Column(
+            "commit_offset",
+            sa.BigInteger(),
+            nullable=False,
+            comment="from the cluster's number of a transaction to its commit_id",
+        ),
+        sa.PrimaryKeyConstraint("system_identifier", name=op.f("clusters_pkey")),
+        comment="where the database is, in one row: its commits are numbered on after those of wherever it was dumped",
+    )
+    op.create_table(
         "contact_counters",
         sa.Column("app_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("next_number", sa.BigInteger(), nullable=False),
@@ -175,7 +199,7 @@ def upgrade() -> None:
     op.create_table(
         "events",
         sa.Column("arrive_time", postgresql.TIMESTAMP(timezone=True), nullable=False),
-        sa.Column("commit_id", sa.BigInteger(), nullable=False, comment="number of the transaction that stored it"),
+        sa.Column("commit_id", sa.BigInteger(), nullable=False, comment="of the transaction that stored it; ever higher"),
         sa.Column("slot", sa.BigInteger(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False, comment="within the slot"),
         sa.Column("kind", sa.Integer(), nullable=False),
