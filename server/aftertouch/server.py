@@ -48,6 +48,7 @@ from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, f
 from aftertouch.store.engine import SchemaMismatch, check_schema, open_engine, transaction
 from aftertouch.store.erasures import blank_late_attempts
 from aftertouch.store.imports import forget_imports
+from aftertouch.store.logs import forget_unrecognized
 from aftertouch.store.paces import forget_limits
 from aftertouch.store.partitions import create_partitions, drop_partitions, lock_housekeeping
 from aftertouch.store.requests import forget_requests
@@ -220,6 +221,7 @@ async def keep_house(engine: AsyncEngine) -> None:
         await lock_housekeeping(conn)
         if blanked := await blank_late_attempts(conn):
             log.info("messages of people who were erased meanwhile were blanked", action="erase_contact", count=blanked)
+        await forget_unrecognized(conn, datetime.now(UTC) - timedelta(days=kept))
         await forget_requests(conn)
         await forget_limits(conn)
         await forget_sessions(conn)

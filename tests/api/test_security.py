@@ -198,6 +198,7 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "DeleteApiKey": client.apps.DeleteApiKey(apps_pb2.DeleteApiKeyRequest(name=names["key"])),
         "CreateIdentitySecret": client.apps.CreateIdentitySecret(apps_pb2.CreateIdentitySecretRequest(parent=app)),
         "GetChannelSettings": client.channels.GetChannelSettings(channels_pb2.GetChannelSettingsRequest(name=settings)),
+        "ListTemplates": client.channels.ListTemplates(channels_pb2.ListTemplatesRequest(parent=app, channel="sms")),
         "UpdateChannelSettings": client.channels.UpdateChannelSettings(
             channels_pb2.UpdateChannelSettingsRequest(channel_settings=own)
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -583,6 +584,26 @@ async def test_test_send_to_somebody_who_is_erased_meanwhile_leaves_no_trace(lof
     async with transaction(loft.world.core.engine) as conn:
         (attempt,) = await conn.execute(text(statement), {"id": name.rpartition("/")[2]})
     assert tuple(attempt) == (b"", "")
+
+
+async def test_test_send_with_an_id_is_sent_once_however_often_it_is_asked_for(loft: Loft) -> None:
+    name, request_id = await loft.draft(1), str(uuid.uuid4())
+    is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def answer(messages: Messages) -> Sequence[Outcome]:
+        is_asked.set()
+        await may_answer.wait()
+        return [Accepted(message_id="once")]
+
+    loft.channel.script = answer
+    calls = [asyncio.ensure_future(send_test(loft, name, "p0", request_id=request_id)) for _ in range(12)]
+    await is_asked.wait()
+    # Those that wait take up few of the connections.
+    await asyncio.gather(*(loft.get_campaign(name) for _ in range(30)))
+    may_answer.set()
+    answers = [*(await asyncio.gather(*calls)), await send_test(loft, name, "p0", request_id=request_id)]
+    assert {answered.outcomes[0].message_id for answered in answers} == {"once"}
+    assert len(loft.channel.handed) == 1
 
 
 async def test_test_send_to_nobody_is_refused(loft: Loft) -> None:

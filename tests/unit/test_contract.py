@@ -337,6 +337,28 @@ class PromisesToLookUp(ConsoleChannel):
     capabilities = Capabilities(look_up=True)
 
 
+class Fetches(ConsoleChannel):
+    capabilities = Capabilities(fetch_receipts=True)
+
+    async def fetch_receipts(self, message_ids: Sequence[str]) -> Sequence[Receipt]:
+        return ()
+
+
+class NamesNoMessage(Fetches):
+    async def send(self, messages: Messages) -> Sequence[Outcome]:
+        return [replace(outcome, message_id="") for outcome in await super().send(messages) if isinstance(outcome, Accepted)]
+
+
+class MakesReceiptsUp(Fetches):
+    async def fetch_receipts(self, message_ids: Sequence[str]) -> Sequence[Receipt]:
+        return [Receipt(signal="delivered", message_id=message_id) for message_id in message_ids]
+
+
+class FailsToFetch(Fetches):
+    async def fetch_receipts(self, message_ids: Sequence[str]) -> Sequence[Receipt]:
+        raise LookupError("nobody answers")
+
+
 class Lists(ConsoleChannel):
     capabilities = Capabilities(templates=True)
 
@@ -431,6 +453,9 @@ BREAKS: list[tuple[type[ConsoleChannel], str]] = [
     (CountsItself, "test_limits_are_few_named_and_private"),
     (LooksUpInSecret, "test_optional_methods_are_declared_where_they_are_written"),
     (PromisesToLookUp, "test_optional_methods_are_declared_where_they_are_written"),
+    (NamesNoMessage, "test_send_accepted"),
+    (MakesReceiptsUp, "test_receipts_of_a_provider_in_trouble_are_none"),
+    (FailsToFetch, "test_receipts_of_a_provider_in_trouble_are_none"),
     (ListsNothing, "test_templates_of_a_provider_in_trouble_are_unreadable"),
     (FailsToList, "test_templates_of_a_provider_in_trouble_are_unreadable"),
     (FindsNothing, "test_look_up_finds_what_was_taken"),
@@ -456,7 +481,8 @@ async def run_check(
 async def test_contract_finds_a_channel_that(
     channel: type[ConsoleChannel], check: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sound = LooksUp if "look_up" in check else Lists if "templates" in check else ConsoleChannel
+    kinds = {"look_up": LooksUp, "templates": Lists, "test_receipts": Fetches}
+    sound = next((kind for part, kind in kinds.items() if part in check), ConsoleChannel)
     await run_check(sound, check, caplog, capfd)
     with pytest.raises((AssertionError, pytest.fail.Exception, ConnectionError)) as caught:
         await run_check(channel, check, caplog, capfd)
@@ -467,7 +493,9 @@ def test_contract_has_no_checks_of_what_is_not_declared() -> None:
     contract = type("Contract", (ChannelContract,), {"channel": NeedsNoWebhooks})
     every = {name for name in dir(ChannelContract) if name.startswith("test_")}
     left_out = {name for name in every if getattr(contract, name) is None}
-    assert left_out == {name for name in every if name.startswith(("test_webhook_", "test_look_up_", "test_templates_"))}
+    assert left_out == {
+        name for name in every if name.startswith(("test_webhook_", "test_look_up_", "test_templates_", "test_receipts_"))
+    }
 
 
 async def test_contract_fits_a_channel_that_sends_in_bulk() -> None:

@@ -150,7 +150,8 @@ class Call:
             await finish_request(await self.begin(), self.app.app_id, self._once.request_id, answer)
 
     async def commit(self) -> None:
-        """Commit the call's transaction now, where the answer has to wait for others who see it."""
+        """Commit the call's transaction now, where the answer has to wait for others who see it; never one with a request_id."""
+        assert self._once is None, "the answer is stored in the transaction that took the request_id"
         self._conn = None
         await self._transaction.aclose()
 

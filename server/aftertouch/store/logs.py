@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import insert
+from sqlalchemy import delete, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.rolls.chunks import SLOT_SHIFT, Numbers, group_bits, rank
@@ -186,6 +186,11 @@ _LENGTH = Struct(">i")
 async def keep_unrecognized(conn: AsyncConnection, channel: str, items: Sequence[str]) -> None:
     """Keep what a provider reported and nobody understands, for the operator."""
     await conn.execute(insert(unrecognized_receipts), [{"channel": channel, "item": item} for item in items])
+
+
+async def forget_unrecognized(conn: AsyncConnection, before: datetime) -> None:
+    """Delete what nobody understood and arrived before a time."""
+    await conn.execute(delete(unrecognized_receipts).where(unrecognized_receipts.c.arrive_time < before))
 
 
 async def find_messages(

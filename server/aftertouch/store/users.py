@@ -23,8 +23,8 @@ ROLES = ("viewer", "marketer", "admin")
 SESSION_LIFETIME = timedelta(days=7)
 SESSION_IDLE = timedelta(hours=24)
 """A session ends this long after it was last used."""
-_SIGN_INS = 3
-"""The class of the advisory locks on accounts that somebody signs in to; ``store.campaigns`` has 1 and 2."""
+_SIGN_INS = 4
+"""The class of the advisory locks on accounts that somebody signs in to; ``campaigns`` has 1 and 2, ``contacts`` 3."""
 USE_STEP = timedelta(minutes=5)
 """A page polls every two seconds; a row is written at most this often."""
 

@@ -65,6 +65,9 @@ class SendingChecks(Subject):
         (outcome,) = sent.outcomes
         assert isinstance(outcome, Accepted), f"the provider accepted, but send says {outcome!r}"
         assert len(outcome.message_id) <= 256, f"message_id has {len(outcome.message_id)} characters; 256 are allowed"
+        assert outcome.message_id or not self._is_heard_by_message_id(sent.channel), (
+            "send gave no message_id, and nothing else leads what is heard later to its message: every receipt would be lost"
+        )
         undeclared = set(outcome.signals) - {signal.name for signal in self.channel.signals}
         assert not undeclared, f"Accepted.signals has {undeclared}, which the channel does not declare"
         told = [
@@ -254,6 +257,31 @@ class SendingChecks(Subject):
             for place, text in shown.items():
                 leaks = self.find_leaks(text, sent.channel, sent.messages[0])
                 assert not leaks, f"after {way}, {place} shows {', '.join(leaks)}"
+
+    def _is_heard_by_message_id(self, channel: Channel) -> bool:
+        """True where the provider's own name for a message is all that news of it comes with."""
+        if self.channel.capabilities.fetch_receipts:
+            return True
+        if not self.channel.capabilities.webhooks or not self.reported:
+            return False
+        return any(receipt.token is None for receipt in channel.parse(self.sign(channel, TOKENS[0], self.reported[0])).receipts)
+
+    @needs("fetch_receipts")
+    @in_own_loop
+    async def test_receipts_of_a_provider_in_trouble_are_none(self) -> None:
+        for way, answer in TROUBLE.items():
+            async with self.provider_type(self.accept) as provider, self.build(provider.url) as channel:
+                (outcome,) = await channel.send(self.make_messages(channel, provider.url))
+                assert isinstance(outcome, Accepted), f"the provider accepted, but send says {outcome!r}"
+                provider.answer = _always(answer)
+                try:
+                    async with asyncio.timeout(self.patience):
+                        found = await channel.fetch_receipts([outcome.message_id])
+                except TimeoutError:
+                    pytest.fail(f"fetch_receipts did not return within {self.patience} s: set a timeout on every call")
+                except Exception as error:
+                    pytest.fail(f"after {way} fetch_receipts raised {error!r}: leave out what is not known", pytrace=False)
+            assert not found, f"after {way} fetch_receipts says {found!r}, where the provider said nothing"
 
     @needs("templates")
     @in_own_loop

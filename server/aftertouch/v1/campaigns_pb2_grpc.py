@@ -110,8 +110,9 @@ class CampaignsServicer:
     """
 
     def CreateCampaign(self, request, context):
-        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
-        is evaluated AT_CREATION.
+        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED; RESOURCE_NOT_FOUND for a list, a source
+        or its channel; of a retarget's source SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN and RETARGETING_NOT_ENABLED; and
+        AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,8 +134,10 @@ class CampaignsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateCampaign(self, request, context):
-        """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
-        well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
+        """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
+        CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
+        campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
+        CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,15 +154,17 @@ class CampaignsServicer:
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
         schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
         whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID,
-        ETAG_MISMATCH, REQUEST_ID_REUSED.
+        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
+        RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
+        RESOURCE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnscheduleCampaign(self, request, context):
-        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
+        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,7 +207,7 @@ class CampaignsServicer:
     def SendTest(self, request, context):
         """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
         attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
-        active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
+        active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,9 @@ class CampaignsStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CampaignsAsyncStub: ...
     CreateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.CreateCampaignRequest, _campaigns_pb2.Campaign]
-    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
-    is evaluated AT_CREATION.
+    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED; RESOURCE_NOT_FOUND for a list, a source
+    or its channel; of a retarget's source SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN and RETARGETING_NOT_ENABLED; and
+    AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
     """
     GetCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
@@ -47,8 +48,10 @@ class CampaignsStub:
     for a root of another app.
     """
     UpdateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]
-    """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
-    well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
+    """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
+    CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
+    campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
+    CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
     """
     DeleteCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
@@ -56,11 +59,14 @@ class CampaignsStub:
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
     schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
     whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID,
-    ETAG_MISMATCH, REQUEST_ID_REUSED.
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
+    RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
+    RESOURCE_NOT_FOUND.
     """
     UnscheduleCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]
-    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
+    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """
     PauseCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
     most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
@@ -82,7 +88,7 @@ class CampaignsStub:
     SendTest: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.SendTestRequest, _campaigns_pb2.SendTestResponse]
     """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
     attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
-    active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
+    active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND, REQUEST_ID_REUSED.
     """
     ListRecipients: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
@@ -95,8 +101,9 @@ class CampaignsAsyncStub(CampaignsStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.CreateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
-    is evaluated AT_CREATION.
+    """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED; RESOURCE_NOT_FOUND for a list, a source
+    or its channel; of a retarget's source SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN and RETARGETING_NOT_ENABLED; and
+    AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
     """
     GetCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.GetCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Returns a campaign with its counts. Reasons: RESOURCE_NOT_FOUND."""
@@ -105,8 +112,10 @@ class CampaignsAsyncStub(CampaignsStub):
     for a root of another app.
     """
     UpdateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
-    well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
+    """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
+    CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
+    campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
+    CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
     """
     DeleteCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
@@ -114,11 +123,14 @@ class CampaignsAsyncStub(CampaignsStub):
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
     schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
     whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID,
-    ETAG_MISMATCH, REQUEST_ID_REUSED.
+    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
+    RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
+    RESOURCE_NOT_FOUND.
     """
     UnscheduleCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
+    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """
     PauseCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
     most about 20 seconds): no send begins after the answer. Pausing one that is PAUSED waits in the same way. Reasons:
@@ -140,7 +152,7 @@ class CampaignsAsyncStub(CampaignsStub):
     SendTest: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.SendTestRequest, _campaigns_pb2.SendTestResponse]  # type: ignore[assignment]
     """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
     attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
-    active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
+    active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND, REQUEST_ID_REUSED.
     """
     ListRecipients: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]  # type: ignore[assignment]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
@@ -156,8 +168,9 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.CreateCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED, and AUDIENCE_EMPTY when the audience
-        is evaluated AT_CREATION.
+        """Makes a draft. Reasons: FIELDS_INVALID, RESOURCE_ALREADY_EXISTS, REQUEST_ID_REUSED; RESOURCE_NOT_FOUND for a list, a source
+        or its channel; of a retarget's source SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN and RETARGETING_NOT_ENABLED; and
+        AUDIENCE_EMPTY when the audience is evaluated AT_CREATION.
         """
 
     @_abc_1.abstractmethod
@@ -184,8 +197,10 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UpdateCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Changes a draft: display_name, content, audience. A step of CreateFollowUps that is still SCHEDULED can be changed as
-        well, except for its audience. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, FIELDS_INVALID.
+        """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
+        CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
+        campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
+        CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -205,8 +220,9 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
         schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
         whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_TOO_OLD, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID,
-        ETAG_MISMATCH, REQUEST_ID_REUSED.
+        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
+        RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
+        RESOURCE_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -215,7 +231,9 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UnscheduleCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
+        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """
 
     @_abc_1.abstractmethod
     def PauseCampaign(
@@ -267,7 +285,7 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_campaigns_pb2.SendTestResponse, _abc.Awaitable[_campaigns_pb2.SendTestResponse]]:
         """Sends a campaign's content to one contact now, whatever the campaign's state; nothing of it is counted, and the
         attempt log marks it as a test. Reasons: CONTENT_MISSING, CHANNEL_NOT_READY, FIELDS_INVALID when the contact has no
-        active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND.
+        active subscription on the channel or lacks an attribute, RESOURCE_NOT_FOUND, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
