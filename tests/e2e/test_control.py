@@ -15,10 +15,14 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, Webhook
-from aftertouch.delivery import leftovers, sender
+from aftertouch.delivery import launch, leftovers, sender
+from aftertouch.plugins import Registry
 from aftertouch.rpc.values import to_timestamp
+from aftertouch.store.apps import App
+from aftertouch.store.campaigns import Campaign
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2
 from tests.e2e.pigeons import Loft, Messages, PigeonChannel, accept_all, open_loft
@@ -297,6 +301,22 @@ async def test_unscheduled_campaign_is_a_draft_again(loft: Loft) -> None:
     assert (unscheduled.state, unscheduled.HasField("schedule_time")) == (State.DRAFT, False)
     again = campaigns_pb2.UnscheduleCampaignRequest(name=name)
     assert (await refuse(loft.client.campaigns.UnscheduleCampaign(again))).reason == "CAMPAIGN_STATE_WRONG"
+
+
+async def test_campaign_that_meets_a_defect_at_its_time_holds_up_no_other(loft: Loft, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def prepare(conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, *args: Any) -> launch.People:
+        if campaign.campaign == broken.rpartition("/")[2]:
+            raise KeyError("a defect")
+        return await prepares(conn, registry, app, campaign, *args)
+
+    prepares = launch.prepare_launch
+    broken = await schedule(loft, 2, timedelta(hours=1))
+    name = await schedule(loft, 2, timedelta(hours=2))
+    monkeypatch.setattr(launch, "prepare_launch", prepare)
+    await move(loft, timedelta(hours=3))
+    assert (await wait_for(loft, name, State.SENT)).counts.signals["sent"] == 2
+    failed = await loft.get_campaign(broken)
+    assert (failed.state, "a defect of ours" in failed.state_reason) == (State.FAILED, True)
 
 
 async def test_canceled_before_its_time_is_never_launched(loft: Loft) -> None:

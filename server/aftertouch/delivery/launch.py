@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import structlog
 from sqlalchemy import func
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Channel
@@ -219,7 +221,7 @@ async def launch_due(conn: AsyncConnection, registry: Registry) -> bool:
     try:
         async with conn.begin_nested():
             await launch(conn, registry, app, campaign, campaign.send_by_time)
-    except DatabaseUnavailable:
+    except (DatabaseUnavailable, DBAPIError, psycopg.Error):
         raise
     except AudienceEmpty as error:
         is_follow_up = campaign.source_id is not None
@@ -229,6 +231,11 @@ async def launch_due(conn: AsyncConnection, registry: Registry) -> bool:
     except AftertouchError as error:
         await update_campaign(conn, campaign.campaign_id, state="FAILED", state_reason=str(error), finish_time=func.now())
         log.error("a campaign was not launched", action="launch_due", campaign_id=campaign.campaign_id, reason=error.reason)
+    except Exception:
+        # It would be the first in turn again, and no other would ever be launched.
+        reason = "it could not be launched, by a defect of ours; the server's log has the trace"
+        await update_campaign(conn, campaign.campaign_id, state="FAILED", state_reason=reason, finish_time=func.now())
+        log.exception("a campaign was not launched", action="launch_due", campaign_id=campaign.campaign_id)
     else:
         log.info("a campaign was launched", action="launch_due", campaign_id=campaign.campaign_id)
     return True
