@@ -173,7 +173,7 @@ def _find_type(visit: Visit, standing: Standing) -> ChannelType:
 
 
 def _make_form(found: ChannelType, content: Mapping[str, Any], violations: Iterable[Violation] = ()) -> Field:
-    ours = [violation for violation in violations if violation.field.startswith("campaign.content")]
+    ours = [violation for violation in violations if violation.field.removeprefix("campaign.").startswith("content")]
     return make_form(found.channel.content_model.model_json_schema(), content, ours)
 
 
