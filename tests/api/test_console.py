@@ -534,6 +534,44 @@ async def test_draft_left_incomplete_is_there_when_somebody_comes_back(marketer:
     assert "Only a title" not in text
 
 
+async def test_draft_renamed_before_its_message_is_complete_has_the_new_name(world: World, marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "push")
+    _, text = await marketer.get(f"{draft}/edit")
+    etag = re.search(r'name="etag" value="(\d+)"', text)[1]
+    for name in ("Spring", "Spring Sale"):
+        status, text = await marketer.post(f"{draft}/save", {"etag": etag, "display_name": name, "content.title": "Half"})
+        assert (status, "Kept. Missing or wrong: Url" in text) == (200, True)
+        etag = re.search(r'name="etag" value="(\d+)"', text)[1]
+    _, text = await marketer.get(f"{draft}/edit")
+    assert ('value="Spring Sale"' in text, 'value="Half"' in text) == (True, True)
+    assert (await world.get_campaign(f"apps/acme{draft}")).display_name == "Spring Sale"
+
+
+async def test_test_of_an_incomplete_message_with_a_new_name_makes_no_conflict(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "push")
+    await marketer.get(f"{draft}/edit")
+    _, text = await marketer.post(f"{draft}/test", {"display_name": "Renamed", "content.title": "Half", "as": "user-000000"})
+    etag = re.search(r'name="etag" value="(\d+)"', text)[1]
+    assert (await marketer.post(f"{draft}/save", {"etag": etag, "display_name": "Renamed", "content.title": "More"}))[0] == 200
+
+
+async def test_launch_that_is_refused_shows_the_name_that_was_typed(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "push")
+    for name in ("Renamed", "x" * 201):
+        status, text = await marketer.post(f"{draft}/launch", {"display_name": name, "content.title": "Half"})
+        assert (status, f'name="display_name" type="text" value="{name}"' in text) == (400, True)
+
+
+async def test_launch_that_is_refused_leaves_a_page_that_still_saves(marketer: Visitor) -> None:
+    """It was told that somebody else had changed the draft: it was stored, and the page had the etag from before."""
+    draft = await make_draft(marketer, "sms")
+    fields = {"display_name": "Later", "content.body": "Hello"}
+    status, text = await marketer.post(f"{draft}/launch", fields | {"when": "later"})
+    etag = re.search(r'name="etag" value="(\d+)"', text)[1]
+    assert (status, 'id="schedule_time-fault"' in text) == (400, True)
+    assert (await marketer.post(f"{draft}/save", fields | {"etag": etag}))[0] == 200
+
+
 async def test_draft_begins_with_the_message_of_another_campaign(
     marketer: Visitor, sent: campaigns_pb2.Campaign, world: World
 ) -> None:
@@ -652,7 +690,7 @@ def read_when(text: str) -> dict[str, str]:
     """What a composer's page says of when."""
     return {
         "when": re.search(r'name="when" value="(\w+)" checked', text)[1],
-        "delay": re.search(r'name="delay"[^>]* value="(\d+)"', text)[1],
+        "delay": re.search(r'name="delay"[^>]* value="([^"]*)"', text)[1],
         "time": (re.search(r'data-utc="([^"]+)"', text) or [""])[0],
     }
 
@@ -687,15 +725,48 @@ async def test_retarget_at_a_time_keeps_it_in_the_viewers_zone_and_inside_the_wi
     _, text = await marketer.get(place.removeprefix("/console"))
     in_tokyo = datetime.fromisoformat(chosen) - timedelta(hours=9)
     assert read_when(text)["time"] == f'data-utc="{in_tokyo.isoformat()}+00:00"'
-    for wrong, fault in (
-        ({"schedule_time": (datetime.now(UTC) + timedelta(days=40)).strftime("%Y-%m-%dT%H:%M")}, "Choose a time until "),
-        ({"when": "delay", "delay": "40", "delay_unit": "days"}, "Choose a time until "),
-        ({"when": "delay", "delay": "soon"}, 'id="delay-fault"'),
-        ({}, 'id="schedule_time-fault"'),
-        ({"schedule_time": "tomorrow"}, 'id="schedule_time-fault"'),
+    for wrong, fault, kept in (
+        ({"schedule_time": (datetime.now(UTC) + timedelta(days=40)).strftime("%Y-%m-%dT%H:%M")}, "Choose a time until ", "24"),
+        ({"when": "delay", "delay": "40", "delay_unit": "days"}, "Choose a time until ", "40"),
+        ({"when": "delay", "delay": "soon"}, 'id="delay-fault"', "soon"),
+        ({}, 'id="schedule_time-fault"', ""),
+        ({"schedule_time": "tomorrow"}, 'id="schedule_time-fault"', "tomorrow"),
     ):
         status, text = await marketer.post(path, fields | wrong)
         assert (status, fault in text) == (400, True), wrong
+        assert (read_when(text)["when"], f'value="{kept}"' in text) == ((fields | wrong)["when"], True), wrong
+
+
+async def test_launch_after_a_delay_that_is_mistyped_does_not_become_a_launch_now(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    _, place = await marketer.post(path, {"action": "replied", "channel": "sms", "again": "1"})
+    draft = place.removeprefix("/console").removesuffix("/edit")
+    mistyped = {"when": "delay", "delay": "1.5", "delay_unit": "days"}
+    status, text = await marketer.post(f"{draft}/launch", {"display_name": "Later", "content.body": "Hello", **mistyped})
+    assert (status, 'id="delay-fault"' in text) == (400, True)
+    assert read_when(text) == {"when": "delay", "delay": "1.5", "time": ""}
+    assert "<option selected>days</option>" in text
+    _, text = await marketer.get(f"{draft}/edit")
+    assert read_when(text) == {"when": "delay", "delay": "1.5", "time": ""}
+    assert (await world.get_campaign(f"apps/acme{draft}")).state == campaigns_pb2.Campaign.DRAFT
+
+
+async def test_delay_that_is_mistyped_is_no_fault_of_a_launch_now(marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    _, place = await marketer.post(path, {"action": "read", "channel": "sms", "again": "1"})
+    draft = place.removeprefix("/console").removesuffix("/edit")
+    fields = {"display_name": "At once", "content.body": "Hello", "when": "now", "delay": "1.5"}
+    assert await marketer.post(f"{draft}/launch", fields) == (303, f"/console{draft}")
+
+
+async def test_retarget_counted_again_keeps_a_delay_that_is_mistyped(marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    asked = "action=not_read&channel=push&when=delay&delay=1.5&delay_unit=days"
+    path = f"/campaigns/{read_id(sent.name)}/retarget?{asked}"
+    status, text = await marketer.get(path, **{"hx-request": "true"})
+    assert (status, 'id="delay-fault"' in text) == (200, True)
+    assert read_when(text) == {"when": "delay", "delay": "1.5", "time": ""}
 
 
 async def test_delay_after_a_campaign_that_is_still_being_sent_is_refused_at_its_field(
@@ -829,14 +900,14 @@ async def test_contact_shows_campaigns_and_why(world: World, marketer: Visitor, 
     assert re.search(r'took the message at <time datetime="[0-9T:+-]+">', decided)
 
 
-async def test_contact_who_was_not_in_a_campaign_is_told_why(
-    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
-) -> None:
-    people = await world.read_recipients(sent.name)
+async def test_contact_who_was_not_in_a_campaign_is_told_why(world: World, marketer: Visitor) -> None:
+    made = await world.create_campaign("whatsapp")
+    await world.launch(made.name)
+    people = await world.read_recipients(made.name)
     name = next(f"user-{number:06}" for number in range(60) if f"user-{number:06}" not in people)
     _, text = await marketer.get(f"/contacts/person?id={name}")
-    assert f'<option value="{read_id(sent.name)}">Summer Sale</option>' in text
-    status, text = await marketer.get(f"/contacts/explain?id={name}&campaign={read_id(sent.name)}")
+    assert f'<option value="{read_id(made.name)}">Summer Sale</option>' in text
+    status, text = await marketer.get(f"/contacts/explain?id={name}&campaign={read_id(made.name)}")
     assert (status, "Not messaged" in text) == (200, True)
 
 

@@ -98,7 +98,7 @@ async def show(visit: Visit) -> Response:
     if standing.message.state != State.DRAFT:
         return visit.redirect(f"/campaigns/{standing.id}")
     content, plan, is_stored = await _read_draft(visit, standing)
-    return await _render(visit, standing, content, plan, is_stored=is_stored)
+    return await _render(visit, standing, standing.message.display_name, content, plan, is_stored=is_stored)
 
 
 async def _read_draft(visit: Visit, standing: Standing) -> tuple[Mapping[str, Any], Plan, bool]:
@@ -113,6 +113,7 @@ async def _read_draft(visit: Visit, standing: Standing) -> tuple[Mapping[str, An
 async def _render(
     visit: Visit,
     standing: Standing,
+    name: str,
     content: Mapping[str, Any],
     plan: Plan,
     *,
@@ -128,8 +129,9 @@ async def _render(
         "compose.html",
         400 if problem or violations else 200,
         campaign=standing,
+        name=name,
         form=_make_form(found, content, violations),
-        faults=name_faults(violations, "campaign."),
+        faults=name_faults([*plan.violations, *violations], "campaign."),
         plan=plan,
         examples=await _list_examples(visit, standing),
         source=source,
@@ -243,50 +245,49 @@ async def save(visit: Visit) -> Response:
     contact = await previews.find_contact(visit, standing.message.channel, str(form.get("as", "")))
     content = _read_content(found, form)
     try:
-        stored = await _store(visit, standing, form, content, etag=str(form.get("etag", "")))
+        await _store(visit, standing, form, content, etag=str(form.get("etag", "")))
     except FieldsInvalid as error:
         labels = [field.label for field in _make_form(found, content, error.violations).faulty]
         status = f"Kept. Missing or wrong: {', '.join(labels or ['Name'])}"
         return visit.render("saved_part.html", etag=standing.message.etag, preview=None, contact=contact, status=status)
     preview = await previews.draw(visit, found, content, contact) if contact else None
-    response = visit.render("saved_part.html", etag=stored.etag, preview=preview, contact=contact, status="Saved")
+    response = visit.render("saved_part.html", etag=standing.message.etag, preview=preview, contact=contact, status="Saved")
     # Only of a complete message it can be asked whom it would go to, and what it would cost.
     response.headers["hx-trigger"] = "reviewed"
     return response
 
 
-async def _store(
-    visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], *, etag: str
-) -> campaigns_pb2.Campaign:
+async def _store(visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], *, etag: str) -> None:
     """Store name and content with the draft; content that is refused is kept beside it, and so is when it is to be launched.
+
+    ``standing`` has afterwards what is stored, and its etag.
 
     Raises:
         FieldsInvalid, EtagMismatch, CampaignStateWrong.
     """
-    app_id = visit.app.app_id
-    try:
-        plan = Plan.read(form).store()
-    except FieldsInvalid:
-        # What is half typed is told of at the launch.
-        plan = None
+    app_id, plan = visit.app.app_id, Plan.read(form).store()
     campaign = campaigns_pb2.Campaign(
         name=standing.message.name,
         display_name=str(form.get("display_name", "")),
         content=to_struct(content),
         etag=etag,
     )
-    mask = FieldMask(paths=["display_name", "content"])
+
+    async def update(*paths: str) -> None:
+        request = campaigns_pb2.UpdateCampaignRequest(campaign=campaign, update_mask=FieldMask(paths=paths))
+        standing.message.CopyFrom(await visit.client.campaigns.UpdateCampaign(request))
+
     try:
-        stored = await visit.client.campaigns.UpdateCampaign(
-            campaigns_pb2.UpdateCampaignRequest(campaign=campaign, update_mask=mask)
-        )
-    except FieldsInvalid:
+        await update("display_name", "content")
+    except FieldsInvalid as error:
         async with transaction(visit.console.engine) as conn:
             await unfinished.keep_unfinished(conn, app_id, standing.id, content, plan)
+        is_name_right = all(violation.field.startswith("campaign.content") for violation in error.violations)
+        if is_name_right and campaign.display_name != standing.message.display_name:
+            await update("display_name")
         raise
     async with transaction(visit.console.engine) as conn:
         await unfinished.keep_unfinished(conn, app_id, standing.id, None, plan)
-    return stored
 
 
 async def show_review(visit: Visit) -> Response:
@@ -326,29 +327,28 @@ async def launch(visit: Visit) -> Response:
     if standing.message.state != State.DRAFT:
         # Pressed twice: the first press launched it.
         return visit.redirect(f"/campaigns/{standing.id}")
+    name, plan = str(form.get("display_name", "")), Plan.read(form)
     content = _read_content(_find_type(visit, standing), form)
-    plan = Plan()
     try:
-        plan = Plan.read(form)
         # What is seen is what is sent: a save that is still on its way makes no conflict.
-        stored = await _store(visit, standing, form, content, etag="")
+        await _store(visit, standing, form, content, etag="")
         source = await find_source(visit, standing)
         time = plan.find_time(source.finish_time if source else None)
         request = campaigns_pb2.LaunchCampaignRequest(
-            name=stored.name,
-            etag=stored.etag,
+            name=standing.message.name,
+            etag=standing.message.etag,
             schedule_time=to_timestamp(time) if time else None,
             send_by_time=to_timestamp(plan.send_by_time) if plan.send_by_time else None,
         )
         await visit.client.campaigns.LaunchCampaign(request)
     except FieldsInvalid as error:
         problem = "Something is missing or wrong. Nothing was sent."
-        return await _render(visit, standing, content, plan, is_stored=False, violations=error.violations, problem=problem)
+        return await _render(visit, standing, name, content, plan, is_stored=False, violations=error.violations, problem=problem)
     except AftertouchError as error:
         if error.code not in ("FAILED_PRECONDITION", "ABORTED"):
             raise
         fresh = (await describe(visit, [await visit.client.campaigns.GetCampaign(_get(standing))]))[0]
-        return await _render(visit, fresh, content, plan, is_stored=False, problem=words.explain(error))
+        return await _render(visit, fresh, name, content, plan, is_stored=False, problem=words.explain(error))
     return visit.redirect(f"/campaigns/{standing.id}")
 
 
@@ -356,22 +356,25 @@ async def send_test(visit: Visit) -> Response:
     """Save what was typed, and send it to one contact now."""
     form = await visit.read_form()
     standing = await read(visit)
-    name, etag = visit.name("contacts", str(form.get("as", ""))), ""
+    name = visit.name("contacts", str(form.get("as", "")))
+
+    def answer(outcomes: Sequence[tuple[str, str, str]] = (), problem: str = "") -> Response:
+        return visit.render("test_part.html", etag=standing.message.etag, outcomes=outcomes, problem=problem)
+
     try:
-        stored = await _store(visit, standing, form, _read_content(_find_type(visit, standing), form), etag="")
-        etag = stored.etag
-        request = campaigns_pb2.SendTestRequest(name=stored.name, contact=name, request_id=str(uuid.uuid4()))
+        await _store(visit, standing, form, _read_content(_find_type(visit, standing), form), etag="")
+        request = campaigns_pb2.SendTestRequest(name=standing.message.name, contact=name, request_id=str(uuid.uuid4()))
         sent = await visit.client.campaigns.SendTest(request)
     except FieldsInvalid as error:
-        return visit.render("test_part.html", etag=etag, outcomes=[], problem="; ".join(v.description for v in error.violations))
+        return answer(problem="; ".join(violation.description for violation in error.violations))
     except AftertouchError as error:
-        return visit.render("test_part.html", etag=etag, outcomes=[], problem=words.explain(error))
+        return answer(problem=words.explain(error))
     results = campaigns_pb2.SendTestResponse.Result
     outcomes = [
         (results.Name(one.result).lower(), words.REASONS.get(one.reason_class, (one.reason_class, ""))[0], one.reason_code)
         for one in sent.outcomes
     ]
-    return visit.render("test_part.html", etag=etag, outcomes=outcomes, problem="")
+    return answer(outcomes)
 
 
 def _get(standing: Standing) -> campaigns_pb2.GetCampaignRequest:

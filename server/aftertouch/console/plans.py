@@ -1,18 +1,27 @@
-"""When a draft is to be launched, as somebody chose it: kept with the draft until it is."""
+"""When a draft is to be launched, as somebody chose it: kept with the draft until it is.
+
+What cannot be read is kept as it was typed, so that a slip in a number never makes another choice of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
 from aftertouch.errors import FieldsInvalid, Violation
 
-CHOICES = ("now", "later", "delay")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "now": (),
+    "later": ("schedule_time", "send_by_time"),
+    "delay": ("delay", "send_by_time"),
+}
+"""What can be chosen, and the fields that are seen then."""
 UNITS = {"minutes": timedelta(minutes=1), "hours": timedelta(hours=1), "days": timedelta(days=1)}
 LONGEST_DELAY = timedelta(days=366)
+_TIMES = ("schedule_time", "send_by_time")
 
 
 @dataclass(frozen=True)
@@ -24,36 +33,44 @@ class Plan:
     delay: int = 24
     unit: str = "hours"
     send_by_time: datetime | None = None
+    typed: Mapping[str, str] = field(default_factory=dict)
+    """What is no time, or no number, by field."""
 
     @classmethod
     def read(cls, form: Mapping[str, Any]) -> Plan:
-        """From the fields of a form.
-
-        Raises:
-            FieldsInvalid: something is no time, or no number.
-        """
-        when, unit = str(form.get("when", "now")), str(form.get("delay_unit", "hours"))
-        text = str(form.get("delay", "")).strip() or "24"
-        if when not in CHOICES or unit not in UNITS:
-            raise FieldsInvalid([Violation("when", "choose when")])
-        if not (text.isascii() and text.isdecimal() and len(text) < 7 and int(text) * UNITS[unit] <= LONGEST_DELAY):
-            raise FieldsInvalid([Violation("delay", "must be a whole number, and no more than a year")])
-        times = {name: _read_time(form, name) for name in ("schedule_time", "send_by_time")}
-        return cls(when, times["schedule_time"], int(text), unit, times["send_by_time"])
+        """From the fields of a form."""
+        when, unit, zone = (str(form.get(name, "")) for name in ("when", "delay_unit", "time_zone"))
+        found: dict[str, Any] = {"when": when or cls.when, "unit": unit or cls.unit}
+        typed: dict[str, str] = {}
+        for name in ("delay", *_TIMES):
+            text = str(form.get(name, "")).strip()
+            try:
+                if text:
+                    found[name] = _read_time(text, zone) if name in _TIMES else _read_delay(text, found["unit"])
+            except (ValueError, OSError, OverflowError, KeyError):
+                typed[name] = text
+        return cls(**found, typed=typed)
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Plan:
         """As it was kept."""
-        times = {
-            name: datetime.fromisoformat(stored[name]) if stored[name] else None for name in ("schedule_time", "send_by_time")
-        }
-        return cls(stored["when"], times["schedule_time"], stored["delay"], stored["unit"], times["send_by_time"])
+        times = {name: datetime.fromisoformat(stored[name]) if stored[name] else None for name in _TIMES}
+        typed = stored.get("typed", {})
+        return cls(stored["when"], times["schedule_time"], stored["delay"], stored["unit"], times["send_by_time"], typed)
 
     def store(self) -> dict[str, Any]:
         """To be kept."""
         times = {"schedule_time": self.schedule_time, "send_by_time": self.send_by_time}
         kept = {name: time.isoformat() if time else "" for name, time in times.items()}
-        return {"when": self.when, "delay": self.delay, "unit": self.unit, **kept}
+        return {"when": self.when, "delay": self.delay, "unit": self.unit, **kept, "typed": self.typed}
+
+    @property
+    def violations(self) -> list[Violation]:
+        """What cannot be read of what was chosen."""
+        if self.when not in CHOICES or self.unit not in UNITS:
+            return [Violation("when", "choose when")]
+        faults = dict.fromkeys(_TIMES, "is not a date and time") | {"delay": "must be a whole number, and no more than a year"}
+        return [Violation(name, faults[name]) for name in CHOICES[self.when] if name in self.typed]
 
     def find_time(self, finish_time: datetime | None) -> datetime | None:
         """When to launch; None for at once.
@@ -62,8 +79,11 @@ class Plan:
             finish_time: the end of the source's sending, of a wave.
 
         Raises:
-            FieldsInvalid: no time was chosen, or the source is still being sent, so nobody knows when the delay is over.
+            FieldsInvalid: something cannot be read, no time was chosen, or the source is still being sent, so nobody knows when
+                the delay is over.
         """
+        if self.violations:
+            raise FieldsInvalid(self.violations)
         match self.when:
             case "later":
                 if self.schedule_time is None:
@@ -78,17 +98,21 @@ class Plan:
                 return None
 
 
-def _read_time(form: Mapping[str, Any], name: str) -> datetime | None:
+def _read_delay(text: str, unit: str) -> int:
+    """A number of units.
+
+    Raises:
+        ValueError, KeyError: it is none, or too many; or there is no such unit.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 7 and int(text) * UNITS[unit] <= LONGEST_DELAY):
+        raise ValueError(text)
+    return int(text)
+
+
+def _read_time(text: str, zone: str) -> datetime:
     """A time that was chosen in the viewer's zone, which the page's script names; in UTC without it.
 
     Raises:
-        FieldsInvalid: it is no time.
+        ValueError, OSError, OverflowError, KeyError: it is no time, or there is no such zone.
     """
-    text = str(form.get(name, ""))
-    if not text:
-        return None
-    try:
-        zone = ZoneInfo(str(form.get("time_zone", "")) or "UTC")
-        return datetime.fromisoformat(text).replace(tzinfo=zone).astimezone(UTC)
-    except (ValueError, OSError, OverflowError, ZoneInfoNotFoundError) as error:
-        raise FieldsInvalid([Violation(name, "is not a date and time")]) from error
+    return datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone or "UTC")).astimezone(UTC)

@@ -73,11 +73,7 @@ class Choice:
 
     @property
     def plan(self) -> Plan:
-        """When.
-
-        Raises:
-            FieldsInvalid.
-        """
+        """When."""
         return Plan.read(self.fields)
 
 
@@ -92,17 +88,13 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
     Args:
         existing: the draft that somebody made of the same people and channel already.
     """
-    source, channel = choice.source, choice.text("channel")
+    source, channel, plan = choice.source, choice.text("channel"), choice.plan
     template = "retarget_part.html" if visit.is_partial else "retarget.html"
     try:
         matrix = await visit.client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=source.message.name))
     except AftertouchError as error:
         return visit.render(template, words.STATUSES[error.code], campaign=source, refusal=words.explain(error))
     row = next((row for row in matrix.rows if row.action_count.action.action == choice.text("action")), matrix.rows[0])
-    try:
-        plan = choice.plan
-    except FieldsInvalid:
-        plan = Plan()
     kind = visit.console.registry.types.get(source.message.channel)
     asked = kind.actions[row.action_count.action.action].expression.names if kind else ()
     reached = {cell.channel: cell.reachable_count for cell in row.cells}
@@ -114,7 +106,7 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
         campaign=source,
         refusal="",
         problem=" ".join(found.description for found in violations),
-        faults=name_faults(violations),
+        faults=name_faults([*plan.violations, *violations]),
         existing=existing,
         recipients=matrix.recipients,
         actions=[row.action_count for row in matrix.rows],
@@ -170,7 +162,7 @@ def _list_warnings(visit: Visit, source: Standing, preview: retargeting_pb2.Prev
 async def create(visit: Visit) -> Response:
     """Make the draft and go on with its content."""
     choice = Choice(await read_plain(visit), await visit.read_form())
-    source = choice.source
+    source, plan = choice.source, choice.plan
     request = retargeting_pb2.CreateRetargetRequest(
         selection=choice.selection,
         channel=choice.text("channel"),
@@ -178,7 +170,6 @@ async def create(visit: Visit) -> Response:
         allow_duplicate=choice.text("again") == "1",
     )
     try:
-        plan = choice.plan
         # It is refused at the launch as well; here somebody still sees what it depends on.
         last_time, time = retargetable_until(visit, source), plan.find_time(source.finish_time or datetime.now(UTC))
         if last_time and time and time > last_time:
