@@ -810,6 +810,9 @@ async def test_retarget_of_what_cannot_be_retargeted_says_why(world: World, mark
     draft = await make_draft(marketer, "sms")
     status, text = await marketer.get(f"{draft}/retarget")
     assert (status, "was not launched yet" in text) == (409, True)
+    # Where the dialog was to open there is no half of one.
+    status, text = await marketer.get(f"{draft}/retarget", **{"hx-request": "true"})
+    assert (status, "was not launched yet" in text, "dialog-title" in text) == (409, True, False)
 
 
 # People

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, ConsoleMessage, Page, Request, expect
+from playwright.async_api import Browser, ConsoleMessage, Page, Request, Route, expect
+from sqlalchemy import func
 
 from aftertouch.sandbox import SandboxSettings
+from aftertouch.store import tables
+from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from tests.fix_console import PASSWORD, PATIENCE_MS, create_user
 from tests.fix_database import clone_database
@@ -137,6 +140,20 @@ async def make_draft(tab: Tab) -> None:
         tab.faults.clear()
         await page.click("#make-draft")
     await page.wait_for_url("**/edit")
+
+
+@asynccontextmanager
+async def break_down(tab: Tab, address: str) -> AsyncIterator[None]:
+    """Meanwhile a proxy says of these addresses that there is no server behind it."""
+    body = "<html><head><title>503</title></head><body><h1>Service Unavailable</h1></body></html>"
+
+    async def answer(route: Route) -> None:
+        await route.fulfill(status=503, content_type="text/html", body=body)
+
+    tab.expected.append("503")
+    await tab.page.route(address, answer)
+    yield
+    await tab.page.unroute(address)
 
 
 async def list_pages(tab: Tab, campaign: str) -> list[str]:
@@ -517,6 +534,20 @@ async def test_list_is_searched_while_typing(tab: Tab) -> None:
     await expect(tab.page.locator("#campaigns")).to_contain_text("No campaign matches")
 
 
+async def test_search_by_enter_finds_and_goes_on(tab: Tab) -> None:
+    """Enter took the list's form for one that is left: nothing was found any more, by typing neither."""
+    page = tab.page
+    await tab.open("/campaigns")
+    await page.fill("#q", "summer")
+    await page.press("#q", "Enter")
+    await page.wait_for_url("**q=summer**")
+    await page.fill("#q", "nothing is called so")
+    await expect(page.locator("#campaigns")).to_contain_text("No campaign matches")
+    await page.fill("#q", "summer")
+    await page.press("#q", "Enter")
+    await expect(page.locator("#campaigns tbody tr").first).to_contain_text("Summer")
+
+
 async def test_delay_that_is_mistyped_is_seen_and_nothing_is_sent(tab: Tab, world: World, campaign: str) -> None:
     """The page had Now chosen after the refusal, and pressing again sent to everybody at once."""
     page = tab.page
@@ -541,6 +572,98 @@ async def test_delay_that_is_mistyped_is_seen_and_nothing_is_sent(tab: Tab, worl
         await expect(page.locator("#delay")).to_have_value("1.5")
     draft = page.url.removesuffix("/launch").rpartition("/")[2]
     assert (await world.get_campaign(f"apps/acme/campaigns/{draft}")).state == campaigns_pb2.Campaign.DRAFT
+
+
+async def test_part_that_fails_is_told_of_each_time_until_one_succeeds(tab: Tab, campaign: str) -> None:
+    """The first failure took the notice's place: it stayed for good, and of the next ones nothing was to be seen."""
+    page = tab.page
+    await tab.open(f"/campaigns/{campaign}/retarget?channel=push")
+    await make_draft(tab)
+    await page.wait_for_load_state("networkidle")
+    title = await page.title()
+    for text in ("once", "twice"):
+        async with break_down(tab, "**/save"):
+            await page.fill("#field-content-title", text)
+            await expect(page.locator("#notice[role=alert]")).to_have_text("Service Unavailable")
+        assert await page.title() == title
+        await page.fill("#field-content-title", f"{text} more")
+        await expect(page.locator("#notice")).to_be_empty()
+
+
+async def test_part_of_the_dialog_that_fails_is_told_of_inside(tab: Tab, campaign: str) -> None:
+    """It was told behind the dialog, where nobody could read it."""
+    page = tab.page
+    await tab.open("/campaigns")
+    await page.click(f"#retarget-{campaign}")
+    await page.wait_for_selector("dialog[open] form")
+    async with break_down(tab, "**/retarget?*"):
+        await page.click("label[for=where-sms]")
+        await expect(page.locator("dialog [role=alert]")).to_have_text("Service Unavailable")
+        assert await page.evaluate("document.querySelector('dialog [role=alert]').checkVisibility()")
+        await expect(page.locator("#notice")).to_be_empty()
+    assert await tab.find_violations() == []
+    await page.click("label[for=where-push]")
+    await expect(page.locator("dialog [role=alert]")).to_be_empty()
+    await expect(page.locator("#where-push")).to_be_checked()
+    # With the dialog what was told in it goes.
+    async with break_down(tab, "**/retarget?*"):
+        await page.click("label[for=where-sms]")
+        await expect(page.locator("dialog [role=alert]")).to_have_text("Service Unavailable")
+    await page.keyboard.press("Escape")
+    async with break_down(tab, "**/retarget"):
+        await page.click(f"#retarget-{campaign}")
+        await expect(page.locator("#notice")).to_have_text("Service Unavailable")
+    await page.click(f"#retarget-{campaign}")
+    await page.wait_for_selector("dialog[open] form")
+    await expect(page.locator("[role=alert]:not(:empty)")).to_have_count(0)
+
+
+@pytest.mark.parametrize("part", ["row", "live", "import"])
+async def test_page_that_is_watched_through_an_outage_goes_on(tab: Tab, world: World, part: str) -> None:
+    """One answer that failed was the last that the page asked for; it showed the same progress for ever."""
+    page = tab.page
+    if part == "import":
+        await tab.open("/contacts/import")
+        file = {"name": "people.csv", "mimeType": "text/csv", "buffer": b"external_id\nwatched\n"}
+        await page.set_input_files("#file", files=[file])
+        await page.click("main .foot button")
+        await expect(page.locator("#import")).to_contain_text("Done")
+        path, asked, place = page.url.rpartition("/console")[2], "**/contacts/imports/*", "#import"
+        where = tables.contact_imports.c.import_id == int(path.rpartition("/")[2])
+        moving = tables.contact_imports.update().where(where).values(state="RUNNING", update_time=func.now())
+        over = tables.contact_imports.update().where(where).values(state="DONE")
+    else:
+        made = await world.create_campaign("sms", display_name="Watched")
+        await world.launch(made.name)
+        identifier = made.name.rpartition("/")[2]
+        path, place = ("/campaigns?q=Watched", f"#row-{identifier}") if part == "row" else (f"/campaigns/{identifier}", "#live")
+        asked = f"**/campaigns/{identifier}/{part}"
+        where = tables.campaigns.c.campaign == identifier
+        moving = tables.campaigns.update().where(where).values(finish_time=func.now())
+        over = tables.campaigns.update().where(where).values(finish_time=func.now() - timedelta(hours=1))
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(moving)
+    await page.clock.install()
+    await tab.open(path)
+    tab.expected.append("ERR_CONNECTION_REFUSED")
+    await page.route(asked, lambda route: route.abort("connectionrefused"))
+    async with page.expect_event("requestfailed"):
+        await page.clock.run_for(10_000)
+    await expect(page.locator("#notice")).to_be_empty()
+    await page.unroute(asked)
+    async with break_down(tab, asked):
+        await page.clock.run_for(10_000)
+        await expect(page.locator("#notice")).to_have_text("Service Unavailable")
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(over)
+    await page.clock.run_for(10_000)
+    await expect(page.locator(place)).not_to_have_attribute("hx-get", re.compile(""))
+    await expect(page.locator("#notice")).to_be_empty()
+    # What is over is asked for no more, by the element before neither.
+    requests: list[Request] = []
+    page.on("request", lambda request: requests.append(request))
+    await page.clock.run_for(60_000)
+    assert requests == []
 
 
 async def test_draft_is_there_when_somebody_comes_back(tab: Tab, campaign: str) -> None:

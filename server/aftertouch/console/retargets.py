@@ -15,7 +15,7 @@ from aftertouch.console import words
 from aftertouch.console.campaigns import Standing, State, read_plain, retargetable_until
 from aftertouch.console.plans import Plan
 from aftertouch.console.visits import Visit, name_faults, read_id, to_time
-from aftertouch.errors import AftertouchError, FieldsInvalid, Violation
+from aftertouch.errors import FieldsInvalid, Violation
 from aftertouch.store.engine import transaction
 from aftertouch.store.unfinished import keep_unfinished
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
@@ -89,11 +89,7 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
         existing: the draft that somebody made of the same people and channel already.
     """
     source, channel, plan = choice.source, choice.text("channel"), choice.plan
-    template = "retarget_part.html" if visit.is_partial else "retarget.html"
-    try:
-        matrix = await visit.client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=source.message.name))
-    except AftertouchError as error:
-        return visit.render(template, words.STATUSES[error.code], campaign=source, refusal=words.explain(error))
+    matrix = await visit.client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=source.message.name))
     row = next((row for row in matrix.rows if row.action_count.action.action == choice.text("action")), matrix.rows[0])
     kind = visit.console.registry.types.get(source.message.channel)
     asked = kind.actions[row.action_count.action.action].expression.names if kind else ()
@@ -101,10 +97,9 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
     places = [Place(name, found.channel.label, is_ready, reached[name]) for name, found, is_ready in await visit.list_channels()]
     by_name = {place.channel: place for place in places}
     return visit.render(
-        template,
+        "retarget_part.html" if visit.is_partial else "retarget.html",
         409 if existing else 400 if violations else 200,
         campaign=source,
-        refusal="",
         problem=" ".join(found.description for found in violations),
         faults=name_faults([*plan.violations, *violations]),
         existing=existing,

@@ -44,16 +44,22 @@ if (navigator.clipboard) {
 const dialog = document.getElementById("dialog");
 
 if (dialog) {
+  const [notice, content] = dialog.children;
   let opener = null;
   // The element that asked is remembered by its id: a row that was counted anew meanwhile is another element.
   document.addEventListener("htmx:beforeRequest", (event) => {
-    if (event.detail.target === dialog) opener = event.detail.elt.id;
+    if (event.detail.target === content) opener = event.detail.elt.id;
   });
   document.addEventListener("htmx:afterSwap", (event) => {
-    if (event.detail.target === dialog && !dialog.open) dialog.showModal();
+    if (event.detail.target === content && !dialog.open) dialog.showModal();
+  });
+  // Nobody can read what is behind an open dialog.
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    if (event.detail.isError && dialog.open) event.detail.target = notice;
   });
   dialog.addEventListener("close", () => {
-    dialog.replaceChildren();
+    notice.replaceChildren();
+    content.replaceChildren();
     document.getElementById(opener)?.focus();
   });
   dialog.addEventListener("click", (event) => {
@@ -62,6 +68,8 @@ if (dialog) {
 }
 
 document.addEventListener("submit", (event) => {
+  // A form that htmx sends stays on its page.
+  if (event.defaultPrevented) return;
   const question = event.submitter?.dataset.confirm;
   if (question && !window.confirm(question)) return event.preventDefault();
   // Whatever a form still wants to save is in what it sends now.
@@ -79,5 +87,6 @@ window.addEventListener("pageshow", () => {
 
 // A refused part of a page is shown on top; it goes as soon as something succeeds.
 document.addEventListener("htmx:afterRequest", (event) => {
-  if (event.detail.successful) document.getElementById("notice")?.replaceChildren();
+  if (!event.detail.successful) return;
+  for (const notice of document.querySelectorAll(".notice")) notice.replaceChildren();
 });
