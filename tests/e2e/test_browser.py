@@ -21,9 +21,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from sqlalchemy import func
 
 from aftertouch.client import sign_identity
 from aftertouch.sandbox import SandboxSettings
+from aftertouch.store.engine import transaction
+from aftertouch.store.tables import paces
 from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2
 from tests.e2e.chromium import PROGRAM, Chromium, Device, run_chromium
 from tests.fix_world import OpenWorld, World
@@ -195,6 +198,66 @@ async def test_subscription_that_the_browser_changes_is_renewed(site: Site) -> N
     await site.world.launch((await site.world.create_campaign("push")).name)
     async with aiohttp.ClientSession() as session, session.get(second) as answer:
         assert len(await answer.json()) == 1
+
+
+async def change_subscription(device: Device) -> None:
+    """What the browser does when it changes the subscription by itself, until the worker is done with it."""
+    await device.run_in_worker(
+        "globalThis.change = new ExtendableEvent('pushsubscriptionchange'); change.oldSubscription = shim.current;"
+        "change.waitUntil = (renewal) => { change.renewal = renewal; }; dispatchEvent(change); change.renewal"
+    )
+
+
+async def read_kept(device: Device) -> str:
+    """The endpoint that the worker and the page keep, to be vouched for by."""
+    script = "caches.match('/aftertouch-subscription').then((kept) => kept.json()).then((kept) => kept.endpoint)"
+    return str(await device.run(script))
+
+
+async def test_renewal_that_is_refused_leaves_the_endpoint_that_vouches(site: Site) -> None:
+    """The one that the server had refused was kept instead: nobody vouched for it, and nothing arrived until the next login."""
+    device = await site.open_device()
+    await site.subscribe(device, "ada")
+    first = await device.run("shim.current.endpoint")
+    await device.run("push.refresh()")
+    async with transaction(site.world.core.engine) as conn:
+        await conn.execute(paces.update().values(free_time=func.now() + timedelta(hours=1)))
+    await change_subscription(device)
+    assert await read_kept(device) == first
+    async with transaction(site.world.core.engine) as conn:
+        await conn.execute(paces.delete())
+    await change_subscription(device)
+    assert await site.read_states("ada") == ["ACTIVE", "INVALID"]
+    assert await read_kept(device) == await device.run_in_worker("shim.current.endpoint")
+
+
+async def test_page_renews_what_the_worker_could_not(site: Site) -> None:
+    """It let the new endpoint vouch for itself, of which the server had not heard."""
+    device = await site.open_device()
+    await site.subscribe(device, "ada")
+    await device.run(
+        "navigator.serviceWorker.ready.then(({ pushManager }) => "
+        "pushManager.subscribe({ applicationServerKey: encode(shim.current.options.applicationServerKey) })).then(() => 0)"
+    )
+    assert await device.run("push.refresh()") == "subscribed"
+    assert await site.read_states("ada") == ["ACTIVE", "INVALID"]
+
+
+async def test_page_subscribes_again_when_the_browser_ended_a_subscription_in_an_outage(site: Site) -> None:
+    """The worker cannot even ask for the key then; the page took the browser for one that had never subscribed."""
+    device = await site.open_device()
+    await site.subscribe(device, "ada")
+    await device.run("shim.current = null; 0")
+    assert await device.run("push.refresh()") == "subscribed"
+    assert await site.read_states("ada") == ["ACTIVE", "INVALID"]
+
+
+async def test_person_who_unsubscribes_after_the_browser_ended_the_subscription_stays_unsubscribed(site: Site) -> None:
+    device = await site.open_device()
+    await site.subscribe(device, "ada")
+    await device.run("shim.current = null; 0")
+    assert await device.run("push.unsubscribe()") == "unsubscribed"
+    assert await device.run("push.refresh()") == "unsubscribed"
 
 
 async def test_page_subscribes_again_under_a_new_key(site: Site) -> None:

@@ -59,18 +59,19 @@
     }
   }
 
-  // The browser changed the subscription by itself. Nobody is logged in here: the endpoint before says whose it is.
+  // The browser changed the subscription by itself. Nobody is logged in here: the endpoint that the server took last says whose.
   async function renew(event) {
     const cache = await caches.open("aftertouch");
     const kept = await cache.match("/aftertouch-subscription");
-    const previous = event.oldSubscription?.toJSON() ?? (await kept?.json());
+    const previous = (await kept?.json()) ?? event.oldSubscription?.toJSON();
     if (!base || !previous) return;
     const key = (await (await fetch(base, { credentials: "omit" })).json()).application_server_key;
     const manager = self.registration.pushManager;
     const subscription = await manager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
     const body = JSON.stringify({ subscription: { ...subscription.toJSON(), application_server_key: key }, previous });
     const headers = { "Content-Type": "application/json" };
-    await fetch(`${base}/subscribe`, { method: "POST", headers, credentials: "omit", body });
-    await cache.put("/aftertouch-subscription", new Response(JSON.stringify(subscription)));
+    const answer = await fetch(`${base}/subscribe`, { method: "POST", headers, credentials: "omit", body });
+    // What is refused is renewed by the next page that refreshes.
+    if (answer.ok) await cache.put("/aftertouch-subscription", new Response(JSON.stringify(subscription)));
   }
 })();

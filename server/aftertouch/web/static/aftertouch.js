@@ -37,13 +37,16 @@ globalThis.Aftertouch = class Aftertouch {
   // Registers an existing subscription again: for who is logged in now, under the key of today, with the endpoint of today.
   async refresh(identity) {
     const state = await this.state();
-    if (state !== "subscribed" || Notification.permission !== "granted") return state;
+    // A subscription that the browser ended, and the worker could not renew, is kept still.
+    const isOurs = state === "subscribed" || (state === "unsubscribed" && (await this.#findKept()));
+    if (!isOurs || Notification.permission !== "granted") return state;
     await navigator.serviceWorker.register(this.#workerUrl);
     await this.#renew(await navigator.serviceWorker.ready, identity);
     return "subscribed";
   }
 
   async unsubscribe() {
+    await (await caches.open("aftertouch")).delete("/aftertouch-subscription");
     const subscription = await this.#find();
     if (!subscription) return "unsubscribed";
     try {
@@ -51,7 +54,6 @@ globalThis.Aftertouch = class Aftertouch {
     } finally {
       // Whatever the server says, nothing is shown here any more.
       await subscription.unsubscribe();
-      await (await caches.open("aftertouch")).delete("/aftertouch-subscription");
     }
     return "unsubscribed";
   }
@@ -61,21 +63,28 @@ globalThis.Aftertouch = class Aftertouch {
     return registration ? registration.pushManager.getSubscription() : null;
   }
 
+  // What the server took last: the worker may have a newer one, with which it did not get through.
+  async #findKept() {
+    const kept = await (await caches.open("aftertouch")).match("/aftertouch-subscription");
+    return kept?.json();
+  }
+
   async #renew(registration, identity) {
     const answer = await fetch(this.#base, { credentials: "omit" });
     if (!answer.ok) throw new Error(`Aftertouch answered ${answer.status}`);
     const key = (await answer.json()).application_server_key;
+    const kept = await this.#findKept();
     let subscription = await registration.pushManager.getSubscription();
     let previous = null;
     if (subscription && encode(subscription.options.applicationServerKey) !== key) {
       // A browser takes another key only for a subscription that is new.
-      previous = subscription.toJSON();
+      previous = kept ?? subscription.toJSON();
       await subscription.unsubscribe();
       subscription = null;
     }
     subscription ??= await registration.pushManager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
     const given = { ...subscription.toJSON(), application_server_key: key };
-    if (!identity) previous ??= subscription.toJSON();
+    if (!identity) previous ??= kept ?? subscription.toJSON();
     await this.#call("subscribe", { subscription: given, ...(identity && { identity }), ...(previous && { previous }) });
     // The worker needs it when the browser changes the subscription by itself.
     await (await caches.open("aftertouch")).put("/aftertouch-subscription", new Response(JSON.stringify(subscription)));
