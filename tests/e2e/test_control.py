@@ -19,10 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, Webhook
 from aftertouch.delivery import launch, leftovers, sender
+from aftertouch.delivery.control import stop_sending
 from aftertouch.plugins import Registry
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store.apps import App
-from aftertouch.store.campaigns import Campaign
+from aftertouch.store.campaigns import Campaign, read_campaign
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2
 from tests.e2e.pigeons import Loft, Messages, PigeonChannel, accept_all, open_loft
@@ -237,6 +238,28 @@ async def test_slow_campaigns_leave_room_for_others_of_their_channel(loft: Loft,
     for name in slow:
         await cancel(loft, name)
     assert set(loft.channel.copies.values()) == {1}
+
+
+async def test_campaign_that_was_resumed_is_not_paused_by_what_a_call_before_tells(loft: Loft) -> None:
+    await set_policy(loft, quiet_hours=make_quiet(timedelta(hours=-1), timedelta(hours=10)))
+    name = await loft.launch(1)
+    core = loft.world.core
+
+    async def read() -> Campaign:
+        async with transaction(core.engine) as conn:
+            newest = text("SELECT campaign_id FROM campaigns ORDER BY campaign_id DESC LIMIT 1")
+            found = await read_campaign(conn, (await conn.execute(newest)).scalar_one())
+        assert found is not None
+        return found
+
+    before = await read()
+    await pause(loft, name)
+    await resume(loft, name)
+    await stop_sending(core.engine, before, "the token had expired")
+    assert (await loft.get_campaign(name)).state == State.SENDING
+    await stop_sending(core.engine, await read(), "the token has expired")
+    assert (await loft.get_campaign(name)).state == State.PAUSED
+    await cancel(loft, name)
 
 
 # Scheduling

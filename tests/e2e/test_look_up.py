@@ -78,6 +78,22 @@ async def test_looked_up_people_are_sent_or_sent_again_or_stay_unclear(owls: Lof
     assert len(owls.channel.handed) == 4
 
 
+async def test_people_of_whom_nothing_can_be_asked_any_more_hold_up_no_campaign(owls: Loft) -> None:
+    """A message is told by its address; whoever unsubscribed since has none."""
+    name = await owls.launch(2)
+    await crash_in_a_call(owls)
+    owls.channel.findings |= {"p1-0": Accepted(message_id="owl-1")}
+    await owls.opt_out("p0")
+    await owls.send()
+    for _ in range(2):
+        assert (await owls.get_campaign(name)).state == State.SENDING
+        await owls.pass_time(LOOK_UP_AFTER)
+        await owls.send()
+    campaign = await owls.get_campaign(name)
+    assert (campaign.state, campaign.counts.signals["sent"], campaign.counts.unclear) == (State.SENT, 1, 1)
+    assert owls.channel.asked == ["p1-0"]
+
+
 async def test_what_may_have_gone_by_another_account_is_not_asked_of_the_new_one(owls: Loft) -> None:
     name = await owls.launch(2)
     await crash_in_a_call(owls)

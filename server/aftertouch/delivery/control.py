@@ -83,10 +83,14 @@ async def settle(engine: AsyncEngine, campaign: Campaign) -> Campaign:
 
 
 async def stop_sending(engine: AsyncEngine, campaign: Campaign, reason: str) -> None:
-    """Pause a campaign from inside, because it cannot go well; somebody has to act on the reason."""
+    """Pause a campaign from inside, because it cannot go well; somebody has to act on the reason.
+
+    Not one that was resumed since this campaign was read: what a call that had begun before tells is mended perhaps, or else the
+    next one meets it.
+    """
     async with transaction(engine) as conn:
         current = await read_campaign(conn, campaign.campaign_id, lock=True)
-        if current is None or current.state != "SENDING":
+        if current is None or current.state != "SENDING" or current.version != campaign.version:
             return
         await wake_workers(conn)
         await update_campaign(conn, campaign.campaign_id, state="PAUSED", state_reason=reason)

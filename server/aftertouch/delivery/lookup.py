@@ -44,12 +44,16 @@ def may_look_up(channel: Channel, progress: Progress, since: datetime | None) ->
     return is_time and channel.capabilities.look_up and len(progress.find_unclear()) > 0
 
 
-async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: Sending, progress: Progress) -> None:
-    """Settle those people of a unit whose outcome the provider knows: sent, or certainly not, so that they are sent to again."""
+async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: Sending, progress: Progress) -> bool:
+    """Settle those people of a unit whose outcome the provider knows: sent, or certainly not, so that they are sent to again.
+
+    False when there was nobody to ask about: a message is told by its address, which those who are left have no more.
+    """
     campaign = sending.campaign
     assert campaign.launch_time is not None, "it is being sent"
     unclear = progress.find_unclear()
     size = channel.capabilities.batch_size
+    asked = 0
     for start in range(0, len(unclear), size):
         within = unclear[start : start + size]
         drafts = (await drafter.draft(sending, within, progress.tries[within], now=None)).ready
@@ -73,3 +77,5 @@ async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: S
                     tried.append(Tried(campaign, draft.position, Kind("sent"), address_hash, finding.message_id[:256]))
         await ledger.record(facts, tried)
         log.info("unclear messages were looked up", action="look_up", channel=channel.name, asked=len(drafts), found=len(facts))
+        asked += len(drafts)
+    return asked > 0
