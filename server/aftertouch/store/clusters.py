@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from aftertouch.store.engine import driver
+
 
 async def note_cluster(conn: AsyncConnection) -> bool:
     """Have commits numbered anew where the database is in a cluster that it was not in before; True when it is.
@@ -33,7 +35,11 @@ async def note_cluster(conn: AsyncConnection) -> bool:
 
 async def read_commit_id(conn: AsyncConnection) -> int:
     """The number of this transaction."""
-    return int((await conn.execute(text("SELECT pg_current_xact_id()::text::bigint + commit_offset FROM clusters"))).scalar_one())
+    # Below SQLAlchemy, since every commit of events asks.
+    pg = await driver(conn)
+    rows = await pg.execute("SELECT pg_current_xact_id()::text::bigint + commit_offset FROM clusters")
+    ((number,),) = await rows.fetchall()
+    return int(number)
 
 
 async def read_horizon(conn: AsyncConnection) -> int:
