@@ -236,6 +236,9 @@ async def _keep_house_hourly(engine: AsyncEngine) -> None:
         except AftertouchError as error:
             # Partitions are made a week ahead, so the next hours will do.
             log.warning("housekeeping waits for the database", action="keep_house", reason=error.reason)
+        except Exception:
+            # A defect of ours here is no reason to take no webhooks.
+            log.exception("housekeeping failed", action="keep_house")
 
 
 @dataclass(frozen=True)

@@ -560,6 +560,19 @@ async def send_test(loft: Loft, name: str, person: str, **fields: Any) -> campai
     return await loft.client.campaigns.SendTest(campaigns_pb2.SendTestRequest(name=name, contact=contact, **fields))
 
 
+def wait_before_accepting(loft: Loft, message_id: str) -> tuple[asyncio.Event, asyncio.Event]:
+    """Have the provider say when it is asked, and answer when it may."""
+    is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def answer(messages: Messages) -> Sequence[Outcome]:
+        is_asked.set()
+        await may_answer.wait()
+        return [Accepted(message_id=message_id)]
+
+    loft.channel.script = answer
+    return is_asked, may_answer
+
+
 async def test_test_send_reaches_one_contact_and_counts_nowhere(loft: Loft) -> None:
     name = await loft.draft(2, note="Hi {{ first_name | default: 'you' }}")
 
@@ -593,16 +606,21 @@ async def test_test_send_says_what_the_provider_said(loft: Loft) -> None:
     )
 
 
-async def test_test_send_holds_no_connection_while_the_provider_is_waited_for(loft: Loft) -> None:
-    name = await loft.draft(1)
-    is_asked, may_answer = asyncio.Event(), asyncio.Event()
+async def test_test_send_by_a_channel_with_an_outcome_of_its_own_is_answered(loft: Loft) -> None:
+    class Landed(Accepted):
+        """What some channel says more of."""
 
     async def answer(messages: Messages) -> Sequence[Outcome]:
-        is_asked.set()
-        await may_answer.wait()
-        return [Accepted(message_id="late")]
+        return [Landed(message_id="m1")]
 
     loft.channel.script = answer
+    (outcome,) = (await send_test(loft, await loft.draft(1), "p0")).outcomes
+    assert (outcome.result, outcome.message_id) == (campaigns_pb2.SendTestResponse.ACCEPTED, "m1")
+
+
+async def test_test_send_holds_no_connection_while_the_provider_is_waited_for(loft: Loft) -> None:
+    name = await loft.draft(1)
+    is_asked, may_answer = wait_before_accepting(loft, "late")
     sending = asyncio.ensure_future(send_test(loft, name, "p0"))
     await is_asked.wait()
     statement = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'")
@@ -631,14 +649,7 @@ async def test_test_send_to_somebody_who_is_erased_meanwhile_leaves_no_trace(lof
 
 async def test_test_send_with_an_id_is_sent_once_however_often_it_is_asked_for(loft: Loft) -> None:
     name, request_id = await loft.draft(1), str(uuid.uuid4())
-    is_asked, may_answer = asyncio.Event(), asyncio.Event()
-
-    async def answer(messages: Messages) -> Sequence[Outcome]:
-        is_asked.set()
-        await may_answer.wait()
-        return [Accepted(message_id="once")]
-
-    loft.channel.script = answer
+    is_asked, may_answer = wait_before_accepting(loft, "once")
     calls = [asyncio.ensure_future(send_test(loft, name, "p0", request_id=request_id)) for _ in range(12)]
     await is_asked.wait()
     # Those that wait take up few of the connections.

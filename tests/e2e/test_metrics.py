@@ -72,7 +72,8 @@ async def test_database_that_is_away_or_hangs_is_told_of(
     async with open_world(metrics_address="127.0.0.1:0") as world:
         async with take_away(database_url):
             assert (await scrape(world))["aftertouch_database_up",] == 0
-        assert (await scrape(world))["aftertouch_database_up",] == 1
+        # Two that scrape at once are answered from one count.
+        assert [found["aftertouch_database_up",] for found in await asyncio.gather(*(scrape(world) for _ in range(5)))] == [1] * 5
         async with world.core.engine.begin() as conn:
             await conn.exec_driver_sql("LOCK TABLE campaigns")
             assert [(await scrape(world))["aftertouch_database_up",] for _ in range(3)] == [0, 0, 0]

@@ -82,6 +82,9 @@ class Reconciler:
                     await self._examine(channel, checkup)
         except AftertouchError as error:
             log.warning("asking for receipts waits for the database", action="reconcile", reason=error.reason)
+        except Exception:
+            # A defect of ours here is no reason to take no webhooks.
+            log.exception("asking for receipts failed", action="reconcile", channel=channel)
 
     async def _examine(self, channel: str, checkup: Checkup) -> None:
         start = checkup.start

@@ -131,7 +131,7 @@ class Call:
         return self._conn
 
     async def find_answer(self, request: Message) -> bytes | None:
-        """What this request was answered with before, by its request_id; None for the first, of which the id is taken.
+        """What this request was answered with before, by its request_id; None for the first, whose ``begin`` takes the id.
 
         Raises:
             RequestIdReused.
@@ -230,13 +230,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
             async def work() -> bytes:
                 with _measure(method):
-                    return await answer_once()
-
-            async def answer_once() -> bytes:
-                async with AsyncExitStack() as stack:
-                    call = await self._admit(method, secret, stack)
-                    response = await answer_unary(call, serve, method.parse(data))
-                    answered: bytes = response.SerializeToString()
+                    async with AsyncExitStack() as stack:
+                        call = await self._admit(method, secret, stack)
+                        response = await answer_unary(call, serve, method.parse(data))
+                        answered: bytes = response.SerializeToString()
                 return answered
 
             return await _guard(method.path, work, context)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.responses import PlainTextResponse, Response
@@ -15,8 +14,6 @@ from aftertouch.errors import DatabaseUnavailable
 from aftertouch.metrics import CAMPAIGNS, DATABASE_UP
 from aftertouch.store.campaigns import count_states
 from aftertouch.store.engine import transaction
-
-log = structlog.get_logger()
 
 COUNT_SECONDS = 2.0
 """For the database; whoever scrapes waits for ten seconds or so."""
@@ -33,16 +30,13 @@ def create_metrics(engine: AsyncEngine) -> ASGIApp:
     async def refresh() -> None:
         nonlocal counting
         # One at a time, and not cancelled when it hangs: psycopg would wait for the server's word on that.
-        if counting is None:
+        if counting is None or counting.done():
             counting = asyncio.create_task(count(), name="count campaigns")
-        await asyncio.wait({counting}, timeout=COUNT_SECONDS)
-        if not counting.done():
-            DATABASE_UP.set(0)
-            return
-        done, counting = counting, None
+        asked = counting
+        await asyncio.wait({asked}, timeout=COUNT_SECONDS)
         try:
-            states = done.result()
-        except DatabaseUnavailable:
+            states = asked.result()
+        except (DatabaseUnavailable, asyncio.InvalidStateError):
             DATABASE_UP.set(0)
             return
         DATABASE_UP.set(1)
