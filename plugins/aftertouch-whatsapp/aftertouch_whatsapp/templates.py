@@ -120,9 +120,9 @@ def describe_template(template: WhatsAppTemplate) -> Template:
     body, header = parts.get("BODY", Part(type="BODY")), parts.get("HEADER", Part(type="HEADER"))
     content: dict[str, object] = {"template": template.name, "language": template.language}
     names = list_parameters(body.text)
-    fields = {name: f"body['{name}']" for name in names}
     if template.parameter_format == "NAMED":
         content["body"] = dict.fromkeys(names, "")
+        fields = {name: f"body['{name}']" for name in names}
     else:
         content["body"] = [""] * len(names)
         fields = {name: f"body[{place}]" for place, name in enumerate(names)}
