@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -14,9 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from aftertouch import metrics
 from aftertouch.config import Config
 from aftertouch.supervisor import _list_metrics_addresses
-from aftertouch.v1 import campaigns_pb2
 from aftertouch.web import metrics as web_metrics
-from tests.e2e.test_spool import lock_receipts, take_away
+from tests.e2e.test_spool import click, launch_push, lock_receipts, take_away
 from tests.fix_world import OpenWorld, World
 from tests.refusals import refuse
 
@@ -31,6 +31,14 @@ async def scrape(world: World) -> Samples:
         assert response.status == 200
         families = text_string_to_metric_families(await response.text())
         return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+
+
+async def scrape_until(world: World, name: str, is_right: Callable[[float], bool]) -> None:
+    """Wait until a metric without labels has a value that is right."""
+    async with asyncio.timeout(30):
+        # There is nothing to wait on but the next answer.
+        while not is_right((await scrape(world))[name,]):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
 
 
 async def test_what_happened_is_counted(open_world: OpenWorld) -> None:
@@ -61,36 +69,38 @@ async def test_what_happened_is_counted(open_world: OpenWorld) -> None:
         assert after["aftertouch_campaigns", "SENT"] == 1
         assert after["aftertouch_campaigns", "PAUSED"] == 0
         assert after["aftertouch_database_up",] == 1
-        assert after["aftertouch_events_waiting",] == 0
-        assert after["aftertouch_spooled_webhooks", "waiting"] == 0
+        assert after["aftertouch_spooled_webhooks", "aside"] == 0
 
 
 async def test_database_that_is_away_or_hangs_is_told_of(
     open_world: OpenWorld, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web_metrics, "COUNT_SECONDS", 0.3)
+    monkeypatch.setattr(web_metrics, "COUNT_SECONDS", 30)
     async with open_world(metrics_address="127.0.0.1:0") as world:
         async with take_away(database_url):
             assert (await scrape(world))["aftertouch_database_up",] == 0
         # Two that scrape at once are answered from one count.
         assert [found["aftertouch_database_up",] for found in await asyncio.gather(*(scrape(world) for _ in range(5)))] == [1] * 5
+        monkeypatch.setattr(web_metrics, "COUNT_SECONDS", 0.3)
         async with world.core.engine.begin() as conn:
             await conn.exec_driver_sql("LOCK TABLE campaigns")
             assert [(await scrape(world))["aftertouch_database_up",] for _ in range(3)] == [0, 0, 0]
-        async with asyncio.timeout(30):
-            # There is nothing to wait on but the next answer.
-            while (await scrape(world))["aftertouch_database_up",] == 0:  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
+        await scrape_until(world, "aftertouch_database_up", lambda number: number == 1)
 
 
 async def test_events_that_wait_for_the_database_are_told_of(open_world: OpenWorld, database_url: str) -> None:
     async with open_world(metrics_address="127.0.0.1:0") as world:
-        await world.import_people()
-        campaign = await world.create_campaign("push")
-        async with lock_receipts(database_url):
-            await world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=campaign.name))
-            assert (await scrape(world))["aftertouch_database_connections",] > 0
-        await world.wait_until_sent(campaign.name)
+        _, tokens = await launch_push(world)
+        await scrape_until(world, "aftertouch_events_waiting", lambda number: number == 0)
+        async with lock_receipts(database_url), asyncio.TaskGroup() as tasks:
+            tasks.create_task(click(world.addresses.http, tokens))
+            await scrape_until(world, "aftertouch_events_waiting", lambda number: number > 0)
+        await scrape_until(world, "aftertouch_events_waiting", lambda number: number == 0)
+
+
+async def test_connections_in_use_are_told_of(open_world: OpenWorld) -> None:
+    async with open_world(metrics_address="127.0.0.1:0") as world, world.core.engine.connect():
+        assert (await scrape(world))["aftertouch_database_connections",] >= 1
 
 
 def test_each_of_several_processes_has_a_port_of_its_own() -> None:
