@@ -761,6 +761,19 @@ async def test_delay_that_is_mistyped_is_no_fault_of_a_launch_now(marketer: Visi
     assert await marketer.post(f"{draft}/launch", fields) == (303, f"/console{draft}")
 
 
+async def test_deadline_of_a_launch_at_a_time_is_none_of_a_launch_now(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    path = f"/campaigns/{read_id(sent.name)}/retarget"
+    _, place = await marketer.post(path, {"action": "read", "channel": "sms", "again": "1"})
+    draft = place.removeprefix("/console").removesuffix("/edit")
+    fields = {"display_name": "At once", "content.body": "Hello", "send_by_time": "2020-01-01T00:00"}
+    status, _ = await marketer.post(f"{draft}/launch", fields | {"when": "later", "schedule_time": "2099-01-01T00:00"})
+    assert status == 400
+    assert await marketer.post(f"{draft}/launch", fields | {"when": "now"}) == (303, f"/console{draft}")
+    assert not (await world.get_campaign(f"apps/acme{draft}")).HasField("send_by_time")
+
+
 async def test_retarget_counted_again_keeps_a_delay_that_is_mistyped(marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
     asked = "action=not_read&channel=push&when=delay&delay=1.5&delay_unit=days"
     path = f"/campaigns/{read_id(sent.name)}/retarget?{asked}"

@@ -146,14 +146,16 @@ async def make_draft(tab: Tab) -> None:
 async def break_down(tab: Tab, address: str) -> AsyncIterator[None]:
     """Meanwhile a proxy says of these addresses that there is no server behind it."""
     body = "<html><head><title>503</title></head><body><h1>Service Unavailable</h1></body></html>"
+    is_down = True
 
     async def answer(route: Route) -> None:
-        await route.fulfill(status=503, content_type="text/html", body=body)
+        await (route.fulfill(status=503, content_type="text/html", body=body) if is_down else route.fallback())
 
     tab.expected.append("503")
+    # It stays as long as the page: where interception was turned off and on again, a request was seen to get no answer.
     await tab.page.route(address, answer)
     yield
-    await tab.page.unroute(address)
+    is_down = False
 
 
 async def list_pages(tab: Tab, campaign: str) -> list[str]:
@@ -616,6 +618,29 @@ async def test_part_of_the_dialog_that_fails_is_told_of_inside(tab: Tab, campaig
     await page.click(f"#retarget-{campaign}")
     await page.wait_for_selector("dialog[open] form")
     await expect(page.locator("[role=alert]:not(:empty)")).to_have_count(0)
+
+
+async def test_refusal_is_not_hidden_by_what_the_page_asks_for_by_itself(tab: Tab, world: World) -> None:
+    page = tab.page
+    made = await world.create_campaign("sms", display_name="Moving")
+    await world.launch(made.name)
+    identifier = made.name.rpartition("/")[2]
+    async with transaction(world.core.engine) as conn:
+        moving = tables.campaigns.update().where(tables.campaigns.c.campaign == identifier)
+        await conn.execute(moving.values(finish_time=func.now() + timedelta(minutes=10)))
+    await page.clock.install()
+    await tab.open("/campaigns?q=Moving")
+    async with break_down(tab, "**/retarget"):
+        await page.click(f"#retarget-{identifier}")
+        await expect(page.locator("#notice")).to_have_text("Service Unavailable")
+    async with page.expect_response(f"**/campaigns/{identifier}/row") as answer:
+        await page.clock.run_for(10_000)
+    assert (await answer.value).ok
+    await expect(page.locator(f"#row-{identifier}")).to_be_visible()
+    await expect(page.locator("#notice")).to_have_text("Service Unavailable")
+    await page.click(f"#retarget-{identifier}")
+    await page.wait_for_selector("dialog[open] form")
+    await expect(page.locator("#notice")).to_be_empty()
 
 
 @pytest.mark.parametrize("part", ["row", "live", "import"])

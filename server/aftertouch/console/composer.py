@@ -338,7 +338,7 @@ async def launch(visit: Visit) -> Response:
             name=standing.message.name,
             etag=standing.message.etag,
             schedule_time=to_timestamp(time) if time else None,
-            send_by_time=to_timestamp(plan.send_by_time) if plan.send_by_time else None,
+            send_by_time=to_timestamp(plan.deadline) if plan.deadline else None,
         )
         await visit.client.campaigns.LaunchCampaign(request)
     except FieldsInvalid as error:

@@ -72,6 +72,11 @@ class Plan:
         faults = dict.fromkeys(_TIMES, "is not a date and time") | {"delay": "must be a whole number, and no more than a year"}
         return [Violation(name, faults[name]) for name in CHOICES[self.when] if name in self.typed]
 
+    @property
+    def deadline(self) -> datetime | None:
+        """Until when to send, where that can be chosen: what was chosen before for a launch at a time is kept, and not seen."""
+        return self.send_by_time if "send_by_time" in CHOICES[self.when] else None
+
     def find_time(self, finish_time: datetime | None) -> datetime | None:
         """When to launch; None for at once.
 

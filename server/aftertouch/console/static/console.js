@@ -85,8 +85,12 @@ window.addEventListener("pageshow", () => {
   for (const form of document.querySelectorAll("[data-leaving]")) delete form.dataset.leaving;
 });
 
-// A refused part of a page is shown on top; it goes as soon as something succeeds.
-document.addEventListener("htmx:afterRequest", (event) => {
-  if (!event.detail.successful) return;
+// A refused part of a page is shown on top. It goes when the same is asked for with success, or anything that somebody does:
+// what a page asks for again and again by itself says nothing of whatever else was refused.
+let refused = null;
+document.addEventListener("htmx:afterRequest", ({ detail }) => {
+  const path = detail.pathInfo.requestPath;
+  if (detail.failed) refused = path;
+  if (!detail.successful || (path !== refused && detail.requestConfig.elt.matches("[hx-trigger*=every]"))) return;
   for (const notice of document.querySelectorAll(".notice")) notice.replaceChildren();
 });
