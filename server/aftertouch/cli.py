@@ -228,7 +228,7 @@ async def _work() -> None:
         raise CommandFailed("a worker needs AFTERTOUCH_PUBLIC_URL: messages name where their receipts go", 2)
     stopping = _stop_on_signals()
     async with (
-        open_database(config, may_share=True) as url,
+        open_database(config, may_share=True, may_make=False) as url,
         open_core(config, url, discovery, os.environ, config.public_url) as core,
         send_beside(config, core, stopping),
         serve_metrics(config, core),
@@ -311,12 +311,15 @@ def settings() -> None:
 
 
 @asynccontextmanager
-async def _open_connection() -> AsyncIterator[Any]:
+async def _open_connection(*, may_make: bool = False) -> AsyncIterator[Any]:
     from aftertouch.server import open_database
     from aftertouch.store.engine import check_schema, open_engine, transaction
 
     config, _ = _load()
-    async with open_database(config, may_share=True) as url, open_engine(url, pool_size=1) as engine:
+    async with (
+        open_database(config, may_share=True, may_make=may_make) as url,
+        open_engine(url, pool_size=1) as engine,
+    ):
         await check_schema(engine)
         async with transaction(engine) as conn:
             yield conn
@@ -351,7 +354,7 @@ def create_app(
 async def _create_app(name: str, display_name: str) -> None:
     from aftertouch.store import apps as store
 
-    async with _open_connection() as conn:
+    async with _open_connection(may_make=True) as conn:
         created = await store.create_app(conn, name, display_name)
     out.print(f"{created.name} was made; `aftertouch keys create {name}` makes a key for it", markup=False)
 

@@ -44,7 +44,7 @@ from aftertouch.plugins import Discovery, Registry, build_registry
 from aftertouch.rpc.server import create_servicers, serve_grpc
 from aftertouch.store.apps import DEFAULT_RETENTION_DAYS, list_apps
 from aftertouch.store.clusters import note_cluster
-from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url
+from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, find_running_url, has_cluster
 from aftertouch.store.engine import SchemaMismatch, check_schema, open_engine, transaction
 from aftertouch.store.erasures import blank_late_attempts
 from aftertouch.store.imports import forget_imports
@@ -77,15 +77,18 @@ class Core:
 
 
 @asynccontextmanager
-async def open_database(config: Config, *, may_share: bool = False, stopping: asyncio.Event | None = None) -> AsyncIterator[str]:
+async def open_database(
+    config: Config, *, may_share: bool = False, may_make: bool = True, stopping: asyncio.Event | None = None
+) -> AsyncIterator[str]:
     """The libpq URL of the configured database, or of an embedded one that runs meanwhile. A new embedded one gets its schema.
 
     Args:
         may_share: use the embedded one of a server that runs on the data directory, as commands beside it do.
+        may_make: make an embedded one where there is none.
         stopping: set when the embedded one ends by itself.
 
     Raises:
-        EmbeddedPostgresError: it cannot be started, or ended by itself.
+        EmbeddedPostgresError: it is not there, cannot be started, or ended by itself.
     """
     if config.database_url is not None:
         yield config.database_url.get_secret_value()
@@ -93,6 +96,11 @@ async def open_database(config: Config, *, may_share: bool = False, stopping: as
     if running := find_running_url(config.data_dir) if may_share else None:
         yield running
         return
+    if not may_make and not has_cluster(config.data_dir):
+        raise EmbeddedPostgresError(
+            f"there is no database in {config.data_dir.resolve()}: run this where the server runs, or name its folder with "
+            "AFTERTOUCH_DATA_DIR, or its database with AFTERTOUCH_DATABASE_URL"
+        )
     async with EmbeddedPostgres(config.data_dir, bindir=config.pg_bindir) as postgres:
         await migrate_new(postgres.url)
         dying = asyncio.create_task(postgres.wait(), name="watch PostgreSQL")

@@ -39,6 +39,7 @@ SUPERUSER = "postgres"
 PORT = 5432  # names the socket file only
 SOCKET_PATH_BYTES = 103  # sun_path is 104 bytes on macOS and 108 on Linux, the terminating NUL included
 OLDEST_MAJOR = 18  # the first with the PG_UNICODE_FAST locale and uuidv7()
+CLUSTER = "pg"  # the folder in the data directory
 LOG_BYTES = 16 * 2**20  # the log is set aside at a start that finds it larger than this
 RELEASE_SECONDS = 60.0  # for the last checkpoint of a server whose parent was killed
 STOP_SECONDS = 60.0  # for the checkpoint of a fast shutdown; then an immediate one, which recovers at the next start
@@ -106,7 +107,7 @@ class EmbeddedPostgres:
 
     def __init__(self, data_dir: Path, *, bindir: Path | None = None) -> None:
         self._data_dir = data_dir.absolute()
-        self._cluster = self._data_dir / "pg"
+        self._cluster = self._data_dir / CLUSTER
         self._bindir = bindir
         self._process: asyncio.subprocess.Process | None = None
         self._stack = AsyncExitStack()
@@ -417,6 +418,11 @@ def find_running_url(data_dir: Path) -> str | None:
         return None
     finally:
         os.close(lock)
+
+
+def has_cluster(data_dir: Path) -> bool:
+    """Whether there is a database in data_dir, running or not."""
+    return (data_dir / CLUSTER).exists()
 
 
 def _build_url(socket_dir: Path, role: str, database: str) -> str:
