@@ -29,6 +29,7 @@ from aftertouch.store import apps as store
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from aftertouch.web.server import bind
+from tests.e2e.spools import wait_until_drained
 from tests.fix_database import clone_database
 
 SECRET_KEY = "a secret key of the tests, 32 characters or more"
@@ -50,6 +51,7 @@ class World:
     addresses: Addresses
     client: Client
     secret: str
+    data_dir: Path
 
     async def create_key(self, app: str, *scopes: str) -> str:
         """A key of an app, which is made when it is new."""
@@ -96,7 +98,16 @@ class World:
         """Launch a campaign, and wait until it is sent and every receipt has arrived."""
         await self.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name))
         await self.wait_until_sent(name)
+        await self.hear_all()
+
+    async def hear_all(self) -> None:
+        """Wait until every receipt has arrived, and is in the database."""
         await self.sandbox.outbox.drain()
+        await self.wait_until_stored()
+
+    async def wait_until_stored(self) -> None:
+        """Wait for what was answered from the spool, where a crowded machine's database took longer than a provider waits."""
+        await wait_until_drained(self.data_dir)
 
     async def wait_until_sent(self, name: str, seconds: float = 120) -> campaigns_pb2.Campaign:
         """Wait until a campaign is no longer being sent, and return it."""
@@ -107,11 +118,13 @@ class World:
         return campaign
 
     async def get_campaign(self, name: str) -> campaigns_pb2.Campaign:
-        """A campaign with its counts."""
+        """A campaign with its counts, in which everything is that was answered for."""
+        await self.wait_until_stored()
         return await self.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
 
     async def read_recipients(self, name: str) -> dict[str, campaigns_pb2.Recipient]:
-        """All recipients of a campaign by external_id."""
+        """All recipients of a campaign by external_id, with everything that was answered for."""
+        await self.wait_until_stored()
         found: dict[str, campaigns_pb2.Recipient] = {}
         token = ""
         while True:
@@ -160,7 +173,7 @@ async def run_world(
                     app = await store.create_app(conn, "acme", "Acme")
                     _, secret = await store.create_api_key(conn, app.app_id, "test", ["admin"])
                 async with Client(addresses.grpc, api_key=secret, app="acme") as client:
-                    yield World(sandbox, core, addresses, client, secret)
+                    yield World(sandbox, core, addresses, client, secret, loaded.data_dir)
 
 
 OpenWorld = Callable[..., AbstractAsyncContextManager[World]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
@@ -384,7 +385,7 @@ async def test_apps_never_mix(shared_world: World) -> None:
     """The same people, ids and numbers in another app: nothing of it shows up in the other one."""
     before = await list_actions(shared_world, "apps/acme/campaigns/source-sms")
     async with shared_world.connect("twin", await shared_world.create_key("twin", "manage")) as client:
-        twin = World(shared_world.sandbox, shared_world.core, shared_world.addresses, client, "")
+        twin = replace(shared_world, client=client, secret="")
         await twin.import_people()
         content = (await shared_world.create_campaign("sms")).content
         audience = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())

@@ -20,7 +20,7 @@ async def check_books(world: World, names: Iterable[str], *, most_unclear: int) 
     Args:
         most_unclear: people of each campaign, on a channel whose sends are not idempotent, of whom nobody may know what became.
     """
-    await world.sandbox.outbox.drain()
+    await world.hear_all()
     async with transaction(world.core.engine) as conn:
         rows = await conn.execute(text("SELECT campaign, campaign_id FROM campaigns"))
         numbers: dict[str, int] = {campaign: number for campaign, number in rows}

@@ -24,7 +24,8 @@ from aftertouch.store import apps as store
 from aftertouch.store.embedded import find_running_url
 from aftertouch.store.engine import open_engine, transaction
 from aftertouch.v1 import campaigns_pb2
-from aftertouch.web.server import bind
+from tests.e2e.ports import keep_port
+from tests.e2e.spools import wait_until_drained
 from tests.fix_world import CONTENT, SECRET_KEY
 
 _State = campaigns_pb2.Campaign.State
@@ -75,13 +76,14 @@ class Site:
 
     async def wait_for_messages(self, count: int) -> None:
         """Wait until the sandbox was handed so many messages."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while await self.count_messages() < count:  # noqa: ASYNC110 - nothing to wait on but the answer of the next call
                 await asyncio.sleep(0.01)
 
     async def read_entries(self) -> dict[str, list[dict[str, Any]]]:
-        """What the sandbox was handed, by channel, once every receipt was answered for."""
-        await self.ask("/sandbox/drain?timeout=60", method="POST")
+        """What the sandbox was handed, by channel, once every receipt was answered for and is in the database."""
+        await self.ask("/sandbox/drain?timeout=300", method="POST")
+        await wait_until_drained(self.directory / "data")
         entries: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for line in (await self.ask("/sandbox/truth")).splitlines():
             entry = json.loads(line)
@@ -110,10 +112,9 @@ async def open_site(directory: Path, *, people: int, time_scale: float = 0.1, **
     Args:
         settings: the server's, by their lower-case names without AFTERTOUCH_.
     """
-    with bind("127.0.0.1:0") as listener:
-        # Callbacks name the server's port, so it stays the same from one start to the next.
-        http = f"127.0.0.1:{listener.getsockname()[1]}"
     async with AsyncExitStack() as stack:
+        # Callbacks name the server's port, so it stays the same from one start to the next.
+        http = stack.enter_context(keep_port())
         arguments = ["--port=0", f"--people={people}", f"--time-scale={time_scale}"]
         arguments.append(f"--webhook-url=http://{http}/v1/webhooks/whatsapp")
         sandbox = Child("sandbox", *arguments, environment={}, ready=SANDBOX_READY, log=directory / "sandbox.log")
@@ -163,7 +164,7 @@ async def launch_campaigns(client: Client, *channels: str, pace: int = 0, **time
 
 async def wait_until_sent(client: Client, name: str) -> campaigns_pb2.Campaign:
     """Wait until a campaign is no longer being sent, and return it."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(240):
         while True:
             campaign = await client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
             if campaign.state != _State.SENDING:

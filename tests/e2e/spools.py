@@ -20,6 +20,6 @@ def count_rows(data_dir: Path, where: str = "error IS NULL") -> int:
 
 async def wait_until_drained(data_dir: Path) -> None:
     """Wait until nothing is left to be replayed."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while count_rows(data_dir):  # noqa: ASYNC110 - there is nothing to wait on but the file
             await asyncio.sleep(0.02)

@@ -63,12 +63,20 @@ class House:
     def own(self) -> dict[str, str]:
         return find_own(self.settings)
 
-    async def report(self, app: str, secret: str, form: dict[str, str], query: str = "") -> int:
+    async def report_once(self, app: str, secret: str, form: dict[str, str], query: str = "") -> int:
         """Report something as Twilio does to an app's own address, and return the answer's status."""
         url = f"{self.world.addresses.public_url}/v1/apps/{app}/webhooks/sms{query}"
         headers = {"X-Twilio-Signature": RequestValidator(secret).compute_signature(url, form)}
         async with aiohttp.ClientSession() as http, http.post(url, data=form, headers=headers) as response:
             return response.status
+
+    async def report(self, app: str, secret: str, form: dict[str, str], query: str = "") -> int:
+        """The same, again and again while a crowded machine's database does not answer in time, and until it is stored."""
+        async with asyncio.timeout(60):
+            while (status := await self.report_once(app, secret, form, query)) == 503:  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
+        await self.world.wait_until_stored()
+        return status
 
 
 def find_own(settings: SandboxSettings) -> dict[str, str]:
@@ -199,7 +207,7 @@ async def test_account_of_one_app_can_say_nothing_of_anothers_messages(house: Ho
     campaign = await world.create_campaign("sms")
     await world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=campaign.name))
     await world.wait_until_sent(campaign.name)
-    await world.sandbox.outbox.drain()
+    await world.hear_all()
     async with transaction(world.core.engine) as conn:
         number = (await conn.execute(text("SELECT campaign_id FROM campaigns"))).scalar_one()
         message_id = (await conn.execute(text("SELECT message_id FROM attempts"))).scalar_one()
@@ -248,9 +256,9 @@ async def test_what_an_apps_account_reports_in_an_outage_is_kept_and_is_still_th
         assert await house.report("acme", settings.auth_token, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
         assert await house.report("rival", RIVAL_SECRET, {"MessageStatus": "sending", "MessageSid": "SM1"}) == 204
         async with take(database_url):
-            assert await house.report("rival", RIVAL_SECRET, failed, f"?t={tokens[0]}") == 204
-            assert await house.report("acme", settings.auth_token, failed, f"?t={tokens[1]}") == 204
-            assert await house.report("acme", RIVAL_SECRET, failed, f"?t={tokens[2]}") == 403
+            assert await house.report_once("rival", RIVAL_SECRET, failed, f"?t={tokens[0]}") == 204
+            assert await house.report_once("acme", settings.auth_token, failed, f"?t={tokens[1]}") == 204
+            assert await house.report_once("acme", RIVAL_SECRET, failed, f"?t={tokens[2]}") == 403
             # Where backends hang, new connections may find one that does not.
             assert count_rows(tmp_path) == 2 or take is stop_backends
         await wait_until_drained(tmp_path)
@@ -282,6 +290,7 @@ async def test_stop_to_the_servers_account_ends_nothing_where_an_app_has_its_own
             headers = {"X-Twilio-Signature": RequestValidator(settings.auth_token).compute_signature(url, form)}
             async with aiohttp.ClientSession() as http, http.post(url, data=form, headers=headers) as response:
                 assert response.status == 204
+            await world.wait_until_stored()
             assert (await read_standing(world.client), await read_standing(rival)) == ("OPTED_OUT", "ACTIVE")
 
 
@@ -355,7 +364,7 @@ class Tenant:
         async with asyncio.timeout(120):
             while (await self.get(name)).state == campaigns_pb2.Campaign.State.SENDING:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        await self.world.sandbox.outbox.drain()
+        await self.world.hear_all()
         return await self.get(name)
 
 
@@ -408,7 +417,7 @@ async def test_apps_on_two_accounts_send_hear_and_pace_apart_from_each_other(ope
         # What somebody tells one number is told to nobody else.
         person = world.sandbox.population.get_person(1)
         assert world.sandbox.more_twilio[NORTH.account_sid].receive(person.phone, "STOP")
-        await world.sandbox.outbox.drain()
+        await world.hear_all()
         reached = [(await tenant.send(await tenant.create_campaign())).counts.recipients for tenant in (north, south, acme)]
         assert reached == [9, 10, 10]
 
@@ -418,8 +427,9 @@ async def test_campaign_that_is_being_sent_goes_on_by_the_apps_new_account(
 ) -> None:
     # The unit is not handed back for any other reason.
     monkeypatch.setattr(sender, "TURN_SECONDS", 3600.0)
+    # Enough that most are left when the account changes, however late that is.
     settings = SandboxSettings(
-        size=20, time_scale=0.02, shares=CERTAIN, duplicate_share=0, strict_retries=True, more_accounts=(NORTH, SOUTH)
+        size=60, time_scale=0.02, shares=CERTAIN, duplicate_share=0, strict_retries=True, more_accounts=(NORTH, SOUTH)
     )
     async with open_world(settings) as world, open_tenants(world, "north") as (north,):
         await set_own(north.client, **vars(NORTH), messages_per_second="1")
@@ -431,7 +441,7 @@ async def test_campaign_that_is_being_sent_goes_on_by_the_apps_new_account(
         campaign = await sending
         first, second = await count_texts(world, NORTH, SOUTH)
         # Everybody was sent to, and nobody twice.
-        assert (first + second, campaign.counts.signals["sent"]) == (20, 20)
+        assert (first + second, campaign.counts.signals["sent"]) == (60, 60)
         assert min(first, second) > 0
         # What the account before has still to say is taken from nobody any more.
         assert campaign.counts.signals["delivered"] >= second

@@ -31,6 +31,7 @@ async def post(world: World, *events: dict[str, Any]) -> int:
     signed = sign_events(world.core.registry.channels["email"], *events)
     url = f"http://{world.addresses.http}/v1/webhooks/email"
     async with aiohttp.ClientSession() as http, http.post(url, data=signed.body, headers=dict(signed.headers)) as answer:
+        await world.wait_until_stored()
         return answer.status
 
 

@@ -15,7 +15,10 @@ from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 from tests.fix_world import OpenWorld, World
 
 _State = campaigns_pb2.Campaign.State
-IMPATIENT = {f"AFTERTOUCH_{channel.upper()}_TIMEOUT_SECONDS": "1" for channel in CHANNELS}
+IMPATIENT = {f"AFTERTOUCH_{channel.upper()}_TIMEOUT_SECONDS": "5" for channel in CHANNELS}
+"""Seconds are lost at each silence; but a crowded machine's sandbox may take one or two for an answer."""
+STRIKES = 10
+"""On each channel, of every second request at random: that 38 people make too few happens once in 100,000 times."""
 
 
 def set_fault(world: World, channel: Channel, mode: Mode | None, **options: Any) -> None:
@@ -43,7 +46,7 @@ def list_people(world: World, channel: Channel) -> set[str]:
 
 async def check_everybody_once(world: World, channel: Channel, name: str) -> None:
     campaign = await world.wait_until_sent(name)
-    await world.sandbox.outbox.drain()
+    await world.hear_all()
     handed = count_handed(world, channel)
     assert campaign.state == _State.SENT
     assert set(handed) == list_people(world, channel)
@@ -56,7 +59,7 @@ async def check_everybody_once(world: World, channel: Channel, name: str) -> Non
 async def check_everybody_by_one_token(world: World, name: str) -> None:
     """A push message may come twice: with its token as Topic, the second replaces the first."""
     campaign = await world.wait_until_sent(name)
-    await world.sandbox.outbox.drain()
+    await world.hear_all()
     assert (campaign.state, campaign.counts.unclear) == (_State.SENT, 0)
     assert set(count_handed(world, "push")) == list_people(world, "push")
     entries = [entry for entry in world.sandbox.truth.entries if entry.channel == "push"]
@@ -77,11 +80,11 @@ async def test_refusals_for_the_providers_trouble_are_tried_again_once_each(open
     async with open_world(SandboxSettings(size=60, time_scale=0.05)) as world:
         await world.import_people()
         for channel in CHANNELS:
-            set_fault(world, channel, mode, share=0.5, times=15, retry_after=0.2)
+            set_fault(world, channel, mode, share=0.5, times=STRIKES, retry_after=0.2)
         names = await launch_everywhere(world)
         for channel, name in names.items():
             await check_everybody_once(world, channel, name)
-        assert sum(world.sandbox.faults.strikes.values()) == 15 * len(CHANNELS)
+        assert sum(world.sandbox.faults.strikes.values()) == STRIKES * len(CHANNELS)
 
 
 @pytest.mark.parametrize("mode", ["stall", "reset"])
@@ -115,7 +118,7 @@ async def test_silence_is_tried_again_only_where_that_cannot_message_twice(open_
         await check_everybody_by_one_token(world, names["push"])
         # Meta can be asked nothing: whoever is in doubt is not sent to again, and is shown as such.
         await world.wait_until_sent(names["whatsapp"])
-        await world.sandbox.outbox.drain()
+        await world.hear_all()
         campaign = await world.get_campaign(names["whatsapp"])
         people = await world.read_recipients(names["whatsapp"])
         handed = count_handed(world, "whatsapp")
@@ -149,7 +152,7 @@ async def test_expired_token_pauses_until_it_is_resumed(open_world: OpenWorld, c
         assert 0 < before < len(list_people(world, channel)), "it expired too late to prove anything"
         assert channel in paused.state_reason
         assert "resume" in paused.state_reason
-        await world.sandbox.outbox.drain()
+        await world.hear_all()
         await check_nobody_written_off(world, channel, draft.name)
         set_fault(world, channel, None)
         resumed = await world.client.campaigns.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=draft.name))

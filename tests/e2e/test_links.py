@@ -81,6 +81,7 @@ async def test_people_who_clicked_on_one_link_are_retargeted(visitor: Visitor) -
     name, links = await visitor.send()
     for number, own in enumerate(list(links.values())[:5]):
         await visitor.visit(own[number % 2])
+    await visitor.world.wait_until_stored()
     client = visitor.world.client.retargeting
 
     async def count(action: str, *codes: str) -> int:

@@ -146,7 +146,7 @@ class Played:
 
     async def follow(self, source: Launched, action: str, channel: str) -> Launched | None:
         """Preview, make and launch the wave, and compare every set on the way; None when nobody who matches is left."""
-        await self.world.sandbox.outbox.drain()
+        await self.world.hear_all()
         client = self.world.client
         selection = campaigns_pb2.RetargetSelection(source=source.name, action=action)
         matching = self.find_matching(source, action)
@@ -199,7 +199,7 @@ CELLS = [(source, action, target) for source, actions in ACTIONS.items() for act
 
 @pytest.mark.parametrize("channel", CHANNELS)
 async def test_actions_are_all_known_and_counted_as_they_happened(played: Played, channel: str) -> None:
-    await played.world.sandbox.outbox.drain()
+    await played.world.hear_all()
     source = played.sources[channel]
     listed = await played.world.client.retargeting.ListActions(retargeting_pb2.ListActionsRequest(parent=source.name))
     counts = {counted.action.action: counted.count for counted in listed.actions}

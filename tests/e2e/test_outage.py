@@ -16,7 +16,7 @@ from aftertouch.sandbox import SandboxSettings
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.migrate import migrate
 from aftertouch.v1 import campaigns_pb2
-from tests.e2e.spools import count_rows, wait_until_drained
+from tests.e2e.spools import count_rows
 from tests.fix_database import CUT_CONNECTIONS, name_database
 from tests.fix_world import OpenWorld, World, run_world
 
@@ -35,12 +35,11 @@ async def launch_everywhere(world: World) -> dict[str, str]:
     return names
 
 
-async def check_world(world: World, names: dict[str, str], data_dir: Path) -> None:
+async def check_world(world: World, names: dict[str, str]) -> None:
     """Everybody was messaged once, and everything that the sandbox told is known."""
     for channel, name in names.items():
-        assert (await world.wait_until_sent(name, seconds=90)).state == SENT
-        await world.sandbox.outbox.drain()
-        await wait_until_drained(data_dir)
+        assert (await world.wait_until_sent(name, seconds=240)).state == SENT
+        await world.hear_all()
         entries = [entry for entry in world.sandbox.truth.entries if entry.channel == channel and entry.person]
         copies = Counter(entry.person.external_id for entry in entries if entry.person)
         recipients = await world.read_recipients(name)
@@ -68,7 +67,7 @@ async def test_connections_that_are_cut_again_and_again_lose_nothing(
             for _ in range(12):
                 await conn.execute(CUT_CONNECTIONS, [name])
                 await asyncio.sleep(0.15)
-        await check_world(world, names, tmp_path)
+        await check_world(world, names)
 
 
 @pytest.mark.slow
@@ -88,7 +87,7 @@ async def test_database_that_is_gone_for_seconds_loses_nothing(tmp_path: Path, s
             await stack.aclose()
             await asyncio.sleep(2)
             await stack.enter_async_context(EmbeddedPostgres(tmp_path))
-            await check_world(world, names, tmp_path)
+            await check_world(world, names)
             assert (world.sandbox.outbox.counts["retries"] == 0) == (spool_megabytes > 0)
 
 
@@ -115,11 +114,24 @@ async def test_database_that_cannot_write_for_seconds_loses_nothing_and_ends_no_
         while len(world.sandbox.truth.entries) < 100:  # noqa: ASYNC110 - the sandbox wakes nobody
             await asyncio.sleep(0.005)
         await conn.execute(JUDGE.format(body=f"RAISE EXCEPTION 'No space left on device' USING ERRCODE = '{state}'"))
+        async with asyncio.timeout(60):
+            while not count_rows(tmp_path):  # noqa: ASYNC110 - there is nothing to wait on but the file
+                await asyncio.sleep(0.1)
+        # The server meets it again and again.
         await asyncio.sleep(3)
-        assert count_rows(tmp_path) > 0
         await conn.execute(JUDGE.format(body="NULL"))
-        await check_world(world, names, tmp_path)
+        await check_world(world, names)
         assert world.sandbox.outbox.counts["retries"] == 0
+
+
+async def post_until_taken(session: aiohttp.ClientSession, hook: str) -> int:
+    """Report something as often as it takes: a crowded machine connects to the database later than a provider is kept waiting."""
+    async with asyncio.timeout(60):
+        while True:
+            async with session.post(hook) as answer:
+                if answer.status != 503:
+                    return answer.status
+            await asyncio.sleep(0.1)
 
 
 async def test_webhook_without_a_spool_is_refused_while_the_database_is_away_and_taken_once_it_is_back(tmp_path: Path) -> None:
@@ -139,6 +151,5 @@ async def test_webhook_without_a_spool_is_refused_while_the_database_is_away_and
                 assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
             await stack.enter_async_context(EmbeddedPostgres(tmp_path))
             for _ in range(2):
-                async with session.post(hook) as answer:
-                    assert answer.status == 204
+                assert await post_until_taken(session, hook) == 204
             assert (await world.get_campaign(draft.name)).counts.signals["clicked"] == before + 1

@@ -18,17 +18,19 @@ import pytest
 from sqlalchemy import text
 
 from aftertouch.channels import Receipt, Webhook
+from aftertouch.ingest import intake
 from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.spool import Spool
 from aftertouch.store.engine import transaction
+from aftertouch.v1 import campaigns_pb2
 from tests.e2e.site import launch_campaigns, open_site, wait_until_sent
 from tests.e2e.spools import count_rows, wait_until_drained
 from tests.e2e.test_webhooks import post_statuses, read_unrecognized
 from tests.fix_database import CUT_CONNECTIONS, name_database
 from tests.fix_world import OpenWorld, World
 
-PATIENCE = aiohttp.ClientTimeout(total=15)
-"""Twilio's."""
+PATIENCE = aiohttp.ClientTimeout(total=60)
+"""More than Twilio's 15 seconds, for a crowded machine: whoever waits for the database here waits for ever."""
 
 
 @asynccontextmanager
@@ -119,7 +121,7 @@ async def test_receipts_of_an_outage_are_stored_once_the_database_is_back(
 
 
 async def test_receipt_that_comes_after_an_outage_is_stored_before_it_is_answered(
-    open_world: OpenWorld, database_url: str, tmp_path: Path
+    open_world: OpenWorld, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_world(data_dir=tmp_path) as world:
         name, (last, *tokens) = await launch_push(world)
@@ -127,8 +129,12 @@ async def test_receipt_that_comes_after_an_outage_is_stored_before_it_is_answere
             await click(world.addresses.http, tokens)
         await wait_until_drained(tmp_path)
         before = await count_clicks(world, name)
+        # That a crowded machine's database is slow is no outage.
+        monkeypatch.setattr(intake, "ANSWER_SECONDS", 60.0)
         assert await click(world.addresses.http, [last]) == [204]
-        assert await count_clicks(world, name) == before + 1
+        # Nothing is waited for, as it would be by the world.
+        campaign = await world.client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
+        assert campaign.counts.signals["clicked"] == before + 1
 
 
 async def test_signed_news_of_no_message_of_ours_is_kept_through_an_outage(
@@ -154,6 +160,7 @@ async def test_webhooks_that_arrive_together_are_stored_together(open_world: Ope
         name, tokens = await launch_push(world)
         before = await count_clicks(world, name)
         assert set(await click(world.addresses.http, tokens * 5)) == {204}
+        await world.wait_until_stored()
         async with transaction(world.core.engine) as conn:
             statement = "SELECT count(*), count(DISTINCT commit_id) FROM events JOIN kinds USING (kind) WHERE signal = 'clicked'"
             events, commits = (await conn.execute(text(statement))).one()
@@ -161,15 +168,19 @@ async def test_webhooks_that_arrive_together_are_stored_together(open_world: Ope
         assert commits - before < (events - before) // 2
 
 
-async def test_webhook_that_cannot_be_stored_spoils_it_for_no_other(open_world: OpenWorld) -> None:
+async def test_webhook_that_cannot_be_stored_spoils_it_for_no_other(
+    open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a spool a crowded machine's slow database would spoil it for all.
+    monkeypatch.setattr(intake, "ANSWER_SECONDS", 60.0)
     async with open_world() as world:
         name, tokens = await launch_push(world)
         before = await count_clicks(world, name)
         broken = Receipt(signal="clicked", token=tokens[0], time=cast("datetime", "yesterday"))
         forged = Receipt(signal="clicked", token="A" * 24)
         receipts = [*(Receipt(signal="clicked", token=token) for token in tokens), broken, forged]
-        async with Intake(world.core.ledger, world.core.registry.types, None) as intake:
-            takes = (intake.take("push", Webhook(receipts=(receipt,))) for receipt in receipts)
+        async with Intake(world.core.ledger, world.core.registry.types, None) as one:
+            takes = (one.take("push", Webhook(receipts=(receipt,))) for receipt in receipts)
             answers = await asyncio.gather(*takes, return_exceptions=True)
         assert [type(answer) for answer in answers] == [type(None)] * len(tokens) + [AttributeError, TokenInvalid]
         assert await count_clicks(world, name) == before + len(tokens)
@@ -244,12 +255,14 @@ async def test_row_that_cannot_be_stored_is_set_aside_and_holds_up_no_other(open
             await spool.add("pigeon", Webhook(receipts=(Receipt(signal="delivered", message_id="1"),)), now)
             await spool.add("push", Webhook(receipts=(Receipt(signal="clicked", token="none of ours"),)), now)
             await spool.add("push", Webhook(receipts=(Receipt(signal="clicked", token=tokens[1]),)), now)
-            async with Intake(world.core.ledger, world.core.registry.types, spool) as intake:
-                replaying = asyncio.create_task(intake.replay(spool))
-                await wait_until_drained(tmp_path)
+            async with Intake(world.core.ledger, world.core.registry.types, spool) as one:
+                replaying = asyncio.create_task(one.replay(spool))
+                async with asyncio.timeout(60):
+                    # It counts after it has written.
+                    while (spool.waiting, spool.aside) != (0, 2):  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
                 replaying.cancel()
                 await asyncio.gather(replaying, return_exceptions=True)
-            assert (spool.waiting, spool.aside) == (0, 2)
         assert count_rows(tmp_path, "error LIKE 'TokenInvalid: %'") == 1
         assert count_rows(tmp_path, "error LIKE 'KeyError: %'") == 1
         assert await count_clicks(world, name) == before + 2

@@ -38,6 +38,7 @@ async def post_statuses(world: World, *statuses: dict[str, Any]) -> int:
 
 
 async def read_unrecognized(world: World) -> list[str]:
+    await world.wait_until_stored()
     async with transaction(world.core.engine) as conn:
         return list((await conn.execute(text("SELECT item FROM unrecognized_receipts ORDER BY id"))).scalars())
 

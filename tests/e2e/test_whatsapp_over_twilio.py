@@ -102,7 +102,7 @@ async def test_quick_reply_belongs_to_its_message_and_stop_ends_the_subscription
         State = contacts_pb2.Subscription.State
         for word, state in (("Stop", State.OPTED_OUT), ("Start", State.ACTIVE)):
             assert world.sandbox.control.write(Inbound(channel="whatsapp", address=person.phone, text=word))
-            await world.sandbox.outbox.drain()
+            await world.hear_all()
             contact = await world.client.contacts.GetContact(
                 contacts_pb2.GetContactRequest(name=f"{world.client.parent}/contacts/{person.external_id}")
             )
