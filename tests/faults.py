@@ -33,7 +33,7 @@ from aftertouch.processes import Child, ProcessFailed
 from aftertouch.server import migrate_new
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.engine import open_engine
-from aftertouch.web.server import bind
+from tests.e2e.ports import keep_port
 from tests.e2e.producers import Producer, Target, count_minutes, launch_target, read_minutes, read_receipts, unite_people
 
 SECRET_KEY = "a secret key of the faults, 32 characters or more"
@@ -46,7 +46,7 @@ LONGEST_CUT = 20_000
 """Bytes that a connection may still carry before it is cut: a batch has about 5,000, a webhook 500."""
 PASSING = ("the database does not answer", "cannot listen on", "a server process ended while it started")
 """Why a start may fail that succeeds later: PostgreSQL recovers, or processes that lost their supervisor have not ended yet."""
-REPLAY_SECONDS = 30.0
+REPLAY_SECONDS = 120.0
 """How long webhooks that were answered while the database was away may take into the receipts."""
 STATUSES = (("delivered", "delivered", None), ("undelivered", "failed", "30003"))
 """A status of Twilio's, the signal that it is, and its code."""
@@ -237,9 +237,14 @@ class Manager:
 
 def list_servers(server: Child) -> list[psutil.Process]:
     """The processes that serve below a supervisor; none where the server is only one."""
-    if server.process.returncode is not None:
-        return []
-    return [process for process in psutil.Process(server.process.pid).children() if "--lifeline" in process.cmdline()]
+    found = []
+    # Any of them may end just now, or have ended and not been missed yet.
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(server.process.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if "--lifeline" in process.cmdline():
+                    found.append(process)
+    return found
 
 
 class Trouble:
@@ -288,7 +293,8 @@ class Trouble:
 
     async def _kill_one(self) -> None:
         if below := list_servers(self._server):
-            self._chance.choice(below).kill()
+            with suppress(psutil.NoSuchProcess):  # it ended by itself just now
+                self._chance.choice(below).kill()
 
     async def _crash_postgres(self) -> None:
         self._database.crash(self._chance)
@@ -353,8 +359,7 @@ async def main(directory: Path, seconds: float, seed: int, processes: int) -> in
         async with open_engine(database.url) as engine:
             streamed = await launch_target(engine, "acme", "streamed", PEOPLE, SECRET_KEY)
             told = await launch_target(engine, "acme", "told", PEOPLE, SECRET_KEY)
-        with bind("127.0.0.1:0") as one, bind("127.0.0.1:0") as other:
-            addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in (one, other)]
+        addresses = [stack.enter_context(keep_port()) for _ in range(2)]
         environment = {
             "AFTERTOUCH_DATABASE_URL": database.url,
             "AFTERTOUCH_DATA_DIR": str(directory / "data"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit, urlunsplit
@@ -18,6 +19,8 @@ from aftertouch.store.engine import open_engine
 from aftertouch.store.migrate import migrate
 
 _numbers = itertools.count()
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+"""Part of each name: with --dsn all of pytest's processes work in one server."""
 
 
 def name_database(url: str, name: str) -> str:
@@ -50,7 +53,7 @@ async def _run(url: str, statement: str) -> None:
 @pytest.fixture(scope="session")
 async def template(postgres_url: str) -> AsyncIterator[str]:
     """The name of a database with the schema, to be cloned: 20 ms a test where migrating takes a second."""
-    name = f"aftertouch_test_template_{next(_numbers)}"
+    name = f"aftertouch_test_template_{_WORKER}_{next(_numbers)}"
     await _run(postgres_url, f"DROP DATABASE IF EXISTS {name}")
     await _run(postgres_url, f"CREATE DATABASE {name}")
     url = name_database(postgres_url, name)
@@ -61,26 +64,26 @@ async def template(postgres_url: str) -> AsyncIterator[str]:
     await _run(postgres_url, f"DROP DATABASE {name}")
 
 
-async def _drop(url: str, name: str) -> None:
-    """Drop a database; an autovacuum worker in it, which only a superuser may end, is waited for."""
-    for _ in range(100):
-        try:
-            await _run(url, f"DROP DATABASE {name} WITH (FORCE)")
-            return
-        except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ObjectInUse):
-            await asyncio.sleep(0.1)
-    raise TimeoutError(f"{name} is still in use")
+async def _run_unused(url: str, statement: str) -> None:
+    """Run a statement once nobody uses its database: an autovacuum worker, which only a superuser may end, is waited for."""
+    async with asyncio.timeout(120):
+        while True:
+            try:
+                return await _run(url, statement)
+            except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ObjectInUse):
+                await asyncio.sleep(0.1)
 
 
 @asynccontextmanager
 async def clone_database(postgres_url: str, template: str | None = None) -> AsyncIterator[str]:
     """A database that is dropped in the end: a clone of the template, or an empty one."""
-    name = f"aftertouch_test_{next(_numbers)}"
-    await _run(postgres_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template} STRATEGY file_copy" if template else ""))
+    name = f"aftertouch_test_{_WORKER}_{next(_numbers)}"
+    # Of a server that was killed just now there may still be connections to what is cloned.
+    await _run_unused(postgres_url, f"CREATE DATABASE {name}" + (f" TEMPLATE {template} STRATEGY file_copy" if template else ""))
     try:
         yield name_database(postgres_url, name)
     finally:
-        await _drop(postgres_url, name)
+        await _run_unused(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -130,7 +130,8 @@ async def test_no_send_begins_after_the_answer_to_a_cancel_and_the_rest_is_skipp
 
     async def fly(messages: Messages) -> Sequence[Outcome]:
         begun.set()
-        await asyncio.sleep(0.01)
+        # All of them take a while, or the cancel could come too late to prove anything.
+        await asyncio.sleep(0.5)
         return [Accepted() for _ in messages]
 
     loft.channel.script = fly
@@ -161,9 +162,11 @@ async def test_pause_waits_for_the_call_that_had_begun(loft: Loft) -> None:
     await reached.wait()
     pausing = asyncio.create_task(pause(loft, name))
     again = asyncio.create_task(pause(loft, name))
+    async with asyncio.timeout(60):
+        while (await loft.get_campaign(name)).state != State.PAUSED:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     _, waiting = await asyncio.wait([pausing, again], timeout=0.5)
     assert waiting == {pausing, again}
-    assert (await loft.get_campaign(name)).state == State.PAUSED
     go_on.set()
     assert {(await pausing).state, (await again).state} == {State.PAUSED}
     loft.channel.script = accept_all
@@ -197,6 +200,9 @@ async def test_silent_provider_leaves_few_people_unclear(loft: Loft) -> None:
 
     loft.channel.script = stay_away
     name = await loft.launch(400)
+    async with asyncio.timeout(60):
+        while not loft.channel.handed:  # noqa: ASYNC110 - the channel wakes nobody
+            await asyncio.sleep(0.02)
     await asyncio.sleep(3)
     loft.channel.script = accept_all
     unclear = len(loft.channel.handed)
@@ -226,7 +232,7 @@ async def test_campaign_keeps_to_its_own_pace(loft: Loft) -> None:
 async def test_slow_campaigns_leave_room_for_others_of_their_channel(loft: Loft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "TURN_SECONDS", 0.5)
     slow = [await loft.launch(300, messages_per_second=1)] + [await loft.relaunch(messages_per_second=1) for _ in range(3)]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         for name in slow:
             async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=name)):
                 if campaign.counts.signals["sent"]:
@@ -302,10 +308,11 @@ async def test_server_that_was_away_for_hours_does_not_send_what_is_past_its_dea
 
 
 async def test_deadline_in_the_middle_of_sending_skips_the_rest(loft: Loft) -> None:
-    name = await loft.draft(40, messages_per_second=8)
+    # Slow enough that the deadline comes in the middle, however late that is.
+    name = await loft.draft(40, messages_per_second=1)
     send_by_time = to_timestamp(datetime.now(UTC) + timedelta(hours=1))
     await loft.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name, send_by_time=send_by_time))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=name)):
             if campaign.counts.signals["sent"]:
                 break
@@ -406,7 +413,7 @@ async def test_people_in_quiet_hours_are_left_alone_until_they_end(loft: Loft) -
     # It is noon there when it is midnight here.
     far = "Pacific/Auckland"
     name = await loft.launch(4, time_zones={"p1": far, "p2": far})
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=name)):
             if campaign.counts.signals["sent"] == 2:
                 break
@@ -422,12 +429,12 @@ async def test_people_in_quiet_hours_are_left_alone_until_they_end(loft: Loft) -
 async def test_cancel_waits_for_no_quiet_hours(loft: Loft) -> None:
     await set_policy(loft, quiet_hours=make_quiet(timedelta(hours=-1), timedelta(hours=10)))
     name = await loft.launch(4)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         # Nobody can go: the unit rests until the morning.
         while not await find_rest(loft):  # noqa: ASYNC110 - there is nothing to wait on but the next look
             await asyncio.sleep(0.02)
     await loft.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=name))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=name)):
             counts = campaign.counts
     assert [(r.reason_class, r.reason_code, r.count) for r in counts.reasons] == [("policy", "canceled", 4)]
@@ -459,7 +466,7 @@ async def test_campaign_that_is_paused_while_its_last_unit_is_given_up_is_over(
         await conn.execute(text("UPDATE campaigns SET send_by_time = now()"))
     await is_claimed.wait()
     pausing = asyncio.ensure_future(pause(loft, name))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while (await loft.get_campaign(name)).state != State.PAUSED:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     may_go_on.set()
@@ -538,9 +545,10 @@ async def test_whoever_does_it_after_the_launch_is_not_sent_to(loft: Loft) -> No
     await wait_for(loft, source, State.SENT)
     tokens = [message.token for message in loft.channel.handed]
     selection = campaigns_pb2.RetargetSelection(source=source, action="not_delivered")
-    wave = await loft.create(messages_per_second=4, audience=campaigns_pb2.Audience(retarget=selection))
+    # Slow enough that most are left when it is reported of all.
+    wave = await loft.create(messages_per_second=1, audience=campaigns_pb2.Audience(retarget=selection))
     await loft.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=wave))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         async for campaign in loft.client.campaigns.WatchCampaign(campaigns_pb2.WatchCampaignRequest(name=wave)):
             if campaign.counts.signals["sent"]:
                 break

@@ -17,7 +17,7 @@ from aftertouch.processes import Child, ProcessFailed
 from aftertouch.store.embedded import find_running_url
 from aftertouch.store.engine import open_engine
 from aftertouch.supervisor import MOST_DEATHS
-from tests.e2e.producers import Producer, launch_target, read_receipts, unite_people
+from tests.e2e.producers import MOST_PRODUCERS, Producer, launch_target, read_receipts, unite_people
 from tests.e2e.site import is_running, kill, read_postgres_pid
 from tests.fix_world import SECRET_KEY
 
@@ -64,7 +64,7 @@ def find_answering(pids: set[int], port: int) -> set[int]:
     }
 
 
-async def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+async def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110 - the news is other processes'
             await asyncio.sleep(0.05)
@@ -95,9 +95,14 @@ async def call_http(stack: AsyncExitStack, port: int) -> None:
 async def check_all_answer(servers: Child, pids: set[int]) -> None:
     """Each of the processes takes connections on both ports."""
     for port, call in zip(read_ports(servers), (call_grpc, call_http), strict=True):
+        answering: set[int] = set()
         async with AsyncExitStack() as stack:
-            await asyncio.gather(*(call(stack, port) for _ in range(CONNECTIONS)))
-            assert find_answering(pids, port) == pids
+            for called in asyncio.as_completed([call(stack, port) for _ in range(CONNECTIONS)]):
+                await called
+                # After each: a server closes what says nothing for a while, and the last may take longer.
+                if answering != pids:
+                    answering |= find_answering(pids, port)
+        assert answering == pids
 
 
 async def test_processes_all_answer_on_both_ports_and_stop_together(tmp_path: Path) -> None:
@@ -170,14 +175,15 @@ async def test_streams_into_several_processes_lose_and_double_nothing(tmp_path: 
         assert url is not None
         engine = await stack.enter_async_context(open_engine(url, pool_size=1))
         target = await launch_target(engine, "acme", "shared", 20_000, SECRET_KEY)
-        producers = [Producer(target, number, batch=500, pause=0) for number in range(10)]
+        # So many that they are all dealt to one process once in 30,000 times.
+        producers = [Producer(target, number, batch=500, pause=0) for number in range(MOST_PRODUCERS)]
         done = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for producer in producers:
                 group.create_task(producer.run(servers.found[0], done))
             port = read_ports(servers)[0]
             await wait_until(lambda: len(find_answering(list_servers(servers), port)) == 2)
-            await wait_until(lambda: all(producer.acknowledged >= 40 for producer in producers))
+            await wait_until(lambda: all(producer.acknowledged >= 25 for producer in producers))
             done.set()
         for producer in producers:
             assert await producer.find_differences(engine) == []
