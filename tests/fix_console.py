@@ -97,6 +97,6 @@ async def browser() -> AsyncIterator[Browser]:
     # Five seconds are not enough on a crowded machine.
     expect.set_options(timeout=PATIENCE_MS)
     async with async_playwright() as playwright:
-        found = await playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)
+        found = await playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS, timeout=PATIENCE_MS)
         yield found
         await found.close()

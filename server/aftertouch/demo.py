@@ -173,6 +173,8 @@ class Demo:
                 "AFTERTOUCH_GRPC_ADDRESS": "127.0.0.1:0",
                 "AFTERTOUCH_HTTP_ADDRESS": "127.0.0.1:0",
                 "AFTERTOUCH_LOG_LEVEL": "warning",
+                # What was answered is in the database then, and can be compared.
+                "AFTERTOUCH_SPOOL_MEGABYTES": "0",
             }
             async with Child("serve", environment=environment, ready=SERVER_READY, log=log) as server:
                 address, webhooks = server.found

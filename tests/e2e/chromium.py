@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Chromium:
         session = (await self.call("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
         device = Device(self, session, context, origin)
         await self.call("Runtime.enable", session)
-        await device.run("new Promise((done) => { if (document.readyState === 'complete') done(); else onload = () => done(); })")
+        await device.wait_until_loaded(url)
         await self.call("ServiceWorker.enable", session)
         return device
 
@@ -90,6 +90,16 @@ class Device:
         self._origin = origin
         self._worker_session = ""
 
+    async def wait_until_loaded(self, url: str) -> None:
+        """Wait until the page is there: an empty one, which is complete as well, may stand in its place at first."""
+        async with asyncio.timeout(120):
+            while True:
+                # What is asked of the empty page is refused when it goes.
+                with suppress(ScriptFailed):
+                    if await self.run(f"location.href === {url!r} && document.readyState === 'complete'"):
+                        return
+                await asyncio.sleep(0.05)
+
     async def run(self, script: str) -> Any:
         """The value of a script in the page, awaited where it is a promise."""
         return await self._evaluate(self._session, script)
@@ -97,11 +107,20 @@ class Device:
     async def run_in_worker(self, script: str) -> Any:
         """The same in the page's service worker."""
         if not self._worker_session:
-            targets = (await self._browser.call("Target.getTargets"))["targetInfos"]
-            own = [t for t in targets if t["type"] == "service_worker" and t.get("browserContextId") == self._context]
-            attached = await self._browser.call("Target.attachToTarget", targetId=own[0]["targetId"], flatten=True)
+            attached = await self._browser.call("Target.attachToTarget", targetId=await self._find_worker(), flatten=True)
             self._worker_session = attached["sessionId"]
         return await self._evaluate(self._worker_session, script)
+
+    async def _find_worker(self) -> str:
+        """The target of the running worker; one that has nothing to do is ended by the browser after a while."""
+        async with asyncio.timeout(120):
+            while True:
+                targets = (await self._browser.call("Target.getTargets"))["targetInfos"]
+                for target in targets:
+                    if target["type"] == "service_worker" and target.get("browserContextId") == self._context:
+                        return str(target["targetId"])
+                await self._browser.call("ServiceWorker.startWorker", self._session, scopeURL=f"{self._origin}/")
+                await asyncio.sleep(0.1)
 
     async def push(self, text: str) -> None:
         """Hand the worker a message, as the browser does that got it from a push service and decrypted it."""
@@ -135,11 +154,13 @@ async def run_chromium(directory: Path) -> AsyncIterator[Chromium]:
     )
     try:
         port_file = directory / "DevToolsActivePort"
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while not port_file.exists() or len(port_file.read_text().split()) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         port, path = port_file.read_text().split()
-        async with connect(f"ws://127.0.0.1:{port}{path}", max_size=None) as socket:
+        # A crowded machine's browser answers no ping for a while.
+        patience = {"open_timeout": 120, "ping_interval": None}
+        async with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, **patience) as socket:
             browser = Chromium(socket)
             listening = asyncio.create_task(browser.listen())
             yield browser

@@ -105,7 +105,7 @@ async def serve(environment: Path, **settings: str) -> AsyncIterator[tuple[str, 
     )
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while (found := re.match(r"gRPC on (\S+), webhooks on (\S+)", (await process.stdout.readline()).decode())) is None:
                 assert not process.stdout.at_eof()
         yield found[1], found[2]
@@ -115,7 +115,7 @@ async def serve(environment: Path, **settings: str) -> AsyncIterator[tuple[str, 
 
 
 async def wait_for(client: Client, name: str, **signals: int) -> campaigns_pb2.Campaign:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             campaign = await client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
             if all(campaign.counts.signals[signal] == count for signal, count in signals.items()):

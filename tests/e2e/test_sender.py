@@ -285,7 +285,9 @@ DEFECTS = [
 async def test_defect_of_a_channel_makes_its_batch_unclear_and_the_others_go_on(
     pigeons: Loft, defect: Callable[[Messages], Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "LONGEST_CALL", timedelta(seconds=0.2))
+    if defect is never_answer:
+        # The others of its batches are answered at once, but a crowded machine may stand still for a second.
+        monkeypatch.setattr(calls, "LONGEST_CALL", timedelta(seconds=4))
     name = await pigeons.launch(12)
 
     async def fail_once(messages: Messages) -> Any:
