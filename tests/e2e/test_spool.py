@@ -45,7 +45,10 @@ async def take_away(database_url: str) -> AsyncIterator[None]:
     name = urlsplit(database_url).path[1:]
     async with connect(name_database(database_url, "postgres")) as conn:
         await conn.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        await conn.execute(CUT_CONNECTIONS, [name])
+        # Whoever was let in just before is there only a moment later.
+        for pause in (0.2, 0):
+            await conn.execute(CUT_CONNECTIONS, [name])
+            await asyncio.sleep(pause)
         try:
             yield
         finally:
