@@ -55,14 +55,14 @@ class Contract(ChannelContract):
         "url": "{provider}/messages",
         "api_key": "key-that-nobody-sees",
         "webhook_secret": "secret-that-nobody-sees",
-        "timeout_seconds": "1",
+        "timeout_seconds": "2",
     }
     address = {"inbox": "adas-private-inbox"}
     content = {"text": "Words for Ada only"}
     refusals = ("no_such_inbox",)
     reported = ("delivered", "failed")
     signature_header = "x-console-signature"
-    patience = 5
+    patience = 8
 
     def accept(self, request: ProviderRequest) -> Response:
         return Response.from_json({"id": f"message-{request.read_json()['reference']}"}, status=202)
