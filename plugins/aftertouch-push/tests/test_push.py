@@ -15,7 +15,7 @@ import http_ece
 import pytest
 from aftertouch_push import MAX_PLAINTEXT, PushAddress, PushChannel, PushContent, PushKeys, PushSettings
 from aiohttp import web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import TestServer
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given, settings
@@ -454,8 +454,11 @@ async def test_send_is_unclear_when_the_connection_is_reset() -> None:
 
 
 async def test_send_is_refused_when_nothing_listens() -> None:
-    service = PushService(url=f"http://127.0.0.1:{unused_port()}", answer=answer_with(201))
-    assert await send_one(service) == Refused(code="connect_error")
+    # A port that is bound and not listened on: one that is only free may be taken by somebody meanwhile.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        service = PushService(url=f"http://127.0.0.1:{bound.getsockname()[1]}", answer=answer_with(201))
+        assert await send_one(service) == Refused(code="connect_error")
     assert PushChannel.classify("connect_error") is ReasonClass.TRANSIENT
 
 

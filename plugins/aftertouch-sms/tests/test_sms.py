@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import aftertouch_twilio
 import pytest
 from aftertouch_sms import SmsAddress, SmsChannel, SmsContent, SmsSettings
 from aiohttp import web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pluggy import PluginManager
@@ -291,8 +292,11 @@ async def test_send_is_unclear_when_the_connection_is_reset() -> None:
 
 
 async def test_send_is_refused_when_nothing_listens() -> None:
-    async with make_channel(api_url=f"http://127.0.0.1:{unused_port()}") as channel:
-        assert await channel.send([make_message()]) == [Refused(code="connect_error")]
+    # A port that is bound and not listened on: one that is only free may be taken by somebody meanwhile.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        async with make_channel(api_url=f"http://127.0.0.1:{bound.getsockname()[1]}") as channel:
+            assert await channel.send([make_message()]) == [Refused(code="connect_error")]
     assert SmsChannel.classify("connect_error") is ReasonClass.TRANSIENT
 
 

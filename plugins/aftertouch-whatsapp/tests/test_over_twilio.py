@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import aftertouch_whatsapp.twilio
 import pytest
 from aftertouch_whatsapp import WhatsAppAddress, WhatsAppChannel, WhatsAppContent, WhatsAppSettings
 from aiohttp import web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import TestServer
 from pydantic import ValidationError
 from twilio.request_validator import RequestValidator
 
@@ -264,16 +265,19 @@ async def test_list_that_cannot_be_read_stops_nobody_whose_template_is_known(mon
 
 async def test_list_that_hangs_is_asked_for_once_and_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of ``send`` that takes too long would leave everybody of its batch without an outcome."""
-    monkeypatch.setattr(aftertouch_whatsapp.twilio, "LISTING_SECONDS", 0.3)
-    async with run_twilio(list_delay=60) as twilio, make_channel(twilio.url) as channel:
-        async with asyncio.timeout(5):
+    # Long enough for the request to be there on a busy machine.
+    monkeypatch.setattr(aftertouch_whatsapp.twilio, "LISTING_SECONDS", 2.0)
+    async with run_twilio(list_delay=120) as twilio, make_channel(twilio.url) as channel:
+        async with asyncio.timeout(25):
             outcomes = await channel.send([make_message()] * 50)
         assert outcomes == [Refused(code="templates_unreadable")] * 50
         assert (twilio.lists, twilio.forms) == (1, [])
         twilio.list_delay = 0
+        monkeypatch.setattr(aftertouch_whatsapp.twilio, "LISTING_SECONDS", 60.0)
         monkeypatch.setattr(aftertouch_whatsapp.twilio, "MISSING_SECONDS", 0.0)
         assert await channel.send([make_message()]) == [Accepted(message_id=SID)]
-        twilio.list_delay = 60
+        twilio.list_delay = 120
+        monkeypatch.setattr(aftertouch_whatsapp.twilio, "LISTING_SECONDS", 0.3)
         monkeypatch.setattr(aftertouch_whatsapp.twilio, "KEEP_SECONDS", 0.0)
         assert await channel.send([make_message()]) == [Accepted(message_id=SID)]
 
@@ -293,8 +297,11 @@ async def test_list_that_cannot_be_read_refuses_the_message(status: int, code: s
 
 
 async def test_send_is_refused_when_nothing_listens() -> None:
-    async with make_channel(f"http://127.0.0.1:{unused_port()}") as channel:
-        assert await channel.send([make_message()]) == [Refused(code="connect_error")]
+    # A port that is bound and not listened on: one that is only free may be taken by somebody meanwhile.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        async with make_channel(f"http://127.0.0.1:{bound.getsockname()[1]}") as channel:
+            assert await channel.send([make_message()]) == [Refused(code="connect_error")]
 
 
 @pytest.mark.parametrize(

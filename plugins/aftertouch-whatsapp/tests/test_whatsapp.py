@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from aftertouch_twilio import REASONS
 from aftertouch_whatsapp import WhatsAppAddress, WhatsAppChannel, WhatsAppContent, WhatsAppSettings
 from aftertouch_whatsapp.meta import CODES
 from aiohttp import web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pluggy import PluginManager
@@ -334,8 +335,11 @@ async def test_send_is_unclear_when_the_connection_is_reset() -> None:
 
 
 async def test_send_is_refused_when_nothing_listens() -> None:
-    async with make_channel(api_url=f"http://127.0.0.1:{unused_port()}") as channel:
-        assert await channel.send([make_message()]) == [Refused(code="connect_error")]
+    # A port that is bound and not listened on: one that is only free may be taken by somebody meanwhile.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        async with make_channel(api_url=f"http://127.0.0.1:{bound.getsockname()[1]}") as channel:
+            assert await channel.send([make_message()]) == [Refused(code="connect_error")]
     assert WhatsAppChannel.classify("connect_error") is ReasonClass.TRANSIENT
 
 
