@@ -53,7 +53,7 @@ async def push(sandbox: Sandbox, index: int, payload: dict[str, Any], **more: An
                 vapid_claims={"sub": SUBJECT},
                 ttl=more.get("ttl", 60),
                 headers=more.get("headers"),
-                timeout=5,
+                timeout=60,
                 requests_session=session,
             )
         assert isinstance(response, requests.Response)

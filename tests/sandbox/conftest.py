@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,13 +65,19 @@ class Receiver:
         self.requests.append(Received(request.method, self.url + request.raw_path, request.headers.copy(), await request.read()))
         return web.Response(status=self.status)
 
-    async def start(self, port: int = 0) -> web.AppRunner:
+    def bind(self) -> socket.socket:
+        """Take a port that nobody else can have; whoever calls is refused until ``start``."""
+        bound = socket.socket()
+        bound.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        return bound
+
+    async def start(self, bound: socket.socket) -> web.AppRunner:
         app = web.Application()
         app.router.add_route("*", "/{tail:.*}", self.handle)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.SockSite(runner, bound).start()
         return runner
 
 
@@ -80,20 +87,13 @@ async def wait_for_retries(sandbox: Sandbox, retries: int) -> None:
         await asyncio.sleep(0.02)
 
 
-@pytest.fixture(scope="session")
-async def listening_receiver() -> AsyncIterator[Receiver]:
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """On a port of the test's own: what an earlier test left on its way does not arrive here."""
     receiver = Receiver(SandboxSettings().verify_token)
-    runner = await receiver.start()
+    runner = await receiver.start(receiver.bind())
     yield receiver
     await runner.cleanup()
-
-
-@pytest.fixture
-def receiver(listening_receiver: Receiver) -> Receiver:
-    listening_receiver.status = 200
-    listening_receiver.verify_token = SandboxSettings().verify_token
-    listening_receiver.requests.clear()
-    return listening_receiver
 
 
 @pytest.fixture
@@ -102,28 +102,25 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-@pytest.fixture(scope="session")
-def make_settings(listening_receiver: Receiver) -> Callable[..., SandboxSettings]:
+DEFAULTS: dict[str, Any] = {"size": 100, "shares": CERTAIN, "time_scale": 0.05, "duplicate_share": 0}
+
+
+@pytest.fixture
+def make_settings(receiver: Receiver) -> Callable[..., SandboxSettings]:
     def make(**changes: Any) -> SandboxSettings:
-        defaults: dict[str, Any] = {
-            "size": 100,
-            "shares": CERTAIN,
-            "time_scale": 0.05,
-            "duplicate_share": 0,
-            "whatsapp_webhook_url": f"{listening_receiver.url}/whatsapp",
-        }
-        return SandboxSettings(**{**defaults, **changes})
+        return SandboxSettings(**{**DEFAULTS, "whatsapp_webhook_url": f"{receiver.url}/whatsapp", **changes})
 
     return make
 
 
 @pytest.fixture(scope="session")
-async def running_sandbox(make_settings: Callable[..., SandboxSettings]) -> AsyncIterator[Sandbox]:
-    async with Sandbox(make_settings()) as sandbox:
+async def running_sandbox() -> AsyncIterator[Sandbox]:
+    async with Sandbox(SandboxSettings(**DEFAULTS)) as sandbox:
         yield sandbox
 
 
 @pytest.fixture
 async def sandbox(running_sandbox: Sandbox, receiver: Receiver) -> AsyncIterator[Sandbox]:
+    running_sandbox.meta.webhooks.url = f"{receiver.url}/whatsapp"
     yield running_sandbox
     await running_sandbox.control.reset()

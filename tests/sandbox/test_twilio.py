@@ -72,7 +72,7 @@ def test_signature_is_that_of_the_published_example() -> None:
 
 
 def make_client(sandbox: Sandbox) -> Client:
-    http_client = TwilioHttpClient(timeout=5, pool_connections=False)
+    http_client = TwilioHttpClient(timeout=60, pool_connections=False)
     client = Client(sandbox.settings.account_sid, sandbox.settings.auth_token, http_client=http_client)
     client.api.base_url = sandbox.url
     return client
@@ -81,7 +81,7 @@ def make_client(sandbox: Sandbox) -> Client:
 async def test_twilios_own_client_lists_page_by_page(
     make_settings: Callable[..., SandboxSettings], receiver: Receiver, http: aiohttp.ClientSession
 ) -> None:
-    async with Sandbox(make_settings(time_scale=100.0)) as sandbox:
+    async with Sandbox(make_settings(time_scale=100_000.0)) as sandbox:
         person, other = (sandbox.population.get_person(number).phone for number in (3, 4))
         for to, body in ((person, "1"), (other, "2"), (person, "3"), (person, "4")):
             status, _ = await post(sandbox, http, make_fields(sandbox, receiver, To=to, Body=body))
@@ -244,12 +244,10 @@ async def test_strict_callback_is_lost_after_the_retries_that_were_asked_for(
 
 async def test_callback_outlives_the_receivers_absence(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     receiver = Receiver(sandbox.settings.verify_token)
-    runner = await receiver.start()
-    port = int(receiver.url.rpartition(":")[2])
-    await runner.cleanup()
+    bound = receiver.bind()
     await post(sandbox, http, make_fields(sandbox, receiver))
     await wait_for_retries(sandbox, 6)
-    runner = await receiver.start(port)
+    runner = await receiver.start(bound)
     await sandbox.outbox.drain()
     await runner.cleanup()
     assert len(receiver.requests) == 3
