@@ -107,11 +107,12 @@ def read_mode(path: Path) -> int:
 
 
 async def await_no_server(data_dir: Path) -> None:
-    for _ in range(1000):
-        if not list_servers(data_dir):
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail("the server outlived its parent")
+    try:
+        async with asyncio.timeout(120):
+            while list_servers(data_dir):  # noqa: ASYNC110 - they tell nobody
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        pytest.fail("the server outlived its parent")
 
 
 async def query(url: str, statement: str) -> list[tuple[object, ...]]:
@@ -190,10 +191,9 @@ async def kill_in_initdb(data_dir: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", HOLDER, str(data_dir)), env={"PYTHONPATH": os.pathsep.join(map(str, (SERVER, SITE)))}, cwd="/"
     )
-    for _ in range(4000):
-        if (data_dir / "pg.partial/PG_VERSION").exists():
-            break
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(120):
+        while not (data_dir / "pg.partial/PG_VERSION").exists():  # noqa: ASYNC110 - initdb tells nobody
+            await asyncio.sleep(0.005)
     process.kill()
     assert await process.wait() == -signal.SIGKILL
 
