@@ -94,7 +94,7 @@ async def test_browser_is_subscribed_for_whom_the_backend_names(caller: Caller) 
         lambda caller: caller.sign("eve").replace("v1.", "v2.", 1),
         lambda caller: caller.sign("eve")[:-4] + "AAAA",
         lambda caller: caller.sign("eve").rpartition(".")[0],
-        lambda caller: caller.sign("eve").replace(caller.sign("eve").split(".")[1], "9999999999"),
+        lambda caller: (signed := caller.sign("eve")).replace(signed.split(".")[1], "9999999999"),
         lambda caller: sign_identity("another secret", "eve", datetime.now(UTC) + timedelta(hours=1)),
         lambda caller: "é.é.é.é",
         lambda caller: sign_parts(caller, "1e10", "ZXZl"),
@@ -284,12 +284,15 @@ async def test_unsubscribing_what_nobody_has_is_no_error(caller: Caller) -> None
     assert (await caller.post("unsubscribe", {"subscription": make_subscription()}))[0] == 204
 
 
-async def test_person_can_change_subscriptions_ten_times_a_minute(caller: Caller) -> None:
+async def test_person_can_change_subscriptions_ten_times_a_minute(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A hundred times as long, or a busy machine would have room again before it has made twelve calls.
+    for name in ("EVERY", "AHEAD"):
+        monkeypatch.setattr(enrolment, name, 100 * getattr(enrolment, name))
     statuses = [await caller.subscribe("busy", make_subscription()) for _ in range(12)]
     assert statuses == [(204, "")] * 10 + [(429, "TOO_MANY_REQUESTS")] * 2
     body = {"identity": caller.sign("busy"), "subscription": make_subscription()}
     async with caller.http.post(f"{caller.url}/subscribe", json=body, headers={"Origin": ORIGIN}) as answer:
-        assert 1 <= int(answer.headers["retry-after"]) <= 6
+        assert 1 <= int(answer.headers["retry-after"]) <= 100 * 6
     assert (await caller.subscribe("somebody else", make_subscription()))[0] == 204
 
 

@@ -150,6 +150,7 @@ async def test_templates_of_the_account_are_listed_with_what_uses_them(open_worl
 async def test_templates_come_in_pages_and_are_read_once_a_minute(shelf: World, monkeypatch: pytest.MonkeyPatch) -> None:
     Shelf.answer = [make_template("b"), make_template("a", language="en"), make_template("a", language="de")]
     Shelf.delay = 0.2
+    monkeypatch.setattr(templates, "KEEP_SECONDS", 600.0)
     await asyncio.gather(*(list_templates(shelf) for _ in range(10)))
     seen, token = [], ""
     while True:
@@ -167,7 +168,9 @@ async def test_templates_come_in_pages_and_are_read_once_a_minute(shelf: World, 
 async def test_caller_that_goes_away_takes_the_answer_from_nobody(shelf: World) -> None:
     Shelf.answer, Shelf.delay = [make_template("a")], 0.5
     leaving = asyncio.ensure_future(list_templates(shelf))
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(60):
+        while not Shelf.asked:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
     staying = asyncio.ensure_future(list_templates(shelf))
     await asyncio.sleep(0.1)
     leaving.cancel()
@@ -191,6 +194,7 @@ async def test_templates_that_cannot_be_read_are_a_refusal_in_words(
     shelf: World, monkeypatch: pytest.MonkeyPatch, answer: Any, cause: str
 ) -> None:
     Shelf.answer = answer
+    monkeypatch.setattr(templates, "ASK_AGAIN_SECONDS", 600.0)
     refusal = await refuse(list_templates(shelf))
     assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "TEMPLATES_UNREADABLE")
     assert refusal.metadata == {"channel": "shelf", "cause": cause}

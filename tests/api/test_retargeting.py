@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy
 from sqlalchemy import text, update
 
 from aftertouch.client import read_reason
@@ -20,6 +21,7 @@ from aftertouch.retargeting import settling
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
 from aftertouch.store.engine import transaction
+from aftertouch.store.paces import hold_limits
 from aftertouch.store.tables import apps, campaigns
 from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2, retargeting_pb2
 from tests.fix_database import clone_database
@@ -170,15 +172,24 @@ async def give_content(world: World, wave: Any) -> Any:
     return await world.client.campaigns.UpdateCampaign(campaigns_pb2.UpdateCampaignRequest(campaign=changed))
 
 
+async def hold_back(world: World, *names: str) -> None:
+    """Have campaigns wait for an hour before they send, by the limits of their own."""
+    async with transaction(world.core.engine) as conn:
+        chosen = campaigns.c.campaign.in_([name.rpartition("/")[2] for name in names])
+        found = await conn.execute(sqlalchemy.select(campaigns.c.campaign_id).where(chosen))
+        await hold_limits(conn, {f"campaign/{campaign_id}": timedelta(hours=1) for campaign_id in found.scalars()})
+
+
 async def test_waves_that_are_launched_at_once_message_nobody_twice(shared_world: World) -> None:
     """Two people launch the same wave, from two windows: each launch has to see whom the other took."""
     source = "apps/acme/campaigns/source-sms"
     waves = [await give_content(shared_world, await retarget(shared_world, select(source, "sent"), "push")) for _ in range(3)]
     update_campaign, launch = shared_world.client.campaigns.UpdateCampaign, shared_world.client.campaigns.LaunchCampaign
     for wave in waves:
-        # Slow enough to be sending still when the next one looks.
         slowed = campaigns_pb2.Campaign(name=wave.name, messages_per_second=1)
         await update_campaign(campaigns_pb2.UpdateCampaignRequest(campaign=slowed))
+    # Whichever is launched is sending still when the others look.
+    await hold_back(shared_world, *(wave.name for wave in waves))
     expected = (await preview(shared_world, select(source, "sent"), "push")).audience_count
     answers = await asyncio.gather(
         *(launch(campaigns_pb2.LaunchCampaignRequest(name=wave.name)) for wave in waves), return_exceptions=True

@@ -449,13 +449,16 @@ async def test_client_that_reads_no_rejections_keeps_few_of_them_in_the_server(w
     async with connect(world) as stream:
         await stream.open()
         pouring = asyncio.create_task(stream.send(*(batch(place, nothing) for place in range(1, 1_001))))
-        seen = -1
-        while seen != (position := await read_position(world)) or not position:
-            seen = position
-            await asyncio.sleep(1)
+        seen, looks = 0, 0
+        async with asyncio.timeout(240):
+            # It comes no further: not because it is slow, but for some seconds in which there is nothing to be stored.
+            while looks < 3:
+                await asyncio.sleep(1)
+                position = await read_position(world)
+                looks = looks + 1 if position == seen > 0 and not ledger._batcher._backlog else 0
+                seen = position
         # What fills gRPC's windows for answers, of 650 kB each, what waits here, and what is in hand.
         assert position < 50
-        assert ledger._batcher._backlog == 0
         pouring.cancel()
         await asyncio.gather(pouring, return_exceptions=True)
 
@@ -597,8 +600,9 @@ async def test_client_that_pours_is_held_back_and_the_backlog_bounded(world: Wor
                 sent += 1
 
         pouring = asyncio.create_task(pour())
+        await wait_until(lambda: world.core.ledger._batcher._backlog >= 16_000)
         seen = -1
-        while seen != sent or not sent:
+        while seen != sent:
             seen = sent
             await asyncio.sleep(0.5)
         held = world.core.ledger._batcher._backlog
@@ -606,7 +610,7 @@ async def test_client_that_pours_is_held_back_and_the_backlog_bounded(world: Wor
         # What is on its way between client and server: HTTP/2's window and one message in each hand.
         assert sent < 250
         await conn.rollback()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(400):
             await stream.read_until(1_000)
         await pouring
     assert events_service.WINDOW * 1_000 < batcher.LARGEST_BACKLOG or await count_log(world) == 1_000_000
@@ -813,6 +817,7 @@ async def test_client_is_told_that_a_newer_stream_won(world: World) -> None:
     async def lose() -> None:
         async with world.client.stream_events("importer") as older, world.client.stream_events("importer") as newer:
             await newer.send(delivered(tokens[:1]))
+            await newer.flush()
             await older.send(delivered(tokens[:1]))
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
