@@ -20,6 +20,8 @@ import aiohttp.web
 import pytest
 from sqlalchemy import delete, select
 
+from aftertouch.console import provided
+from aftertouch.console import settings as console_settings
 from aftertouch.console.accounts import MOST_FAILURES
 from aftertouch.console.app import PAGES
 from aftertouch.console.words import REASONS
@@ -32,6 +34,7 @@ from aftertouch.v1 import apps_pb2, campaigns_pb2, contacts_pb2, events_pb2, ret
 from tests.fix_console import PASSWORD, Visitor, create_user
 from tests.fix_database import clone_database
 from tests.fix_world import OpenWorld, World, run_world
+from tests.ports import find_free_port
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;"
 USERS = {"viewer": "vera@acme.example", "marketer": "max@acme.example", "admin": "ada@acme.example"}
@@ -361,7 +364,7 @@ async def test_text_from_outside_is_text_on_every_page(world: World, admin: Visi
 
 
 async def wait_for_import(visitor: Visitor, path: str) -> str:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         # There is nothing to wait on but the answer of the next request.
         while "Importing" in (text := (await visitor.get(path))[1]):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -585,7 +588,10 @@ async def test_draft_begins_with_the_message_of_another_campaign(
     assert (await marketer.post(f"{draft}/form", {"copy": "no-such"}))[0] == 404
 
 
-async def test_templates_of_the_provider_are_offered_and_shown_in_their_words(open_world: OpenWorld) -> None:
+async def test_templates_of_the_provider_are_offered_and_shown_in_their_words(
+    open_world: OpenWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provided, "PATIENCE", 60.0)
     kept = {"summer_sale": f"Hello {{{{1}}}}, {HOSTILE} {{% {{{{x", "winter_sale": "Hello"}
     async with open_world(SandboxSettings(size=5, templates=kept, template_statuses={"winter_sale": "PAUSED"})) as world:
         await world.import_people()
@@ -618,7 +624,10 @@ async def test_templates_of_the_provider_are_offered_and_shown_in_their_words(op
             assert "preview" not in (await marketer.get(f"{draft}/templates"))[1]
 
 
-async def test_templates_that_cannot_be_listed_are_told_of_and_the_name_can_be_typed(marketer: Visitor) -> None:
+async def test_templates_that_cannot_be_listed_are_told_of_and_the_name_can_be_typed(
+    marketer: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provided, "PATIENCE", 60.0)
     draft = await make_draft(marketer, "whatsapp")
     status, text = await marketer.get(f"{draft}/templates")
     assert (status, "<select" in text) == (200, False)
@@ -1064,7 +1073,10 @@ async def test_audit_log_has_changes_by_key_and_in_the_console(world: World, adm
 # Channels
 
 
-async def test_channels_show_health_and_where_providers_report_to(world: World, marketer: Visitor) -> None:
+async def test_channels_show_health_and_where_providers_report_to(
+    world: World, marketer: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console_settings, "CHECK_SECONDS", 60.0)
     _, text = await marketer.get("/channels")
     assert f'value="{world.addresses.public_url}/v1/webhooks/sms"' in text
     assert "AFTERTOUCH_CONSOLE_URL is missing" in text
@@ -1072,12 +1084,15 @@ async def test_channels_show_health_and_where_providers_report_to(world: World, 
     assert (status, "All 3 addresses lead here." in text, text.count("Reachable")) == (200, True, 3)
 
 
-async def test_channels_tell_of_an_address_that_leads_elsewhere(postgres_url: str, template: str) -> None:
+async def test_channels_tell_of_an_address_that_leads_elsewhere(
+    postgres_url: str, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A proxy that does not pass on what is below /v1/webhooks answers for itself; or nobody does."""
+    monkeypatch.setattr(console_settings, "CHECK_SECONDS", 60.0)
     app = aiohttp.web.Application()
     runner = aiohttp.web.AppRunner(app)
     await runner.setup()
-    site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+    site = aiohttp.web.TCPSite(runner, "127.0.0.1", find_free_port())
     await site.start()
     elsewhere = "http://{}:{}".format(*runner.addresses[0])
     async with clone_database(postgres_url, template) as url, run_world(url, public_url=elsewhere) as world:

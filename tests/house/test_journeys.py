@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from aftertouch.processes import Child, isolate
+from tests.ports import find_free_port
 
 ROOT = Path(__file__).parents[2]
 TYPESCRIPT = ROOT / "clients" / "typescript"
@@ -23,9 +23,8 @@ pytestmark = pytest.mark.e2e
 async def playground(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, str]]:
     """What a journey finds in its environment."""
     directory = tmp_path_factory.mktemp("playground")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        # Meta's stand-in is told the address before the server binds it, so 0 will not do.
-        http = f"127.0.0.1:{probe.getsockname()[1]}"
+    # Meta's stand-in is told the address before the server binds it, so 0 will not do.
+    http = f"127.0.0.1:{find_free_port()}"
     environment = {
         "AFTERTOUCH_DATA_DIR": str(directory / "data"),
         "AFTERTOUCH_GRPC_ADDRESS": "127.0.0.1:0",

@@ -27,7 +27,7 @@ from aftertouch_sms import SmsAddress, SmsChannel, SmsContent, SmsSettings
 from aftertouch_whatsapp import WhatsAppAddress, WhatsAppChannel, WhatsAppContent, WhatsAppSettings
 from aftertouch_whatsapp.twilio import read_template
 from aiohttp import web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import TestServer
 
 from aftertouch.channels import (
     Accepted,
@@ -43,6 +43,7 @@ from aftertouch.channels import (
 from aftertouch.sandbox import Sandbox, SandboxSettings
 from aftertouch.sandbox.meta import sign_webhook
 from aftertouch.sandbox.twilio import sign_callback
+from tests.ports import find_free_port
 
 HERE = Path(__file__).parent
 MODULES = HERE / "node_modules"
@@ -90,7 +91,7 @@ async def ask(part: str, questions: Sequence[dict[str, Any]]) -> list[Any]:
 @asynccontextmanager
 async def run_prism(*arguments: str | Path) -> AsyncIterator[str]:
     """Prism's address, once it listens there."""
-    port = unused_port()
+    port = find_free_port()
     program = MODULES / "@stoplight/prism-cli/dist/index.js"
     async with run_node(program, arguments[0], "-h", "127.0.0.1", "-p", str(port), *arguments[1:]) as process:
         assert process.stdout is not None
@@ -217,7 +218,7 @@ def test_templates_of_twilios_document_are_read() -> None:
 async def judged_sandbox() -> AsyncIterator[tuple[Sandbox, str]]:
     """The sandbox behind a Prism that judges its answers too, with 500 where they are not the document's."""
     async with (
-        Sandbox(SandboxSettings(size=50, time_scale=100.0)) as sandbox,
+        Sandbox(SandboxSettings(size=50, time_scale=1_000_000.0)) as sandbox,
         run_prism("proxy", OPENAPI, sandbox.url, "--errors") as url,
     ):
         yield sandbox, url
