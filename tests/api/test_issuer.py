@@ -187,7 +187,7 @@ async def test_issuer_of_other_people_signs_in(postgres_url: str, template: str)
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while not (found := re.search(rb"running on http://127\.0\.0\.1:(\d+)", line := await process.stdout.readline())):
                 assert line, "it ended"
         # Whatever it writes must not fill the pipe.

@@ -225,6 +225,7 @@ async def test_connection_with_words_that_nobody_asked_for_is_not_used_again() -
 async def test_requests_beyond_the_connections_wait_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MOST_CONNECTIONS", 3)
     under_way = most = 0
+    full = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal under_way, most
@@ -235,6 +236,9 @@ async def test_requests_beyond_the_connections_wait_for_one(monkeypatch: pytest.
                 return
             under_way += 1
             most = max(most, under_way)
+            if under_way == 3:
+                full.set()
+            await full.wait()
             await asyncio.sleep(0.005)
             under_way -= 1
             body = request.rpartition(b"\r\n\r\n")[2]
