@@ -33,8 +33,8 @@ from aftertouch.processes import Child, ProcessFailed
 from aftertouch.server import migrate_new
 from aftertouch.store.embedded import EmbeddedPostgres
 from aftertouch.store.engine import open_engine
-from tests.e2e.ports import keep_port
 from tests.e2e.producers import Producer, Target, count_minutes, launch_target, read_minutes, read_receipts, unite_people
+from tests.ports import keep_port
 
 SECRET_KEY = "a secret key of the faults, 32 characters or more"
 AUTH_TOKEN = "a Twilio auth token"

@@ -24,9 +24,9 @@ from aftertouch.store import apps as store
 from aftertouch.store.embedded import find_running_url
 from aftertouch.store.engine import open_engine, transaction
 from aftertouch.v1 import campaigns_pb2
-from tests.e2e.ports import keep_port
 from tests.e2e.spools import wait_until_drained
 from tests.fix_world import CONTENT, SECRET_KEY
+from tests.ports import keep_port
 
 _State = campaigns_pb2.Campaign.State
 

@@ -16,9 +16,9 @@ from aftertouch.sandbox.population import Channel
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2
 from tests.e2e.books import check_books
-from tests.e2e.ports import keep_port
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
+from tests.ports import keep_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
