@@ -17,16 +17,20 @@ from urllib.parse import quote
 
 import aiohttp
 import aiohttp.web
+import numpy as np
 import pytest
 from sqlalchemy import delete, select
 
+import aftertouch.rpc.events
 from aftertouch.console import provided
 from aftertouch.console import settings as console_settings
 from aftertouch.console.accounts import MOST_FAILURES
 from aftertouch.console.app import PAGES
 from aftertouch.console.words import REASONS
-from aftertouch.rpc.values import to_struct
+from aftertouch.rolls.sql import write_roll
+from aftertouch.rpc.values import to_struct, to_timestamp
 from aftertouch.sandbox import SandboxSettings
+from aftertouch.store.activity import read_activity
 from aftertouch.store.engine import transaction
 from aftertouch.store.tables import audit_entries, campaigns, sessions, sign_in_failures
 from aftertouch.store.tables import users as users_table
@@ -418,6 +422,68 @@ async def test_campaign_page_has_the_same_counts_as_the_api(
         assert re.search(rf"{label} +{campaign.counts.signals[signal]} ", plain), label
     for reason in campaign.counts.reasons:
         assert reason.reason_code in plain
+
+
+def read_chart(text: str) -> tuple[str, dict[str, int]]:
+    """What a column of a campaign's chart spans, and the events of each line."""
+    lines = re.findall(r'</svg>([\w ]+) <span class="num muted">([\d,]+) events</span>', text)
+    return re.search(r"Events in ([\w ]+),", text)[1], {label: int(count.replace(",", "")) for label, count in lines}
+
+
+async def launch_long_ago(world: World, name: str, times: list[datetime]) -> str:
+    """The id of a campaign to one person, as if it had been sent at the first of these times; each has a receipt."""
+    made = await world.create_campaign("sms", display_name=name)
+    async with transaction(world.core.engine) as conn:
+        where = campaigns.c.campaign == read_id(made.name)
+        values = {"state": "SENT", "recipients": 1, "launch_time": times[0], "finish_time": times[0]}
+        launched = await conn.execute(campaigns.update().where(where).values(values).returning(campaigns.c.campaign_id))
+        await write_roll(conn, launched.scalar_one(), np.array([0]))
+    (person,) = await world.read_recipients(made.name)
+    events = [
+        events_pb2.Event(
+            recipient=events_pb2.RecipientTarget(campaign=made.name, external_id=person),
+            signal="delivered",
+            time=to_timestamp(time),
+        )
+        for time in times
+    ]
+    request = events_pb2.IngestEventsRequest(parent="apps/acme", events=events)
+    assert (await world.client.events.IngestEvents(request)).accepted_count == len(times)
+    return read_id(made.name)
+
+
+async def test_chart_of_a_month_has_all_events_and_asks_for_no_more_than_it_draws(
+    world: World, marketer: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    async def count_rows(*arguments: Any) -> Any:
+        found = await read_activity(*arguments)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(aftertouch.rpc.events, "read_activity", count_rows)
+    now = datetime.now(UTC)
+    times = [now - timedelta(hours=hours) for hours in range(29 * 24, 0, -1)]
+    campaign = await launch_long_ago(world, "All month", times)
+    _, text = await marketer.get(f"/campaigns/{campaign}")
+    assert read_chart(text) == ("12 hours", {"Delivered": len(times)})
+    assert len(asked) == 1
+    assert asked[0] <= 60
+
+
+@pytest.mark.parametrize("hours", [0, 3, 23, 100])
+async def test_chart_ends_with_the_last_event(world: World, marketer: Visitor, hours: int) -> None:
+    launch_time = (datetime.now(UTC) - timedelta(days=29)).replace(minute=20, second=30)
+    times = [launch_time + timedelta(hours=hours) * part for part in (0, 0.5, 1)]
+    campaign = await launch_long_ago(world, f"Over after {hours}", times)
+    _, text = await marketer.get(f"/campaigns/{campaign}")
+    assert read_chart(text)[1] == {"Delivered": 3}
+    (points,) = re.findall(r'points="([^"]+)"', text)
+    assert 12 <= len(points.split()) / 2 <= 60
+    start, end = re.search(r"Events over time, from (.{16}) to (.{16}) UTC", text).groups()
+    shown = datetime.fromisoformat(end) - datetime.fromisoformat(start)
+    assert max(timedelta(hours=hours), timedelta(minutes=12)) <= shown <= timedelta(hours=hours * 1.1, minutes=12)
 
 
 async def test_export_has_the_people_of_an_action_or_a_reason(

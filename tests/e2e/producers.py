@@ -212,8 +212,8 @@ async def read_receipts(engine: AsyncEngine, target: Target) -> dict[str, set[in
 async def read_minutes(engine: AsyncEngine, target: Target) -> Counter[tuple[str, int]]:
     """How many events were counted, by signal and minute since 1970."""
     statement = (
-        "SELECT signal, (extract(epoch FROM minute) / 60)::bigint AS minute, events FROM activity JOIN kinds USING (kind)"
-        " WHERE slot = :slot"
+        "SELECT signal, (extract(epoch FROM start_time) / 60)::bigint AS minute, events FROM activity JOIN kinds USING (kind)"
+        " WHERE slot = :slot AND minutes = 1"
     )
     async with transaction(engine) as conn:
         rows = await conn.execute(text(statement), {"slot": target.campaign_id << 20})

@@ -56,15 +56,22 @@ async def test_no_events_write_nothing(engine: AsyncEngine) -> None:
         assert (await conn.execute(text("SELECT count(*) FROM events"))).scalar_one() == 0
 
 
-async def test_activity_counts_events_by_campaign_minute_and_kind(engine: AsyncEngine) -> None:
+async def test_activity_counts_events_by_campaign_minute_and_kind_and_by_hour(engine: AsyncEngine) -> None:
     async with transaction(engine) as conn:
-        times = [NOON, NOON + MINUTE - 1, NOON + MINUTE]
-        await store_events(conn, join_batches([make_batch(5, [1, 2, 3], times=times), make_batch(6, [1], kind=2)]))
+        times = [NOON, NOON + MINUTE - 1, NOON + MINUTE, NOON + 60 * MINUTE, NOON - 1]
+        await store_events(conn, join_batches([make_batch(5, [1, 2, 3, 4, 5], times=times), make_batch(6, [1], kind=2)]))
         await store_events(conn, make_batch(5, [1, 1], times=[NOON + 1] * 2))
-        rows = await conn.execute(text("SELECT slot >> 20, kind, minute, events FROM activity ORDER BY 1, 2, 3"))
+        rows = await conn.execute(text("SELECT slot >> 20, kind, minutes, start_time, events FROM activity ORDER BY 1, 2, 3, 4"))
         found = [tuple(row) for row in rows]
     noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
-    assert found == [(5, 1, noon, 4), (5, 1, noon + timedelta(minutes=1), 1), (6, 2, noon, 1)]
+    minute, hour = timedelta(minutes=1), timedelta(hours=1)
+    by_minute = [(noon - minute, 1), (noon, 4), (noon + minute, 1), (noon + hour, 1)]
+    by_hour = [(noon - hour, 1), (noon, 5), (noon + hour, 1)]
+    assert found == [
+        *((5, 1, 1, *counted) for counted in by_minute),
+        *((5, 1, 60, *counted) for counted in by_hour),
+        *((6, 2, minutes, noon, 1) for minutes in (1, 60)),
+    ]
 
 
 async def test_partitions_are_made_ahead_and_making_them_again_changes_nothing(engine: AsyncEngine) -> None:
@@ -130,7 +137,7 @@ async def test_counts_survive_the_drop_of_the_log(engine: AsyncEngine) -> None:
         await drop_partitions(conn, datetime.now(UTC).date() + timedelta(days=1))
         assert (await conn.execute(text("SELECT count(*) FROM events"))).scalar_one() == 0
         assert await count_by_kind(conn, 5) == {1: 3}
-        assert (await conn.execute(text("SELECT sum(events) FROM activity"))).scalar_one() == 4
+        assert (await conn.execute(text("SELECT sum(events) FROM activity WHERE minutes = 60"))).scalar_one() == 4
 
 
 async def test_attempt_is_found_by_its_channels_message_id_only(engine: AsyncEngine) -> None:

@@ -101,11 +101,11 @@ async def log_events(conn: AsyncConnection, batch: EventBatch) -> None:
 
 
 async def count_events(conn: AsyncConnection, batch: EventBatch) -> None:
-    """Write events that are in the log into the receipts and the counts by minute."""
+    """Write events that are in the log into the receipts and the counts by minute and hour."""
     if not len(batch):
         return
     await upsert_receipts(conn, group_bits(batch.slots, batch.kinds, batch.positions, batch.members))
-    await _count_minutes(conn, batch)
+    await _count_activity(conn, batch)
 
 
 def encode_events(batch: EventBatch, commit_id: int) -> bytearray:
@@ -126,8 +126,9 @@ def encode_events(batch: EventBatch, commit_id: int) -> bytearray:
     return data
 
 
-async def _count_minutes(conn: AsyncConnection, batch: EventBatch) -> None:
-    """Add the batch to the counts of its campaigns, minutes and kinds, in that order: concurrent batches must not deadlock."""
+async def _count_activity(conn: AsyncConnection, batch: EventBatch) -> None:
+    """Add the batch to the counts of its campaigns by minute and by hour, in the order of the key: concurrent batches must not
+    deadlock."""
     campaigns, campaign_places = rank(batch.slots >> SLOT_SHIFT)
     minutes, minute_places = rank(batch.times // (60 * MICROSECONDS))
     kinds, kind_places = rank(batch.kinds)
@@ -137,11 +138,11 @@ async def _count_minutes(conn: AsyncConnection, batch: EventBatch) -> None:
     cell_campaigns, cell_minutes = np.divmod(cell_minutes, len(minutes))
     pg = await driver(conn)
     await pg.execute(
-        "INSERT INTO activity AS a (slot, minute, kind, events)"
-        " SELECT slot, to_timestamp(minute * 60), kind, events"
-        " FROM unnest(%b::bigint[], %b::bigint[], %b::int[], %b::bigint[]) AS new (slot, minute, kind, events)"
-        " ORDER BY slot, minute, kind"
-        " ON CONFLICT (slot, minute, kind) DO UPDATE SET events = a.events + excluded.events",
+        "INSERT INTO activity AS a (slot, minutes, start_time, kind, events)"
+        " SELECT slot, minutes, date_bin(make_interval(mins => minutes), to_timestamp(minute * 60), 'epoch') AS start_time, kind,"
+        " sum(events) FROM unnest(%b::bigint[], %b::bigint[], %b::int[], %b::bigint[]) AS new (slot, minute, kind, events),"
+        " (VALUES (1), (60)) AS spans (minutes) GROUP BY slot, minutes, start_time, kind ORDER BY slot, minutes, start_time, kind"
+        " ON CONFLICT (slot, minutes, start_time, kind) DO UPDATE SET events = a.events + excluded.events",
         (
             (campaigns[cell_campaigns] << SLOT_SHIFT).tolist(),
             minutes[cell_minutes].tolist(),

@@ -306,11 +306,12 @@ activity = Table(
     "activity",
     metadata,
     Column("slot", BigInteger, nullable=False, comment="the campaign's first"),
-    _time("minute"),
+    _time("start_time"),
+    Column("minutes", Integer, nullable=False, comment="how long, 1 or 60: each event is counted in both"),
     Column("kind", Integer, nullable=False),
     Column("events", BigInteger, nullable=False),
-    PrimaryKeyConstraint("slot", "minute", "kind"),
-    comment="how many events of a kind happened in a minute",
+    PrimaryKeyConstraint("slot", "minutes", "start_time", "kind"),
+    comment="how many events of a kind happened in a minute, and in an hour",
 )
 
 producers = Table(

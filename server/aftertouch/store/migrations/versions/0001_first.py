@@ -12,11 +12,12 @@ def upgrade() -> None:
     op.create_table(
         "activity",
         sa.Column("slot", sa.BigInteger(), nullable=False, comment="the campaign's first"),
-        sa.Column("minute", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("start_time", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("minutes", sa.Integer(), nullable=False, comment="how long, 1 or 60: each event is counted in both"),
         sa.Column("kind", sa.Integer(), nullable=False),
         sa.Column("events", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("slot", "minute", "kind", name=op.f("activity_pkey")),
-        comment="how many events of a kind happened in a minute",
+        sa.PrimaryKeyConstraint("slot", "minutes", "start_time", "kind", name=op.f("activity_pkey")),
+        comment="how many events of a kind happened in a minute, and in an hour",
     )
     op.create_table(
         "app_secrets",
