@@ -558,6 +558,80 @@ async def test_failed_people_are_retargeted_by_their_reason(
     assert "Only for this reason" not in text
 
 
+LINKS = ("https://shop.example/sale?size=1&colour=red", "https://shop.example/{{ external_id }}", f"https://x.example/{'y' * 90}")
+
+
+@pytest.fixture(scope="module")
+async def clicked(world: World) -> str:
+    """The id of a campaign with three links; two people clicked the first, one of them the second, and nobody the third."""
+    made = await world.create_campaign("sms", display_name="Linked", content=to_struct({"body": " or ".join(LINKS)}))
+    await world.launch(made.name)
+    people = [name for name, person in (await world.read_recipients(made.name)).items() if "delivered" in person.signals]
+    for person, code in ((0, "0"), (1, "0"), (1, "1"), (0, "javascript:alert(1)"), (0, HOSTILE[:60])):
+        event = events_pb2.Event(signal="clicked", reason_code=code)
+        event.recipient.campaign, event.recipient.external_id = made.name, people[person]
+        event.time.GetCurrentTime()
+        await world.client.events.IngestEvents(events_pb2.IngestEventsRequest(parent="apps/acme", events=[event]))
+    return read_id(made.name)
+
+
+async def test_links_are_told_with_who_clicked_them_and_apart_from_failures(marketer: Visitor, clicked: str) -> None:
+    _, text = await marketer.get(f"/campaigns/{clicked}")
+    (card,) = re.findall(r'<section class="card" aria-labelledby="links-title">.*?</section>', text, re.S)
+    rows = re.findall(r'<bdi [^>]*title="([^"]*)">([^<]*)</bdi></th><td class="right num">(\d+)</td>', card)
+    told = [(html.unescape(shown), int(count)) for _, shown, count in rows]
+    assert told[:3] == list(zip(LINKS, (2, 1, 0), strict=True))
+    assert dict(told[3:]) == {"javascript:alert(1)": 1, HOSTILE[:60]: 1}
+    assert all(whole == shown for whole, shown, _ in rows)
+    assert "<img" not in text
+    assert all(address.startswith("/console/") for address in re.findall(r'href="([^"]*)"', card))
+    failures = re.findall(r'aria-labelledby="failures-title">.*?</section>', text, re.S)
+    assert not any("clicked" in found for found in failures)
+
+
+async def test_campaign_without_failures_has_no_card_of_failures(world: World, marketer: Visitor) -> None:
+    """Its clicks were shown there."""
+    now = datetime.now(UTC)
+    campaign = await launch_long_ago(world, "All well", [now - timedelta(hours=1), now])
+    (person,) = await world.read_recipients(f"apps/acme/campaigns/{campaign}")
+    event = events_pb2.Event(signal="clicked", reason_code="0", time=to_timestamp(now))
+    event.recipient.campaign, event.recipient.external_id = f"apps/acme/campaigns/{campaign}", person
+    await world.client.events.IngestEvents(events_pb2.IngestEventsRequest(parent="apps/acme", events=[event]))
+    _, text = await marketer.get(f"/campaigns/{campaign}")
+    assert ('id="links-title"' in text, 'id="failures-title"' in text) == (True, False)
+
+
+async def test_people_who_clicked_a_link_are_exported_and_retargeted(world: World, marketer: Visitor, clicked: str) -> None:
+    _, text = await marketer.get(f"/campaigns/{clicked}")
+    path = f"/campaigns/{clicked}"
+    assert f'href="/console{path}/people.csv?reason=link%2F0"' in text
+    _, table = await marketer.get(f"{path}/people.csv?reason=link/0")
+    assert len(list(csv.DictReader(io.StringIO(table)))) == 2
+    assert f'href="/console{path}/retarget?action=clicked&amp;reason_code=0"' in text
+    asked = f"{path}/retarget?action=clicked&reason_code=0"
+    _, text = await marketer.get(asked, **{"hx-request": "true"})
+    assert f"Only who clicked <bdi>{escape(LINKS[0])}</bdi>." in text
+    assert '<input type="hidden" name="reason_code" value="0">' in text
+    _, funnel = await marketer.get(f"{path}/retarget/funnel?action=clicked&reason_code=0&channel=push")
+    assert '<span>Chosen</span><span class="num">2</span>' in funnel
+    # Who did anything else did it with no link; choosing them leaves it behind.
+    _, text = await marketer.get(f"{path}/retarget?action=delivered&reason_code=0")
+    assert "Only who clicked" not in text
+    assert '<input type="hidden" name="reason_code" value="">' in text
+    status, place = await marketer.post(f"{path}/retarget", {"action": "clicked", "reason_code": "0", "channel": "push"})
+    assert status == 303
+    draft = await world.get_campaign(f"apps/acme{place.removeprefix('/console').removesuffix('/edit')}")
+    assert (draft.audience.retarget.action, draft.audience.retarget.reason_codes) == ("clicked", ["0"])
+    _, text = await marketer.get(place.removeprefix("/console"))
+    assert f"Clicked a link ({escape(LINKS[0])}) · Linked" in text
+
+
+async def test_role_without_the_right_sees_links_and_cannot_retarget_them(visitor: Visitor, clicked: str) -> None:
+    await visitor.sign_in(USERS["viewer"])
+    _, text = await visitor.get(f"/campaigns/{clicked}")
+    assert (escape(LINKS[0]) in text, "/retarget" in text) == (True, False)
+
+
 async def test_export_makes_no_formulas(world: World, marketer: Visitor) -> None:
     client = world.client
     contact = contacts_pb2.Contact(external_id="=1+1")

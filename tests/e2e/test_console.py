@@ -13,10 +13,11 @@ import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, Route, expect
 from sqlalchemy import func
 
+from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store import tables
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import campaigns_pb2
+from aftertouch.v1 import campaigns_pb2, events_pb2
 from tests.fix_console import PASSWORD, PATIENCE_MS, create_user
 from tests.fix_database import clone_database
 from tests.fix_issuer import CLIENT, run_issuer
@@ -91,7 +92,26 @@ async def world(shared_world: World) -> World:
         display_name="Retarget: Summer Sale (not read)",
     )
     await shared_world.launch(wave.name)
+    await send_links(shared_world)
     return shared_world
+
+
+LINK = f"https://shop.example/{'sale-' * 40}"
+
+
+async def send_links(world: World) -> None:
+    """A campaign named ``linked`` with two links, the first of which three people clicked."""
+    audience = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+    content = to_struct({"body": f"Now {LINK} or https://shop.example/{{{{ external_id }}}}"})
+    campaign = campaigns_pb2.Campaign(display_name="With links", channel="sms", content=content, audience=audience)
+    request = campaigns_pb2.CreateCampaignRequest(parent=world.client.parent, campaign=campaign, campaign_id="linked")
+    made = await world.client.campaigns.CreateCampaign(request)
+    await world.launch(made.name)
+    clicks = [events_pb2.Event(signal="clicked", reason_code="0") for _ in range(3)]
+    for click, person in zip(clicks, await world.read_recipients(made.name), strict=False):
+        click.recipient.campaign, click.recipient.external_id = made.name, person
+        click.time.GetCurrentTime()
+    await world.client.events.IngestEvents(events_pb2.IngestEventsRequest(parent=world.client.parent, events=clicks))
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +197,8 @@ async def list_pages(tab: Tab, campaign: str) -> list[str]:
         f"/campaigns/{campaign}",
         f"/campaigns/{campaign}/retarget",
         f"/campaigns/{campaign}/retarget?action=failed&reason_class=recipient_gone&when=delay",
+        "/campaigns/linked",
+        "/campaigns/linked/retarget?action=clicked&reason_code=0",
         "/contacts",
         "/contacts/person?id=user-000001",
         f"/contacts/explain?id=user-000001&campaign={campaign}",
@@ -214,6 +236,31 @@ async def test_follow_up_takes_four_clicks_and_the_message(tab: Tab, world: Worl
     unread = {name for name, person in source.items() if "delivered" in person.signals and "read" not in person.signals}
     assert set(await world.read_recipients(wave.name)) <= unread
     assert wave.audience.retarget.action == "not_read"
+
+
+async def test_people_who_clicked_a_link_are_followed_up_from_the_campaigns_page(tab: Tab, world: World) -> None:
+    page = tab.page
+    await tab.open("/campaigns/linked")
+    await expect(page.locator("tr", has_text=LINK).locator(".num").first).to_have_text("3")
+    await page.click("#retarget-link-1")
+    await expect(page.locator("dialog .note")).to_contain_text(f"Only who clicked {LINK}.")
+    await expect(page.locator("dialog .drops li").first).to_have_text(re.compile(r"Chosen\s*3"))
+    # Another channel is another count of the same people.
+    await page.click("dialog label[for=where-whatsapp]")
+    await expect(page.locator("#where-whatsapp")).to_be_checked()
+    await expect(page.locator(".htmx-request")).to_have_count(0)
+    await expect(page.locator("dialog .drops li").first).to_have_text(re.compile(r"Chosen\s*3"))
+    await page.click("dialog .note a")
+    await expect(page.locator("dialog .note")).to_have_count(0)
+    await page.keyboard.press("Escape")
+    await page.click("#retarget-link-1")
+    await page.click("dialog label[for=where-push]")
+    await expect(page.locator("#where-push")).to_be_checked()
+    await expect(page.locator("#funnel .drops")).to_be_visible()
+    await make_draft(tab)
+    await expect(page.locator(".meta")).to_contain_text("Clicked a link (https://shop.example/sale-")
+    draft = await world.get_campaign(f"apps/acme/campaigns/{page.url.removesuffix('/edit').rpartition('/')[2]}")
+    assert (draft.audience.retarget.action, draft.audience.retarget.reason_codes) == ("clicked", ["0"])
 
 
 async def test_follow_up_is_made_by_keyboard_alone(tab: Tab, world: World, campaign: str) -> None:

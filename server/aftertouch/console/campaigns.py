@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -40,6 +40,17 @@ class Step:
     share: str
     width: float
     """In per cent of the whole."""
+
+
+@dataclass(frozen=True)
+class ClickedLink:
+    """A tracked link of a campaign, and who clicked it."""
+
+    code: str
+    """Of the clicks on it, as a retarget is narrowed to them."""
+    address: str
+    """As it stands in the content; what was reported with the click where that is no link of the campaign's."""
+    count: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,11 @@ async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> lis
         found = types.get(source.channel) if source else None
         action = found.actions.get(selection.action) if found else None
         label = action.action.label if action else selection.action
+        links = name_links(source.links if source else [])
+        narrowed = [words.REASONS.get(name, (name,))[0].lower() for name in selection.reason_classes]
+        narrowed += [words.shorten(links.get(code, code)) for code in selection.reason_codes]
+        if narrowed:
+            label += f" ({' or '.join(narrowed)})"
         return f"{label} \u00b7 {source.display_name}" if source else label
 
     def describe_audience(audience: campaigns_pb2.Audience) -> str:
@@ -180,7 +196,11 @@ async def read_plain(visit: Visit, identifier: str = "") -> Standing:
         raise NotFound(name)
     ((_, stored),) = found.items()
     message = campaigns_pb2.Campaign(
-        name=name, display_name=stored.display_name, channel=stored.channel, state=State.Value(stored.state)
+        name=name,
+        display_name=stored.display_name,
+        channel=stored.channel,
+        state=State.Value(stored.state),
+        links=stored.links,
     )
     for root in roots.values():
         message.root = visit.name("campaigns", root.campaign)
@@ -281,15 +301,32 @@ async def _read_page(visit: Visit, standing: Standing) -> dict[str, Any]:
         "refusal": refusal,
         "last_time": retargetable_until(visit, standing),
         "chart": chart,
-        "failing": find_failing(visit, standing.message.channel),
+        "failures": [reason for reason in standing.message.counts.reasons if reason.signal in ("failed", "skipped")],
+        "failing": find_narrowed(visit, standing.message.channel, "failed"),
+        "links": list_links(standing),
+        "clicking": find_narrowed(visit, standing.message.channel, "clicked"),
     }
 
 
-def find_failing(visit: Visit, channel: str) -> str:
-    """The action by which those who failed are retargeted, which can be narrowed to reasons; empty where there is none."""
+def name_links(links: Sequence[str]) -> dict[str, str]:
+    """The tracked links of a campaign by the codes of the clicks on them."""
+    return {str(number): link for number, link in enumerate(links)}
+
+
+def list_links(standing: Standing) -> list[ClickedLink]:
+    """The campaign's tracked links in the content's order, also those that nobody clicked, and what else was clicked."""
+    counts = {reason.reason_code: reason.count for reason in standing.message.counts.reasons if reason.signal == "clicked"}
+    addresses = name_links(standing.message.links)
+    codes = dict.fromkeys([*addresses, *counts])
+    return [ClickedLink(code, addresses.get(code, code), counts.get(code, 0)) for code in codes]
+
+
+def find_narrowed(visit: Visit, channel: str, signal: str) -> str:
+    """The simplest action that can be narrowed to a signal's reasons, by which who failed for one is retargeted, or who clicked
+    a link; empty where there is none."""
     found = visit.console.registry.types.get(channel)
     actions = found.actions if found else {}
-    asking = [name for name, action in actions.items() if "failed" in action.expression.names]
+    asking = [name for name, action in actions.items() if action.reasoned == signal]
     return min(asking, key=lambda name: len(actions[name].expression.names), default="")
 
 

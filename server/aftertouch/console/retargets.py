@@ -12,7 +12,7 @@ from markupsafe import Markup
 from starlette.responses import Response
 
 from aftertouch.console import words
-from aftertouch.console.campaigns import Standing, State, read_plain, retargetable_until
+from aftertouch.console.campaigns import Standing, State, name_links, read_plain, retargetable_until
 from aftertouch.console.plans import Plan
 from aftertouch.console.visits import Visit, name_faults, read_id, to_time
 from aftertouch.errors import FieldsInvalid, Violation
@@ -62,13 +62,14 @@ class Choice:
     @property
     def selection(self) -> campaigns_pb2.RetargetSelection:
         """The people."""
-        reason_class = self.text("reason_class")
+        reason_class, reason_code = self.text("reason_class"), self.text("reason_code")
         return campaigns_pb2.RetargetSelection(
             source=self.source.message.name,
             action=self.text("action"),
             include_apart=self.text("apart") == "1",
             leave_out_pending=self.text("heard") == "1",
             reason_classes=[reason_class] if reason_class else [],
+            reason_codes=[reason_code] if reason_code else [],
         )
 
     @property
@@ -92,7 +93,8 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
     matrix = await visit.client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=source.message.name))
     row = next((row for row in matrix.rows if row.action_count.action.action == choice.text("action")), matrix.rows[0])
     kind = visit.console.registry.types.get(source.message.channel)
-    asked = kind.actions[row.action_count.action.action].expression.names if kind else ()
+    reasoned = kind.actions[row.action_count.action.action].reasoned if kind else None
+    reason_code = choice.text("reason_code") if reasoned == "clicked" else ""
     reached = {cell.channel: cell.reachable_count for cell in row.cells}
     places = [Place(name, found.channel.label, is_ready, reached[name]) for name, found, is_ready in await visit.list_channels()]
     by_name = {place.channel: place for place in places}
@@ -113,8 +115,10 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
         places=places,
         # The same channel first: nothing about these people's addresses is a guess there.
         place=by_name.get(channel) or by_name.get(source.message.channel) or places[0],
-        # Only who failed has a reason to be narrowed to.
-        reason_class=choice.text("reason_class") if "failed" in asked else "",
+        # Only who failed has a reason to be narrowed to, and only who clicked a link.
+        reason_class=choice.text("reason_class") if reasoned == "failed" else "",
+        reason_code=reason_code,
+        link=name_links(source.message.links).get(reason_code, reason_code),
         request_id=str(uuid.uuid4()),
     )
 

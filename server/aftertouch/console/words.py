@@ -128,6 +128,8 @@ def share(part: int, whole: int) -> str:
     return f"{percent:.1f}%" if percent % 1 and (percent < 10 or percent > 99) else f"{percent:.0f}%"
 
 
+_LONGEST = 80
+
 _MOMENT = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d(?::\d\d)?) UTC")
 
 
@@ -147,6 +149,11 @@ def span(time: timedelta) -> str:
             count = int(time.total_seconds()) // seconds
             return f"{article} {unit}" if count == 1 else f"{count} {unit}s"
     return f"{time.total_seconds():.0f} seconds"
+
+
+def shorten(text: str) -> str:
+    """A text that is as long as somebody likes, in a line with others."""
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def count_people(value: int) -> str:
