@@ -610,13 +610,13 @@ async def test_people_who_clicked_a_link_are_exported_and_retargeted(world: Worl
     assert f'href="/console{path}/retarget?action=clicked&amp;reason_code=0"' in text
     asked = f"{path}/retarget?action=clicked&reason_code=0"
     _, text = await marketer.get(asked, **{"hx-request": "true"})
-    assert f"Only who clicked <bdi>{escape(LINKS[0])}</bdi>." in text
+    assert f"Only people who clicked <bdi>{escape(LINKS[0])}</bdi>." in text
     assert '<input type="hidden" name="reason_code" value="0">' in text
     _, funnel = await marketer.get(f"{path}/retarget/funnel?action=clicked&reason_code=0&channel=push")
     assert '<span>Chosen</span><span class="num">2</span>' in funnel
     # Who did anything else did it with no link; choosing them leaves it behind.
     _, text = await marketer.get(f"{path}/retarget?action=delivered&reason_code=0")
-    assert "Only who clicked" not in text
+    assert "Only people who clicked" not in text
     assert '<input type="hidden" name="reason_code" value="">' in text
     status, place = await marketer.post(f"{path}/retarget", {"action": "clicked", "reason_code": "0", "channel": "push"})
     assert status == 303
@@ -781,6 +781,75 @@ async def test_review_says_what_a_message_would_be_billed_as(marketer: Visitor) 
     _, text = await marketer.get(f"{draft}/review")
     people = int(re.search(r"Launch to (\d+) (?:person|people)", text)[1])
     assert f"{people} messages are billed as about {2 * people} segments" in text
+
+
+async def test_preview_is_as_long_as_what_arrives_and_says_where_its_links_lead(world: World, marketer: Visitor) -> None:
+    """It showed the address of the content, and people got a shorter one."""
+    body = "Hi {{ first_name | default: 'x' }}: https://shop.example/sale?a=1&b=2. {% if nobody %}https://x.example/{% endif %}"
+    content = {"body": f"{body} Or https://shop.example/{{{{ external_id }}}}?{'y' * 60}"}
+    known = len(world.sandbox.truth.entries)
+    await world.launch((await world.create_campaign("sms", content=to_struct(content))).name)
+    entry = next(entry for entry in world.sandbox.truth.entries[known:] if entry.person)
+    made = await world.create_campaign("sms", content=to_struct(content))
+    _, text = await marketer.get(f"/campaigns/{read_id(made.name)}/edit?as={entry.person.external_id}")
+    shown, arrived = html.unescape(re.search(r'<p class="bubble">([^<]*)</p>', text)[1]), str(entry.content)
+    assert len(shown) == len(arrived)
+    assert re.sub(r"/l/[\w-]{24}", "", shown) == re.sub(r"/l/[\w-]{24}", "", arrived)
+    targets = [html.unescape(address) for address in re.findall(r"<dd><bdi>([^<]*)</bdi>", text)]
+    assert targets == ["https://shop.example/sale?a=1&b=2", f"https://shop.example/{entry.person.external_id}?{'y' * 60}"]
+
+
+async def test_preview_without_tracked_links_shows_the_addresses_themselves(world: World, marketer: Visitor) -> None:
+    content = to_struct({"body": "Now https://shop.example/sale"})
+    made = await world.create_campaign("sms", content=content, track_links=False)
+    _, text = await marketer.get(f"/campaigns/{read_id(made.name)}/edit?as=user-000003")
+    assert '<p class="bubble">Now https://shop.example/sale</p>' in text
+    assert " leads to</dt>" not in text
+
+
+async def test_preview_of_a_notification_has_its_buttons_and_a_place_for_each_picture(marketer: Visitor) -> None:
+    draft = await make_draft(marketer, "push")
+    content = {
+        "content.title": "Last hours",
+        "content.url": "https://shop.example/sale",
+        "content.icon": "https://cdn.example/a/logo.png?v=3",
+        "content.image": f"https://cdn.example/{HOSTILE}",
+        "content.badge": "https://cdn.example/",
+        "content.actions.0.action": "left",
+        "content.actions.0.title": "What is left",
+        "content.actions.0.url": "https://shop.example/left",
+        "content.actions.0.icon": "https://cdn.example/clock.png",
+        "content.actions.1.action": "later",
+        "content.actions.1.title": "Later",
+    }
+    _, text = await marketer.post(f"{draft}/save", {"display_name": "x", "as": "user-000003", **content})
+    pictures = re.findall(r'<span class="picture \S+" title="[^"]*">(\w+) <bdi>([^<]*)</bdi></span>', text)
+    assert [(label, html.unescape(name)) for label, name in pictures] == [
+        ("Badge", "cdn.example"),
+        ("Icon", "logo.png"),
+        ("Image", HOSTILE),
+        ("Icon", "clock.png"),
+    ]
+    assert "<img" not in text
+    buttons = re.search(r'<ul class="pressed">.*?</ul>', text, re.S)[0]
+    assert re.findall(r">(What is left|Later)<", buttons) == ["What is left", "Later"]
+    leading = re.findall(r"<dt>([^<]*)</dt><dd><bdi>([^<]*)</bdi>", text)
+    assert leading == [("A click leads to", "https://shop.example/sale"), ("What is left", "https://shop.example/left")]
+
+
+async def test_preview_of_a_template_has_a_place_for_its_media(open_world: OpenWorld) -> None:
+    async with open_world(SandboxSettings(size=5, templates={"summer_sale": "Hello {{1}}"})) as world:
+        await world.import_people()
+        await create_user(world, USERS["marketer"], "marketer")
+        async with Visitor(world) as marketer:
+            await marketer.sign_in(USERS["marketer"])
+            content = {"template": "summer_sale", "language": "en_US", "body": ["you"]}
+            content["header"] = {"type": "video", "link": "https://cdn.example/a/summer.mp4"}
+            made = await world.create_campaign("whatsapp", content=to_struct(content))
+            _, text = await marketer.get(f"/campaigns/{read_id(made.name)}/templates")
+            assert "Hello you" in text
+            assert re.search(r'<span class="picture image" title="[^"]*">Video <bdi>summer.mp4</bdi></span>', text)
+            assert not re.search(r'<p class="title">', text)
 
 
 async def test_draft_changed_by_somebody_else_is_not_overwritten_by_saving(marketer: Visitor) -> None:

@@ -93,6 +93,7 @@ async def world(shared_world: World) -> World:
     )
     await shared_world.launch(wave.name)
     await send_links(shared_world)
+    await draw_pictures(shared_world)
     return shared_world
 
 
@@ -101,9 +102,9 @@ LINK = f"https://shop.example/{'sale-' * 40}"
 
 async def send_links(world: World) -> None:
     """A campaign named ``linked`` with two links, the first of which three people clicked."""
-    audience = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
     content = to_struct({"body": f"Now {LINK} or https://shop.example/{{{{ external_id }}}}"})
-    campaign = campaigns_pb2.Campaign(display_name="With links", channel="sms", content=content, audience=audience)
+    campaign = campaigns_pb2.Campaign(display_name="With links", channel="sms", content=content)
+    campaign.audience.all_subscribers.SetInParent()
     request = campaigns_pb2.CreateCampaignRequest(parent=world.client.parent, campaign=campaign, campaign_id="linked")
     made = await world.client.campaigns.CreateCampaign(request)
     await world.launch(made.name)
@@ -112,6 +113,17 @@ async def send_links(world: World) -> None:
         click.recipient.campaign, click.recipient.external_id = made.name, person
         click.time.GetCurrentTime()
     await world.client.events.IngestEvents(events_pb2.IngestEventsRequest(parent=world.client.parent, events=clicks))
+
+
+async def draw_pictures(world: World) -> None:
+    """A draft named ``pictured`` of a notification with everything in it."""
+    names = {name: f"https://cdn.example/{'a' * 50}/{name}-{'long-' * 9}.png" for name in ("icon", "image", "badge")}
+    actions = [{"action": name, "title": f"Look at {name}", "url": LINK, "icon": names["icon"]} for name in ("this", "that")]
+    content = to_struct({"title": "Last hours", "body": "Only tonight", "url": LINK, "actions": actions, **names})
+    campaign = campaigns_pb2.Campaign(display_name="With pictures", channel="push", content=content)
+    campaign.audience.all_subscribers.SetInParent()
+    request = campaigns_pb2.CreateCampaignRequest(parent=world.client.parent, campaign=campaign, campaign_id="pictured")
+    await world.client.campaigns.CreateCampaign(request)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +211,7 @@ async def list_pages(tab: Tab, campaign: str) -> list[str]:
         f"/campaigns/{campaign}/retarget?action=failed&reason_class=recipient_gone&when=delay",
         "/campaigns/linked",
         "/campaigns/linked/retarget?action=clicked&reason_code=0",
+        "/campaigns/pictured/edit",
         "/contacts",
         "/contacts/person?id=user-000001",
         f"/contacts/explain?id=user-000001&campaign={campaign}",
@@ -243,7 +256,7 @@ async def test_people_who_clicked_a_link_are_followed_up_from_the_campaigns_page
     await tab.open("/campaigns/linked")
     await expect(page.locator("tr", has_text=LINK).locator(".num").first).to_have_text("3")
     await page.click("#retarget-link-1")
-    await expect(page.locator("dialog .note")).to_contain_text(f"Only who clicked {LINK}.")
+    await expect(page.locator("dialog .note")).to_contain_text(f"Only people who clicked {LINK}.")
     await expect(page.locator("dialog .drops li").first).to_have_text(re.compile(r"Chosen\s*3"))
     # Another channel is another count of the same people.
     await page.click("dialog label[for=where-whatsapp]")
@@ -401,8 +414,8 @@ async def test_no_answer_to_a_form_has_a_barrier(themed: Tab, world: World, camp
     await page.click("#launch")
     await page.wait_for_selector(".fault")
     await check("a launch that was refused")
-    await page.fill("#field-content-body", "Hello {{ first_name | default: 'you' }}")
-    await page.wait_for_selector("#preview .bubble")
+    await page.fill("#field-content-body", f"Hello {{{{ first_name | default: 'you' }}}}: {LINK}")
+    await expect(page.locator("#preview .targets")).to_contain_text(LINK)
     await expect(page.locator("#review")).to_contain_text("segments")
     await check("a draft with its preview and its review")
     await page.fill("#schedule_time", (datetime.now(UTC) + timedelta(days=2)).strftime("%Y-%m-%dT%H:%M"))

@@ -125,6 +125,10 @@ async def _render(
     has_templates = found.channel.capabilities.templates
     source = await find_source(visit, standing)
     contact = await previews.find_contact(visit, standing.message.channel, visit.query("as"))
+    preview = None
+    # A provider's words come by themselves, after the page.
+    if contact and is_stored and not has_templates:
+        preview = await previews.draw(visit, found, standing.message, content, contact)
     return visit.render(
         "compose.html",
         400 if problem or violations else 200,
@@ -138,8 +142,7 @@ async def _render(
         last_time=retargetable_until(visit, source) if source else None,
         contact=contact,
         attributes=previews.list_attributes(contact),
-        # A provider's words come by themselves, after the page.
-        preview=await previews.draw(visit, found, content, contact) if contact and is_stored and not has_templates else None,
+        preview=preview,
         has_templates=has_templates,
         saved="Saved" if is_stored else "",
         problem=problem,
@@ -233,7 +236,7 @@ async def show_templates(visit: Visit) -> Response:
         used=provided.find_used(offer.templates, content),
         name_choice=provided.name_choice,
         contact=contact,
-        preview=await previews.draw(visit, found, content, contact) if contact and is_stored else None,
+        preview=await previews.draw(visit, found, standing.message, content, contact) if contact and is_stored else None,
     )
 
 
@@ -250,7 +253,7 @@ async def save(visit: Visit) -> Response:
         labels = [field.label for field in _make_form(found, content, error.violations).faulty]
         status = f"Kept. Missing or wrong: {', '.join(labels or ['Name'])}"
         return visit.render("saved_part.html", etag=standing.message.etag, preview=None, contact=contact, status=status)
-    preview = await previews.draw(visit, found, content, contact) if contact else None
+    preview = await previews.draw(visit, found, standing.message, content, contact) if contact else None
     response = visit.render("saved_part.html", etag=standing.message.etag, preview=preview, contact=contact, status="Saved")
     # Only of a complete message it can be asked whom it would go to, and what it would cost.
     response.headers["hx-trigger"] = "reviewed"

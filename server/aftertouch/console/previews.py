@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf import json_format
@@ -11,9 +13,11 @@ from google.protobuf import json_format
 from aftertouch.console import provided, words
 from aftertouch.console.visits import Visit
 from aftertouch.declarations import ChannelType
-from aftertouch.delivery.render import ContentTemplate, RenderError
+from aftertouch.delivery.context import begin_links, track_content
+from aftertouch.delivery.render import ContentTemplate, RenderError, render_link
 from aftertouch.errors import FieldsInvalid, NotFound
-from aftertouch.v1 import contacts_pb2
+from aftertouch.ingest.tokens import SPECIMEN
+from aftertouch.v1 import campaigns_pb2, contacts_pb2
 
 _TRIED = 50
 """How many contacts are looked at to find one who can be reached on the channel."""
@@ -29,18 +33,36 @@ class Preview:
     problem: str = ""
     words: Mapping[str, Any] | None = None
     """Of the provider's template that the content fills in: header, body, footer and buttons."""
+    targets: Mapping[str, str] = field(default_factory=dict)
+    """Where each tracked link in the message leads this person, by the link as it arrives."""
 
 
-async def draw(visit: Visit, found: ChannelType, content: Mapping[str, Any], contact: contacts_pb2.Contact) -> Preview:
-    """The message of a valid content for a contact."""
+async def draw(
+    visit: Visit,
+    found: ChannelType,
+    campaign: campaigns_pb2.Campaign,
+    content: Mapping[str, Any],
+    contact: contacts_pb2.Contact,
+) -> Preview:
+    """The message of a draft for a contact, whose content is valid; its tracked links are as long as those that arrive."""
     attributes = json_format.MessageToDict(contact.attributes)
+    tracked = track_content(content, found, is_wanted=campaign.track_links)
+    begin = begin_links(visit.app, visit.console.public_url)
     try:
-        rendered = ContentTemplate(content, found.channel.content_model).render(contact.external_id, attributes)
+        template = ContentTemplate(tracked.content, found.channel.content_model, begin)
+        rendered = template.render(contact.external_id, attributes, SPECIMEN)
     except RenderError as error:
         return Preview("none", {}, words.SKIPS.get(error.code, error.code))
     filled = rendered.model_dump(mode="json", exclude_none=True)
     words_filled = await provided.read_words(visit, found.name, filled) if found.channel.capabilities.templates else None
-    return Preview(_choose_shape(filled), filled, words=words_filled)
+    # A condition may have left some out.
+    seen = set(map(int, re.findall(rf"{re.escape(f'{begin}{SPECIMEN}')}(\d+)", json.dumps(filled, ensure_ascii=False))))
+    targets = {
+        f"{begin}{SPECIMEN}{number}": render_link(link, contact.external_id, attributes)
+        for number, link in enumerate(tracked.links)
+        if number in seen
+    }
+    return Preview(_choose_shape(filled), filled, words=words_filled, targets=targets)
 
 
 def _choose_shape(content: Mapping[str, Any]) -> str:

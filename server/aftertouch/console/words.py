@@ -156,6 +156,12 @@ def shorten(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
+def name_file(address: str) -> str:
+    """What somebody knows a picture by: the last part of its address."""
+    path = address.partition("?")[0].partition("#")[0]
+    return shorten(path.rstrip("/").rpartition("/")[2] or address)
+
+
 def count_people(value: int) -> str:
     """A number with its unit."""
     return "1 person" if value == 1 else f"{value:,} people"

@@ -21,7 +21,7 @@ from aftertouch.ingest.intake import Intake, TokenInvalid
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.spool import SpoolFull
 from aftertouch.ingest.tokens import TEST_POSITION, TOKEN_LENGTH
-from aftertouch.links import find_front_page, is_same_site
+from aftertouch.links import find_front_page
 from aftertouch.plugins import Registry
 from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, slot_of
 from aftertouch.rolls.sql import read_roll_chunk
@@ -90,8 +90,7 @@ class Clicks:
         async with transaction(self._engine) as conn:
             roll = await read_roll_chunk(conn, slot_of(campaign.campaign_id, position >> CHUNK_BITS))
             contacts = await read_contacts(conn, campaign.app_id, [int(roll[position & (CHUNK - 1)])])
-        rendered = render_link(link, contacts[0].external_id, contacts[0].attributes) if contacts else None
-        return rendered if rendered is not None and is_same_site(link, rendered) else find_front_page(link)
+        return render_link(link, contacts[0].external_id, contacts[0].attributes) if contacts else find_front_page(link)
 
     async def _record(self, campaign: Campaign, token: str, number: int, *, is_machine: bool) -> None:
         declared = self._registry.types.get(campaign.channel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -32,14 +33,20 @@ class MessageContext:
 
     def compile_content(self, app: App, campaign: Campaign, declared: ChannelType) -> ContentTemplate:
         """The campaign's content, with its links tracked where the campaign and its channel want that."""
-        link_url = f"{app.link_url or self.public_url}{LINKS}/"
-        return ContentTemplate(_track(campaign, declared).content, declared.channel.content_model, link_url)
+        tracked = track_content(campaign.content, declared, is_wanted=campaign.track_links)
+        return ContentTemplate(tracked.content, declared.channel.content_model, begin_links(app, self.public_url))
+
+
+def begin_links(app: App, public_url: str) -> str:
+    """What the app's tracked links begin with, before the token."""
+    return f"{app.link_url or public_url}{LINKS}/"
+
+
+def track_content(content: Mapping[str, Any] | None, declared: ChannelType, *, is_wanted: bool) -> Tracked:
+    """A content with its links tracked, where that is wanted and the channel has such links."""
+    return track_links(content or {}, declared.channel.capabilities.tracked_links if is_wanted else ())
 
 
 def find_links(campaign: Campaign, declared: ChannelType) -> list[str]:
     """The links of a campaign that are tracked, by their numbers."""
-    return list(_track(campaign, declared).links)
-
-
-def _track(campaign: Campaign, declared: ChannelType) -> Tracked:
-    return track_links(campaign.content or {}, declared.channel.capabilities.tracked_links if campaign.track_links else ())
+    return list(track_content(campaign.content, declared, is_wanted=campaign.track_links).links)

@@ -14,6 +14,7 @@ from aftertouch.channels import Channel, Content, Estimate
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.drafts import write_messages
+from aftertouch.ingest.tokens import SPECIMEN
 from aftertouch.rolls.chunks import Numbers
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign
@@ -24,8 +25,6 @@ log = structlog.get_logger()
 
 SAMPLE = 500
 """People whose messages are written: names of 500 people give the length of a text to a percent, in some 30 ms."""
-_TOKEN = "A" * 24
-"""As long as a token, for tracked links."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ async def estimate_campaign(
     template = context.compile_content(app, campaign, declared)
     contents: list[Content] = []
     for number in sample.tolist():
-        written = write_messages(declared, template, {}, addressees.get(number), _TOKEN)
+        written = write_messages(declared, template, {}, addressees.get(number), SPECIMEN)
         if not isinstance(written, Kind):
             contents += (message.content for _, message in written)
     return estimate_contents(channel, contents, len(sample), len(numbers))

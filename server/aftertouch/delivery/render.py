@@ -17,7 +17,7 @@ from liquid.builtin.output import OutputNode
 from liquid.exceptions import LiquidError, LiquidSyntaxError, TemplateNotFoundError, UndefinedError
 
 from aftertouch.channels import Content
-from aftertouch.links import VARIABLE
+from aftertouch.links import VARIABLE, find_front_page, is_same_site
 
 log = structlog.get_logger()
 
@@ -118,15 +118,16 @@ def render_words(words: Mapping[str, Any], content: Mapping[str, Any]) -> Mappin
     return rendered
 
 
-def render_link(link: str, external_id: str, attributes: Mapping[str, Any]) -> str | None:
-    """A link of a content for one contact; None when it cannot be rendered for this one any more."""
+def render_link(link: str, external_id: str, attributes: Mapping[str, Any]) -> str:
+    """Where a link of a content leads for one contact: to its site's front page when it cannot be rendered (any more)."""
     known = {name: value for name, value in attributes.items() if value not in (None, "")}
     try:
-        return str(_compile(link)({"external_id": external_id, **known}))
+        rendered = str(_compile(link)({"external_id": external_id, **known}))
     except Exception as error:
         # As in ``render``: an odd attribute raises whatever Python does over it.
         log.info("a link cannot be rendered", action="follow_link", cause=type(error).__name__)
-        return None
+        return find_front_page(link)
+    return rendered if is_same_site(link, rendered) else find_front_page(link)
 
 
 def _compile(value: Any) -> Render:

@@ -32,6 +32,8 @@ _WIRE = np.dtype([("header", "V2"), ("block", "V16")])
 _LARGEST_CAMPAIGN = 1 << 43
 TEST_POSITION = (1 << 32) - 1
 """In the token of a test send: no roll is so long."""
+SPECIMEN = "AQAx3vT8mYc1RkZ5pLw9GdN2"
+"""As long as any token, for messages that nobody gets; it is of no key's making."""
 
 
 @dataclass(frozen=True)
