@@ -430,9 +430,11 @@ def read_chart(text: str) -> tuple[str, dict[str, int]]:
     return re.search(r"Events in ([\w ]+),", text)[1], {label: int(count.replace(",", "")) for label, count in lines}
 
 
-async def launch_long_ago(world: World, name: str, times: list[datetime]) -> str:
+async def launch_long_ago(
+    world: World, name: str, times: list[datetime], channel: str = "sms", signal: str = "delivered", code: str = ""
+) -> str:
     """The id of a campaign to one person, as if it had been sent at the first of these times; each has a receipt."""
-    made = await world.create_campaign("sms", display_name=name)
+    made = await world.create_campaign(channel, display_name=name)
     async with transaction(world.core.engine) as conn:
         where = campaigns.c.campaign == read_id(made.name)
         values = {"state": "SENT", "recipients": 1, "launch_time": times[0], "finish_time": times[0]}
@@ -442,7 +444,8 @@ async def launch_long_ago(world: World, name: str, times: list[datetime]) -> str
     events = [
         events_pb2.Event(
             recipient=events_pb2.RecipientTarget(campaign=made.name, external_id=person),
-            signal="delivered",
+            signal=signal,
+            reason_code=code,
             time=to_timestamp(time),
         )
         for time in times
@@ -556,6 +559,20 @@ async def test_failed_people_are_retargeted_by_their_reason(
     # Who read has no reason; choosing them leaves it behind.
     _, text = await marketer.get(f"{path}/retarget?action=read&reason_class={chosen}")
     assert "Only for this reason" not in text
+    fields = {"action": "failed", "reason_class": chosen, "channel": "sms", "again": "1"}
+    _, place = await marketer.post(f"{path}/retarget", fields)
+    _, text = await marketer.get(place.removeprefix("/console"))
+    assert f"Failed ({REASONS[chosen][0].lower()}) · Summer Sale" in text
+
+
+async def test_failures_of_a_channel_without_an_action_for_them_are_not_retargeted_by_their_reason(
+    world: World, marketer: Visitor
+) -> None:
+    """Retarget led to "Outcome unknown", which asks for no reason, and was refused."""
+    now = datetime.now(UTC)
+    campaign = await launch_long_ago(world, "Gone", [now - timedelta(hours=1), now], "push", "failed", "http_410")
+    _, text = await marketer.get(f"/campaigns/{campaign}")
+    assert ('id="failures-title"' in text, "reason_class" in text) == (True, False)
 
 
 LINKS = ("https://shop.example/sale?size=1&colour=red", "https://shop.example/{{ external_id }}", f"https://x.example/{'y' * 90}")
