@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import ClassVar
+
+
+def _stamp(time: datetime) -> str:
+    """A time as all texts and metadata have it: in UTC, cut to whole seconds."""
+    return f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 class AftertouchError(Exception):
@@ -144,12 +149,12 @@ class SourceNotSent(AftertouchError):
 class SourceTooOld(AftertouchError):
     code, reason = "FAILED_PRECONDITION", "SOURCE_TOO_OLD"
 
-    def __init__(self, campaign: str, retention_days: int, last_time: str) -> None:
+    def __init__(self, campaign: str, retention_days: int, last_time: datetime) -> None:
         super().__init__(
-            f"{campaign} was sent more than {retention_days} days ago; it could be retargeted until {last_time}",
+            f"{campaign} was sent more than {retention_days} days ago; it could be retargeted until {_stamp(last_time)}",
             campaign=campaign,
             retention_days=str(retention_days),
-            last_time=last_time,
+            last_time=_stamp(last_time),
         )
 
 
@@ -163,40 +168,42 @@ class RetargetingNotEnabled(AftertouchError):
 class SourceBeforePlan(AftertouchError):
     code, reason = "FAILED_PRECONDITION", "SOURCE_BEFORE_PLAN"
 
-    def __init__(self, campaign: str, retargetable_since: str) -> None:
+    def __init__(self, campaign: str, retargetable_since: datetime) -> None:
         super().__init__(
-            f"{campaign} was sent before {retargetable_since}, when the app's plan began to include retargeting",
+            f"{campaign} was sent before {_stamp(retargetable_since)}, when the app's plan began to include retargeting",
             campaign=campaign,
-            retargetable_since=retargetable_since,
+            retargetable_since=_stamp(retargetable_since),
         )
 
 
 class SelectionUnsettled(AftertouchError):
     code, reason = "FAILED_PRECONDITION", "SELECTION_UNSETTLED"
 
-    def __init__(self, campaign: str, signal: str, delay: timedelta, measured_events: int, settle_time: str) -> None:
+    def __init__(self, campaign: str, signal: str, delay: timedelta, measured_events: int, settle_time: datetime) -> None:
+        # Up to the next whole second: whoever asks at the one that is told is not refused again.
+        told = _stamp(settle_time + timedelta(microseconds=999_999))
         super().__init__(
             f"{campaign} was sent too recently to say who has not {signal}: 95 of 100 are reported within {delay}"
-            f" ({measured_events} measured), so ask at {settle_time}",
+            f" ({measured_events} measured), so ask at {told}",
             campaign=campaign,
             signal=signal,
             delay_seconds=str(int(delay.total_seconds())),
             measured_events=str(measured_events),
-            settle_time=settle_time,
+            settle_time=told,
         )
 
 
 class ScheduleTooLate(AftertouchError):
     code, reason = "FAILED_PRECONDITION", "SCHEDULE_TOO_LATE"
 
-    def __init__(self, campaign: str, retention_days: int, schedule_time: str, last_time: str) -> None:
+    def __init__(self, campaign: str, retention_days: int, schedule_time: datetime, last_time: datetime) -> None:
         super().__init__(
-            f"{campaign} can be retargeted for {retention_days} days after it was sent: schedule the wave until {last_time},"
-            f" not for {schedule_time}",
+            f"{campaign} can be retargeted for {retention_days} days after it was sent: schedule the wave until"
+            f" {_stamp(last_time)}, not for {_stamp(schedule_time)}",
             campaign=campaign,
             retention_days=str(retention_days),
-            schedule_time=schedule_time,
-            last_time=last_time,
+            schedule_time=_stamp(schedule_time),
+            last_time=_stamp(last_time),
         )
 
 
@@ -266,11 +273,11 @@ class StreamNotOpened(AftertouchError):
 class ResumeTokenTooOld(AftertouchError):
     code, reason = "OUT_OF_RANGE", "RESUME_TOKEN_TOO_OLD"
 
-    def __init__(self, kept_since: str) -> None:
+    def __init__(self, kept_since: datetime) -> None:
         super().__init__(
-            f"what came after this token is not known any more, only what came since {kept_since}:"
+            f"what came after this token is not known any more, only what came since {_stamp(kept_since)}:"
             " list what you need, then watch without a token",
-            kept_since=kept_since,
+            kept_since=_stamp(kept_since),
         )
 
 

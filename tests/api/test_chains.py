@@ -329,7 +329,7 @@ async def test_wave_cannot_be_scheduled_later_than_the_events_of_its_source_are_
         request.schedule_time.FromDatetime(last_time + timedelta(seconds=1))
         refusal = await refuse(shared_world.client.campaigns.LaunchCampaign(request))
         assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "SCHEDULE_TOO_LATE")
-        assert refusal.metadata["last_time"] == last_time.isoformat()
+        assert refusal.metadata["last_time"] == f"{last_time:%Y-%m-%dT%H:%M:%SZ}"
         assert refusal.metadata["campaign"] == root.name
     request.schedule_time.FromDatetime(last_time)
     scheduled = await shared_world.client.campaigns.LaunchCampaign(request)

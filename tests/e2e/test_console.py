@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, Route, expect
@@ -485,6 +487,54 @@ async def test_times_are_the_viewers(browser: Browser, world: World, campaign: s
         launched = (await world.get_campaign(f"apps/acme/campaigns/{campaign}")).launch_time.ToDatetime()
         shown = await tab.page.locator(".meta time").inner_text()
         assert shown.endswith(f"{(launched.hour + 9) % 24:02}:{launched.minute:02}")
+
+
+async def test_times_of_a_refusal_are_the_viewers(browser: Browser, world: World, campaign: str) -> None:
+    last_time = (await world.get_campaign(f"apps/acme/campaigns/{campaign}")).launch_time.ToDatetime(UTC) + timedelta(days=30)
+    told = f"{last_time.astimezone(ZoneInfo('Asia/Tokyo')):%H:%M}: what people did is kept no longer."
+    too_late = f"{last_time + timedelta(days=2):%Y-%m-%dT%H:%M}"
+    async with open_tab(browser, world, timezone_id="Asia/Tokyo", locale="en-GB") as tab:
+        page = tab.page
+        tab.expected.append("400")
+        await tab.open(f"/campaigns/{campaign}/retarget?channel=sms")
+        await page.check("#when-later")
+        await page.fill("#schedule_time", too_late)
+        await page.click("#make-draft")
+        await expect(page.locator("#schedule_time-fault")).to_contain_text(told)
+        await expect(page.locator("p.alert")).to_contain_text(told)
+        await page.check("#when-now")
+        await make_draft(tab)
+        await page.fill("#field-content-body", "Too late")
+        await page.check("#when-later")
+        await page.fill("#schedule_time", too_late)
+        await page.click("#launch")
+        await expect(page.locator("p.alert")).to_contain_text(told)
+
+
+async def test_time_in_the_reason_of_a_state_is_the_viewers(browser: Browser, world: World) -> None:
+    source = await world.create_campaign("sms", display_name="Long ago")
+    await world.launch(source.name)
+    asked = campaigns_pb2.RetargetSelection(source=source.name, action="sent")
+    wave = await world.create_campaign("push", campaigns_pb2.Audience(retarget=asked), display_name="Too late")
+    request = campaigns_pb2.LaunchCampaignRequest(name=wave.name)
+    request.schedule_time.FromDatetime(datetime.now(UTC) + timedelta(days=1))
+    await world.client.campaigns.LaunchCampaign(request)
+    launch_time = datetime.now(UTC) - timedelta(days=40)
+    async with transaction(world.core.engine) as conn:
+        await conn.execute(tables.apps.update().values(retargetable_since=launch_time))
+        for name, values in ((source.name, {"launch_time": launch_time}), (wave.name, {"schedule_time": func.now()})):
+            found = tables.campaigns.c.campaign == name.rpartition("/")[2]
+            await conn.execute(tables.campaigns.update().where(found).values(values))
+    async with asyncio.timeout(120):
+        # There is nothing to wait on but the answer of the next call.
+        while (await world.get_campaign(wave.name)).state != campaigns_pb2.Campaign.FAILED:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    async with open_tab(browser, world, timezone_id="Asia/Tokyo", locale="en-GB") as tab:
+        told = f"{(launch_time + timedelta(days=30)).astimezone(ZoneInfo('Asia/Tokyo')):%H:%M}"
+        await tab.open("/campaigns?q=Too+late")
+        await expect(tab.page.locator("td .sub time")).to_contain_text(told)
+        await tab.open(f"/campaigns/{wave.name.rpartition('/')[2]}")
+        await expect(tab.page.locator("#live .state")).to_contain_text(re.compile(rf"could be retargeted until .*{told}$"))
 
 
 async def test_launch_is_scheduled_in_the_viewers_zone_and_taken_back(browser: Browser, world: World, campaign: str) -> None:

@@ -60,7 +60,7 @@ async def create(visit: Visit) -> Response:
     except AftertouchError as error:
         if error.reason not in ("RESOURCE_ALREADY_EXISTS", "LIST_LIMIT_REACHED"):
             raise
-        return await _render(visit, faults=name_faults([Violation("list_id", str(error))]), values=values)
+        return await _render(visit, faults=name_faults([Violation("list_id", words.explain(error))]), values=values)
     return await _fill(visit, read_id(made.name), form.get("file"), str(form.get("contacts", "")))
 
 

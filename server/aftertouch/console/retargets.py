@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from aftertouch.console import words
 from aftertouch.console.campaigns import Standing, State, name_links, read_plain, retargetable_until
-from aftertouch.console.plans import Plan
+from aftertouch.console.plans import CHOICES, Plan
 from aftertouch.console.visits import Visit, name_faults, read_id, to_time
-from aftertouch.errors import FieldsInvalid, Violation
+from aftertouch.errors import FieldsInvalid, ScheduleTooLate, Violation
 from aftertouch.store.engine import transaction
 from aftertouch.store.unfinished import keep_unfinished
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
@@ -172,11 +172,12 @@ async def create(visit: Visit) -> Response:
         # It is refused at the launch as well; here somebody still sees what it depends on.
         last_time, time = retargetable_until(visit, source), plan.find_time(source.finish_time or datetime.now(UTC))
         if last_time and time and time > last_time:
-            text = f"Choose a time until {last_time:%Y-%m-%d %H:%M} UTC: what people did is kept no longer."
-            raise FieldsInvalid([Violation("when", text)])
+            raise ScheduleTooLate(source.message.name, visit.app.retention_days, time, last_time)
         made = await visit.client.retargeting.CreateRetarget(request)
     except FieldsInvalid as error:
         return await _render(visit, choice, violations=error.violations)
+    except ScheduleTooLate as error:
+        return await _render(visit, choice, violations=[Violation(CHOICES[plan.when][0], words.explain(error))])
     if made.existing:
         return await _render(visit, choice, existing=read_id(made.name))
     if plan != Plan():

@@ -81,11 +81,14 @@ _REFUSALS: Mapping[str, str] = {
     "RETARGETING_NOT_ENABLED": "Retargeting is not part of your plan.",
     "SOURCE_BEFORE_PLAN": "This campaign was sent before your plan included retargeting.",
     "DATABASE_UNAVAILABLE": "The database does not answer. Nothing was done; try again in a moment.",
+    "SERVER_STOPPING": "The server is being stopped. Try again in a moment.",
+    "RESOURCE_ALREADY_EXISTS": "There is one of this id already. Choose another.",
+    "REQUEST_ID_REUSED": "This form was sent before, with something else in it. Open it anew, and choose again.",
 }
 
 
 def explain(error: AftertouchError) -> str:
-    """A refusal in the words of the console."""
+    """A refusal in the words of the console; pages show the times in it by the filter ``times``."""
     match error.reason:
         case "CAMPAIGN_STATE_WRONG":
             state = STATES.get(error.metadata["state"], error.metadata["state"])
@@ -95,6 +98,17 @@ def explain(error: AftertouchError) -> str:
                 f"This campaign was sent more than {error.metadata['retention_days']} days ago."
                 " What people did is kept no longer, so nobody can be retargeted by it."
             )
+        case "SCHEDULE_TOO_LATE":
+            return f"Choose a time until {error.metadata['last_time']}: what people did is kept no longer."
+        case "SELECTION_UNSETTLED":
+            signal, time = error.metadata["signal"], error.metadata["settle_time"]
+            return f"It is too early to say who has not {signal}: some may still be reported. Ask again at {time}."
+        case "CHAIN_TOO_LONG":
+            return f"This chain has more than {error.metadata['limit']} campaigns, too many to be counted together."
+        case "LIST_LIMIT_REACHED":
+            return f"You have {error.metadata['limit']} lists, as many as you may have. Delete one."
+        case "MESSAGE_TOO_LARGE":
+            return f"This is larger than {number(int(error.metadata['limit_bytes']))} bytes. Send it in parts."
         case "LIST_IN_USE":
             return "A campaign that is not launched yet is for this list. Give it another audience, or delete it."
         case "CHANNEL_NOT_READY":
@@ -130,16 +144,20 @@ def share(part: int, whole: int) -> str:
 
 _LONGEST = 80
 
-_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d(?::\d\d)?) UTC")
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d(?::\d\d)?)(?: UTC|Z)")
 
 
 def show_times(text: str) -> Markup:
     """A text of ours with its times as the page's script shows them."""
-    parts = _MOMENT.split(text)
-    shown = [escape(parts[0])]
-    for day, clock, rest in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        shown += [show_time(datetime.fromisoformat(f"{day}T{clock}+00:00")), escape(rest)]
-    return Markup("").join(shown)
+
+    def show(found: re.Match[str]) -> str:
+        try:
+            return show_time(datetime.fromisoformat(f"{found[1]}T{found[2]}+00:00"))
+        except ValueError:
+            # Only looks like one: somebody's own words.
+            return found[0]
+
+    return Markup(_MOMENT.sub(show, escape(text)))
 
 
 def span(time: timedelta) -> str:

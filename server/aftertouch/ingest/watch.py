@@ -15,7 +15,7 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -118,10 +118,10 @@ async def watch_events(
                 raise FieldsInvalid([Violation("resume_token", text)])
             first, begin_time = await read_first_commit(conn)
             if after[0] < first:
-                raise ResumeTokenTooOld(begin_time.date().isoformat())
+                raise ResumeTokenTooOld(begin_time)
             dropped = await read_last_dropped(conn)
             if dropped is not None and after[0] <= dropped[0]:
-                raise ResumeTokenTooOld(dropped[1].isoformat())
+                raise ResumeTokenTooOld(datetime.combine(dropped[1], time(), UTC))
     # Without a token the first answer comes at once: whoever is cut off before the first event can still go on from here.
     silent_until = asyncio.get_running_loop().time() + (CHECKPOINT_SECONDS if resume_token else 0)
     span = LARGEST_SPAN

@@ -132,12 +132,12 @@ def check_source(app: App, source: Campaign, at: datetime | None = None) -> None
     if source.launch_time is None:
         raise SourceNotSent(name, source.state)
     if source.launch_time < app.retargetable_since:
-        raise SourceBeforePlan(name, app.retargetable_since.isoformat())
+        raise SourceBeforePlan(name, app.retargetable_since)
     last_time = source.launch_time + timedelta(days=app.retention_days)
     if datetime.now(UTC) > last_time:
-        raise SourceTooOld(name, app.retention_days, last_time.isoformat())
+        raise SourceTooOld(name, app.retention_days, last_time)
     if at is not None and at > last_time:
-        raise ScheduleTooLate(name, app.retention_days, at.isoformat(), last_time.isoformat())
+        raise ScheduleTooLate(name, app.retention_days, at, last_time)
 
 
 def find_faults(question: Question, channel: ChannelType, path: str) -> Iterator[Violation]:

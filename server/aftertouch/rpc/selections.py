@@ -108,7 +108,7 @@ def check_settled(call: Call, unsettled: Sequence[Unsettled], *, is_required: bo
             worst.signal,
             worst.delay,
             worst.measured_events,
-            worst.settle_time.isoformat(),
+            worst.settle_time,
         )
 
 
