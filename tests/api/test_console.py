@@ -1042,7 +1042,7 @@ async def test_retarget_shows_who_is_held_and_leaves_out_who_was_not_heard_of(
     funnel = f"/campaigns/{read_id(sent.name)}/retarget/funnel?action=not_received&channel=whatsapp"
     _, text = await marketer.get(funnel)
     assert "are held back by the provider for now" in text
-    assert re.search(r"The provider holds back \d+ (person|people) here for now", text)
+    assert re.search(r"The provider holds back \d+ (person|people) here, until <time [^>]*>[^<]*</time> at the latest", text)
 
     def read_chosen(text: str) -> int:
         return int(re.search(r'<span>Chosen</span><span class="num">(\d+)<', text)[1])

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from sqlalchemy import text, update
 from aftertouch.client import read_reason
 from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.retargeting import settling
+from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.signals import parse
+from aftertouch.store.contacts import find_numbers, hold_addresses, read_active_addresses
 from aftertouch.store.engine import transaction
 from aftertouch.store.paces import hold_limits
 from aftertouch.store.tables import apps, campaigns
@@ -33,6 +35,7 @@ SIGNALS = {"skipped", "attempted", "sent", "failed", "delivered", "read", "confi
 """Those that an action may ask for, whether or not anybody has them."""
 ACTIVE = contacts_pb2.Subscription.State.ACTIVE
 STATES = contacts_pb2.Subscription.State
+_Reason = retargeting_pb2.PreviewRetargetResponse.Reason
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,38 @@ async def test_preview_and_launch_reach_whom_the_oracle_says(shared_world: World
             assert wave.display_name == shown.display_name == f"Retarget: Summer Sale ({counted.action.short_name})"
             assert (wave.root, wave.state) == (source, campaigns_pb2.Campaign.State.DRAFT)
             assert wave.audience.retarget == selection
+
+
+async def test_preview_says_when_the_first_and_the_last_who_are_held_are_free_again(shared_world: World) -> None:
+    source = "apps/acme/campaigns/source-push"
+    oracle = await Oracle.ask(shared_world, source)
+    everybody = oracle.split(set(oracle.states), "sms")[0]
+    # Held at both of two addresses, at the only one, at one of two; and somebody who is not asked for.
+    twice, once, partly, *_ = sorted(everybody & oracle.match("sent"))
+    other = min(everybody - oracle.match("sent"))
+    request = contacts_pb2.UpsertContactsRequest(parent="apps/acme")
+    for person, phone in ((twice, "+34711900001"), (partly, "+34711900002")):
+        contact = request.contacts.add(external_id=person)
+        contact.subscriptions.add(channel="sms", address=to_struct({"phone": phone}), state=ACTIVE)
+    await shared_world.client.contacts.UpsertContacts(request)
+    now = datetime.now(UTC)
+    ends = {twice: [now + timedelta(hours=5), now + timedelta(hours=2)], once: [now + timedelta(hours=3)]}
+    ends |= {partly: [now + timedelta(hours=9)], other: [now + timedelta(hours=50)]}
+    async with transaction(shared_world.core.engine) as conn:
+        numbers = await find_numbers(conn, 1, list(ends))
+        addresses = {person: await read_active_addresses(conn, 1, "sms", numbers[person]) for person in ends}
+        holds = [
+            (numbers[person], "sms", address, end)
+            for person, times in ends.items()
+            for address, end in zip(addresses[person], times, strict=False)
+        ]
+        await hold_addresses(conn, 1, holds)
+    shown = await preview(shared_world, select(source, "sent"), "sms")
+    drops = {_Reason.Name(drop.reason): drop for drop in shown.drops}
+    held = drops.pop("HELD")
+    times = [held.earliest_end_time.ToDatetime(UTC), held.latest_end_time.ToDatetime(UTC)]
+    assert (held.count, times) == (2, [now + timedelta(hours=2), now + timedelta(hours=3)])
+    assert not any(drop.HasField("earliest_end_time") or drop.HasField("latest_end_time") for drop in drops.values())
 
 
 async def test_wave_is_sent_to_whom_the_preview_counted(shared_world: World) -> None:
@@ -318,7 +353,7 @@ async def test_source_that_grew_too_old_is_refused_at_launch_too(shared_world: W
     launch = shared_world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=wave.name))
     refusal = await refuse(launch)
     assert refusal.reason == "SOURCE_TOO_OLD"
-    assert refusal.metadata == {"campaign": source.name, "retention_days": "30", "last_time": "2026-03-02T12:00:00+00:00"}
+    assert refusal.metadata == {"campaign": source.name, "retention_days": "30", "last_time": "2026-03-02T12:00:00Z"}
 
 
 async def test_source_from_before_the_plan_and_app_without_it_are_refused(shared_world: World) -> None:
@@ -335,7 +370,7 @@ async def test_source_from_before_the_plan_and_app_without_it_are_refused(shared
         await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2100-01-01")
         refusal = await refuse(retarget(shared_world, selection, "sms"))
         assert refusal.reason == "SOURCE_BEFORE_PLAN"
-        assert refusal.metadata == {"campaign": source, "retargetable_since": "2100-01-01T00:00:00+00:00"}
+        assert refusal.metadata == {"campaign": source, "retargetable_since": "2100-01-01T00:00:00Z"}
         assert (await refuse(shared_world.client.campaigns.LaunchCampaign(launch))).reason == "SOURCE_BEFORE_PLAN"
     finally:
         await change(shared_world, apps, app="acme", retargeting_enabled=True, retargetable_since="2020-01-01")

@@ -114,6 +114,9 @@ OVER_FAILURES = {"push": [], "sms": ["not_delivered"], "whatsapp": ["not_receive
 """The actions that can be narrowed to reasons."""
 
 
+FREE_FROM = datetime.now(UTC) + timedelta(days=1)
+"""When the first holds of providers end."""
+
 GAMMA, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
@@ -161,8 +164,8 @@ class Story:
     """The first contact number: near the edge of a block."""
     people: int
     subscriptions: dict[tuple[int, str], list[str]]
-    held: set[tuple[int, str, int]]
-    """Person, channel and place of addresses that the provider asked to leave alone."""
+    held: dict[tuple[int, str, int], int]
+    """Person, channel and place of addresses that the provider asked to leave alone, and minutes after ``FREE_FROM``."""
     full: set[int]
     """Who was messaged often lately."""
     is_capped: bool
@@ -245,7 +248,7 @@ def draw_story(draw: st.DrawFn) -> Story:
         draw(st.sampled_from([0, 8187, 8192])),
         people,
         draw(standings),
-        draw(st.sets(st.tuples(person, st.sampled_from(CHANNELS), st.integers(0, 1)), max_size=8)),
+        draw(st.dictionaries(st.tuples(person, st.sampled_from(CHANNELS), st.integers(0, 1)), st.integers(0, 3), max_size=8)),
         draw(st.sets(person)),
         draw(st.booleans()),
         drawn,
@@ -372,6 +375,12 @@ class Oracle:
             dropped[reason].add(person)
         return {reason: dropped[reason] for reason in (*REASON_NAMES, "AUDIENCE")}
 
+    def find_end(self, person: int, channel: str) -> datetime:
+        """When the first of somebody's addresses, which are all held, is free again."""
+        states = self.story.subscriptions[person, channel]
+        active = [place for place, state in enumerate(states) if state == "active"]
+        return FREE_FROM + timedelta(minutes=min(self.story.held[person, channel, place] for place in active))
+
     def add_up(self, campaigns: list[int]) -> dict[str, tuple[Fraction, int]]:
         """By currency: what messages cost, and of how many prices that is the sum."""
         known = [(currency, Fraction(amount)) for index in campaigns for _, currency, amount in self.prices[index]]
@@ -457,8 +466,10 @@ class Played:
 
 async def hold_up(conn: AsyncConnection, app_id: int, story: Story) -> None:
     """Have some addresses held, and some people messaged as often as the app allows, if it minds."""
-    until = datetime.now(UTC) + timedelta(hours=1)
-    holds = [(person + story.offset, channel, hash_address(f"{person}/{place}"), until) for person, channel, place in story.held]
+    holds = [
+        (person + story.offset, channel, hash_address(f"{person}/{place}"), FREE_FROM + timedelta(minutes=minutes))
+        for (person, channel, place), minutes in story.held.items()
+    ]
     await hold_addresses(conn, app_id, holds)
     numbers = np.array(sorted(story.full), np.int64) + story.offset
     for _ in range(2):
@@ -623,6 +634,11 @@ async def compare_funnel(played: Played, oracle: Oracle, selection: Selection, c
     assert {Reason.Name(drop.reason): drop.count for drop in shown.drops} == {
         reason: len(expected[reason]) for reason in REASON_NAMES
     }
+    ends = [oracle.find_end(person, channel) for person in expected["HELD"]]
+    for drop in shown.drops:
+        told = [drop.earliest_end_time, drop.latest_end_time] if drop.HasField("earliest_end_time") else []
+        at = [min(ends), max(ends)] if ends and drop.reason == Reason.HELD else []
+        assert [time.ToDatetime(UTC) for time in told] == at
     assert shown.audience_count == len(expected["AUDIENCE"]) == shown.matched_count - sum(drop.count for drop in shown.drops)
     held: Any = {"holdout_percent": percent}
     assert await played.list_people(asked, channel, **held) == expected["AUDIENCE"]

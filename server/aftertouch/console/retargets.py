@@ -140,9 +140,13 @@ async def read_funnel(visit: Visit, source: Standing, selection: campaigns_pb2.R
 def _list_warnings(visit: Visit, source: Standing, preview: retargeting_pb2.PreviewRetargetResponse) -> list[Markup]:
     """What matters before somebody retargets."""
     warnings = []
-    if held := sum(drop.count for drop in preview.drops if drop.reason == _Reason.HELD):
-        text = Markup("The provider holds back {} here for now, mostly for a day. They are reached on another channel, or later.")
-        warnings.append(text.format(words.count_people(held)))
+    for drop in preview.drops:
+        if drop.reason == _Reason.HELD and drop.count:
+            text = Markup(
+                "The provider holds back {} here, until {} at the latest. They are reached on another channel, or later."
+            )
+            latest = words.show_time(to_time(drop.latest_end_time))
+            warnings.append(text.format(words.count_people(drop.count), latest))
     if source.message.state == State.SENDING:
         warnings.append(Markup("This campaign is still being sent, so these numbers will change."))
     for early in preview.unsettled:

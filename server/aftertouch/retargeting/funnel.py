@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, reduce
 
@@ -18,11 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.holdouts import Shares, find_held_out
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BYTES, Bits, Numbers, block_of, list_numbers, set_numbers
+from aftertouch.rolls.chunks import CHUNK, CHUNK_BYTES, Bits, Numbers, block_of, find_members, list_numbers, set_numbers
 from aftertouch.rolls.sql import read_sets
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import list_open_waves
-from aftertouch.store.contacts import STANDINGS, find_held, standing_set
+from aftertouch.store.contacts import STANDINGS, Holds, find_held, standing_set
 from aftertouch.store.paces import find_full
 
 
@@ -83,6 +83,8 @@ class Funnel:
     matched: Bits
     drops: Mapping[Reason, Bits]
     """In the order of the steps."""
+    ends: Mapping[Reason, tuple[datetime, datetime]]
+    """Of those who drop out because they are held: when the first is free again, and when the last is."""
     audience: Bits
 
     @property
@@ -96,7 +98,7 @@ class Funnel:
         return reduce(np.bitwise_or, [self.drops[reason] for reason in PASSING], self.chosen)
 
 
-Dropping = Mapping[Reason, Bits]
+Dropping = Mapping[Reason, Bits | Holds]
 Step = Callable[[AsyncConnection, Copies, Target], Awaitable[Dropping]]
 
 
@@ -110,8 +112,7 @@ async def _judge_standings(conn: AsyncConnection, _: Copies, target: Target) -> 
 
 async def _find_held(conn: AsyncConnection, _: Copies, target: Target) -> Dropping:
     """Whom the provider asked to leave alone for now, at each of their addresses."""
-    held = await find_held(conn, target.app.app_id, target.channel, target.keys)
-    return {Reason.HELD: set_numbers(held, target.blocks)}
+    return {Reason.HELD: await find_held(conn, target.app.app_id, target.channel, target.keys)}
 
 
 async def _find_over_cap(conn: AsyncConnection, _: Copies, target: Target) -> Dropping:
@@ -151,10 +152,13 @@ async def run_funnel(conn: AsyncConnection, copies: Copies, target: Target) -> F
     dropping = [dropped for step in STEPS for dropped in (await step(conn, copies, target)).items()]
 
     def drop() -> Funnel:
-        left, drops = target.matched, {}
+        left, drops, ends = target.matched, {}, {}
         for reason, applies in dropping:
-            drops[reason] = left & applies
-            left = left & ~applies
-        return Funnel(target.matched, drops, left)
+            bits = set_numbers(applies.numbers, target.blocks) if isinstance(applies, Holds) else applies
+            drops[reason] = left & bits
+            left = left & ~bits
+            if isinstance(applies, Holds) and len(until := applies.until[find_members(drops[reason], applies.numbers)]):
+                ends[reason] = (until.min().item().replace(tzinfo=UTC), until.max().item().replace(tzinfo=UTC))
+        return Funnel(target.matched, drops, ends, left)
 
     return await asyncio.to_thread(drop)

@@ -98,10 +98,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
             funnel = await self._filter(conn, call, request, sources, selection)
         return _Response(
             matched_count=count_bits(funnel.matched),
-            drops=[
-                _Response.Drop(reason=_Response.Reason.Value(reason), count=count_bits(dropped))
-                for reason, dropped in funnel.drops.items()
-            ],
+            drops=[_to_drop(funnel, reason) for reason in funnel.drops],
             audience_count=count_bits(funnel.audience),
             as_of_time=to_timestamp(as_of_time),
             display_name=title_wave(selection, sources),
@@ -289,6 +286,16 @@ def _choose_group(funnel: Funnel, request: retargeting_pb2.ListRetargetContactsR
     if reason not in funnel.drops:
         raise FieldsInvalid([Violation("reason", f"is required for the group DROPPED: one of {', '.join(funnel.drops)}")])
     return funnel.drops[Reason(reason)]
+
+
+def _to_drop(funnel: Funnel, reason: Reason) -> retargeting_pb2.PreviewRetargetResponse.Drop:
+    earliest, latest = funnel.ends.get(reason, (None, None))
+    return _Response.Drop(
+        reason=_Response.Reason.Value(reason),
+        count=count_bits(funnel.drops[reason]),
+        earliest_end_time=to_timestamp(earliest),
+        latest_end_time=to_timestamp(latest),
+    )
 
 
 def _to_chain_counts(tally: Tally) -> retargeting_pb2.ChainCounts:

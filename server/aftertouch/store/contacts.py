@@ -17,6 +17,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -447,19 +448,29 @@ async def read_addressees(conn: AsyncConnection, app_id: int, channel: str, numb
     }
 
 
-async def find_held(conn: AsyncConnection, app_id: int, channel: str, blocks: Sequence[int] | None = None) -> Numbers:
-    """The contact numbers of those who could be reached on a channel if their addresses there were not held, all of them.
+@dataclass(frozen=True)
+class Holds:
+    """Who could be reached on a channel if their addresses there were not held, all of them."""
+
+    numbers: Numbers
+    until: NDArray[np.datetime64]
+    """When the first address of each is free again, in UTC."""
+
+
+async def find_held(conn: AsyncConnection, app_id: int, channel: str, blocks: Sequence[int] | None = None) -> Holds:
+    """Whom providers asked to leave alone on a channel for now.
 
     Args:
         blocks: only in these; in all of the app's otherwise.
     """
     pg = await driver(conn)
     rows = await pg.execute(
-        "SELECT DISTINCT number FROM subscriptions AS s"
+        "SELECT number, (extract(epoch FROM min(held_until)) * 1000000)::bigint FROM subscriptions AS s"
         f" WHERE {'block = ANY(%(blocks)s::bigint[])' if blocks is not None else 'block >= %(first)s AND block < %(last)s'}"
         " AND channel = %(channel)s AND state = 'active' AND held_until > now()"
         " AND NOT EXISTS (SELECT FROM subscriptions AS o WHERE o.block = s.block AND o.number = s.number"
-        "  AND o.channel = s.channel AND o.state = 'active' AND (o.held_until IS NULL OR o.held_until <= now()))",
+        "  AND o.channel = s.channel AND o.state = 'active' AND (o.held_until IS NULL OR o.held_until <= now()))"
+        " GROUP BY block, number",
         {
             "blocks": list(blocks or ()),
             "first": app_id << SLOT_SHIFT,
@@ -467,7 +478,8 @@ async def find_held(conn: AsyncConnection, app_id: int, channel: str, blocks: Se
             "channel": channel,
         },
     )
-    return np.array([number for (number,) in await rows.fetchall()], np.int64)
+    found = np.array(await rows.fetchall(), np.int64).reshape(-1, 2)
+    return Holds(found[:, 0], found[:, 1].astype("datetime64[us]"))
 
 
 async def hold_addresses(conn: AsyncConnection, app_id: int, holds: Sequence[tuple[int, str, bytes, datetime]]) -> None:

@@ -345,19 +345,31 @@ class PreviewRetargetResponse(_message.Message):
 
         REASON_FIELD_NUMBER: _builtins.int
         COUNT_FIELD_NUMBER: _builtins.int
+        EARLIEST_END_TIME_FIELD_NUMBER: _builtins.int
+        LATEST_END_TIME_FIELD_NUMBER: _builtins.int
         reason: Global___PreviewRetargetResponse.Reason.ValueType
         """Why."""
         count: _builtins.int
         """How many."""
+        @_builtins.property
+        def earliest_end_time(self) -> _timestamp_pb2.Timestamp:
+            """Of HELD, when there are any: when the first of them can be messaged again, at one of their addresses at least."""
+
+        @_builtins.property
+        def latest_end_time(self) -> _timestamp_pb2.Timestamp:
+            """The same of the last of them. The provider may ask anew until then."""
+
         def __init__(
             self,
             *,
             reason: Global___PreviewRetargetResponse.Reason.ValueType = ...,
             count: _builtins.int = ...,
+            earliest_end_time: _timestamp_pb2.Timestamp | None = ...,
+            latest_end_time: _timestamp_pb2.Timestamp | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["earliest_end_time", b"earliest_end_time", "latest_end_time", b"latest_end_time"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "reason", b"reason"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "earliest_end_time", b"earliest_end_time", "latest_end_time", b"latest_end_time", "reason", b"reason"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
