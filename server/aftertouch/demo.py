@@ -2,16 +2,21 @@
 
 Two processes of ours run meanwhile, a sandbox and a server with an embedded database in a temporary directory; this one
 is only a client, and everything it knows of the campaigns it learns over gRPC.
+
+A channel that is installed beside the sandbox's three, and set up in the environment, is a guest: nobody plays its provider here,
+so nothing is sent by it, but every second person gets an address there, and whom it would reach is compared like everything else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +24,18 @@ from urllib.request import Request, urlopen
 
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from aftertouch.channels import Address
 from aftertouch.client import Client
 from aftertouch.contact_files import read_contacts
+from aftertouch.declarations import ChannelType
+from aftertouch.plugins import discover_channels, name_setting
 from aftertouch.processes import Child, run_command
-from aftertouch.sandbox import Population, SandboxSettings
-from aftertouch.v1 import campaigns_pb2, retargeting_pb2
+from aftertouch.sandbox import CHANNELS, Person, Population, SandboxSettings
+from aftertouch.v1 import campaigns_pb2, channels_pb2, retargeting_pb2
 
 SERVER_READY = r"gRPC on (\S+), webhooks on (\S+)"
 SANDBOX_READY = r"the sandbox answers on (\S+)"
@@ -36,6 +45,7 @@ USER = "you@example.com"
 
 People = frozenset[str]
 _State = campaigns_pb2.Campaign.State
+_READY = channels_pb2.Channel.State.READY
 
 
 class Difference(Exception):
@@ -67,6 +77,40 @@ class Told:
 
     def __getitem__(self, signal: str) -> People:
         return self.signals.get(signal, frozenset())
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A channel whose provider nobody plays here."""
+
+    channel: str
+    label: str
+    column: str
+    """Of its addresses, in a file of contacts."""
+    addresses: Mapping[str, str]
+    """By external_id."""
+
+
+def make_guests(types: Mapping[str, ChannelType], population: Population) -> list[Guest]:
+    """Channels with an address of every second person, where one can be made up."""
+    guests = []
+    for name, found in sorted(types.items()):
+        model = found.channel.address_model
+        required = [field for field, info in model.model_fields.items() if info.is_required()]
+        if len(required) == 1:
+            made = {p.external_id: _make_address(model, required[0], p) for p in population if p.index % 2 == 0}
+            addresses = {external_id: address for external_id, address in made.items() if address}
+            guests.append(Guest(name, found.channel.label, f"{name}.{required[0]}", addresses))
+    return guests
+
+
+def _make_address(model: type[Address], field: str, person: Person) -> str:
+    """What of a person a channel takes for an address; empty when it takes nothing."""
+    for text in (person.phone, person.external_id, f"{person.external_id}@example.com"):
+        with suppress(ValidationError):
+            model.model_validate({field: text})
+            return text
+    return ""
 
 
 def ask_sandbox(url: str, path: str, *, method: str = "GET", body: Any = None) -> str:
@@ -168,7 +212,10 @@ class Demo:
             (self._sandbox,) = sandbox.found
             settings = SandboxSettings(size=self._size)
             self._population = Population(settings.seed, self._size, self._sandbox, settings.shares)
-            environment = settings.environment(self._sandbox) | {
+            others = {name: found for name, found in discover_channels().types.items() if name not in CHANNELS}
+            given = tuple(name_setting(name, "") for name in others)
+            environment = {name: value for name, value in os.environ.items() if name.startswith(given)}
+            environment |= settings.environment(self._sandbox) | {
                 "AFTERTOUCH_DATA_DIR": str(self._directory / "data"),
                 "AFTERTOUCH_GRPC_ADDRESS": "127.0.0.1:0",
                 "AFTERTOUCH_HTTP_ADDRESS": "127.0.0.1:0",
@@ -184,6 +231,10 @@ class Demo:
                 key = (await run_command("keys", "create", "demo", environment=environment)).strip()
                 async with Client(address, api_key=key, app="demo") as client:
                     self._client = client
+                    listed = await client.channels.ListChannels(channels_pb2.ListChannelsRequest(page_size=1000))
+                    ready = {channel.name.rpartition("/")[2] for channel in listed.channels if channel.state == _READY}
+                    guests = {name: found for name, found in others.items() if name in ready}
+                    self._guests = make_guests(guests, self._population)
                     await self._play()
                 self._say(f"[bold green]{self._checked} sets of people compared, all equal[/]")
                 if sys.stdin.isatty() and self._console.is_terminal:
@@ -206,7 +257,7 @@ class Demo:
 
     async def _play(self) -> None:
         self._say(f"{self._size:,} people: some on one channel, some on all")
-        imported = await self._client.import_contacts(read_contacts(self._population.list_rows()))
+        imported = await self._client.import_contacts(read_contacts(self._list_rows()))
         self._compare("people", imported.created_count, self._size)
         self._unreachable: dict[str, set[str]] = {"sms": set(), "whatsapp": set(), "push": set()}
         template = {"language": "en_US", "body": ["{{ first_name | default: 'there' }}"]}
@@ -231,6 +282,30 @@ class Demo:
         await self._follow(by_sms[0], "not_delivered", by_sms[1], "push", alert)
         await self._follow(by_push[0], "not_clicked", by_push[1], "sms", {"body": "Last chance, {{ first_name }}"})
         await self._follow(by_push[0], "clicked", by_push[1], "whatsapp", {**template, "template": "vip_offer"})
+        if self._guests:
+            await self._show_guests([(sale, told), by_sms, by_push])
+
+    def _list_rows(self) -> Iterator[dict[str, str]]:
+        for row in self._population.list_rows():
+            yield row | {guest.column: guest.addresses.get(row["external_id"], "") for guest in self._guests}
+
+    async def _show_guests(self, sources: Iterable[tuple[campaigns_pb2.Campaign, Told]]) -> None:
+        """The columns of the guests: whom of each campaign's people they would reach."""
+        labels = [guest.label for guest in self._guests]
+        self._say(f"[bold]{' and '.join(labels)}[/], installed beside: whom a follow-up there would reach; nothing is sent")
+        table = Table("", "action", "people", *labels, box=None, pad_edge=False)
+        for source, told in sources:
+            answers = answer_actions(source.channel, await self._hear(source.channel, told.since, told.until))
+            matrix = await self._client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=source.name))
+            for row in matrix.rows:
+                people = answers[row.action_count.action.action]
+                reached = {cell.channel: cell.reachable_count for cell in row.cells}
+                for guest in self._guests:
+                    what = f"people of {row.action_count.action.action} to reach on {guest.channel}"
+                    self._compare(what, reached[guest.channel], len(people & guest.addresses.keys()))
+                counts = [f"{reached[guest.channel]:,}" for guest in self._guests]
+                table.add_row(source.channel, row.action_count.action.display_name, f"{len(people):,}", *counts)
+        self._console.print(table)
 
     async def _follow(
         self, source: campaigns_pb2.Campaign, action: str, told: Told, channel: str, content: dict[str, Any]

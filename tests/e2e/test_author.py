@@ -35,6 +35,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a secret that only the provider knows"
+DEAD_PHONES = ("+34600000012", "+34600000013")
+"""Of p2, who has a pager as well, and of p3, who has none."""
 
 
 def run_quietly(*command: str | Path, **environment: str) -> str:
@@ -127,7 +129,12 @@ async def test_channel_of_a_stranger_comes_works_and_goes(second_environment: Pa
     def answer(request: ProviderRequest) -> Response:
         return Response.from_json({"id": f"m-{request.read_json()['reference']}"}, status=202)
 
-    async with FakeProvider(answer) as provider:
+    def answer_text(request: ProviderRequest) -> Response:
+        if request.read_form()["To"] in DEAD_PHONES:
+            return Response.from_json({"code": 21211}, status=400)
+        return Response.from_json({"sid": f"SM{len(carrier.exchanges)}"}, status=201)
+
+    async with FakeProvider(answer) as provider, FakeProvider(answer_text) as carrier:
         settings = {
             "AFTERTOUCH_DATABASE_URL": database_url,
             "AFTERTOUCH_SECRET_KEY": SECRET_KEY,
@@ -136,7 +143,7 @@ async def test_channel_of_a_stranger_comes_works_and_goes(second_environment: Pa
             "AFTERTOUCH_PAGER_URL": f"{provider.url}/messages",
             "AFTERTOUCH_PAGER_API_KEY": "key",
             "AFTERTOUCH_PAGER_WEBHOOK_SECRET": SECRET,
-            # Nothing is sent by SMS here: whom it reaches is what is asked.
+            "AFTERTOUCH_SMS_API_URL": carrier.url,
             "AFTERTOUCH_SMS_ACCOUNT_SID": "AC" + "0" * 32,
             "AFTERTOUCH_SMS_AUTH_TOKEN": "token",
             "AFTERTOUCH_SMS_SENDER": "+15005550006",
@@ -155,9 +162,20 @@ async def test_channel_of_a_stranger_comes_works_and_goes(second_environment: Pa
             _, key = await store.create_api_key(conn, app.app_id, "test", ["admin"])
         async with serve(second_environment, **settings) as (grpc, http), Client(grpc, api_key=key, app="acme") as client:
             name = await use_channel(client, provider, http)
+            await reach_from_sms(client, carrier)
             async with aiohttp.ClientSession() as session, session.get(f"{http}/v1/browsers/aftertouch.js") as script:
                 assert script.status == 200, "the wheel lacks the scripts for browsers"
             settled = await client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
+
+        heard = len(provider.requests)
+        shown = await asyncio.to_thread(run_quietly, command, "demo", "--people=400", **settings)
+        assert "Pager, installed beside: whom a follow-up there would reach; nothing is sent" in shown
+        assert re.search(r"^ +action +people +Pager *$", shown, re.MULTILINE), shown
+        rows = re.findall(r"^(whatsapp|sms|push) .* (\d+) +(\d+) *$", shown, re.MULTILINE)
+        assert {channel for channel, *_ in rows} == {"whatsapp", "sms", "push"}
+        assert any(int(people) > int(reached) > 0 for _, people, reached in rows)
+        assert "sets of people compared, all equal" in shown
+        assert len(provider.requests) == heard, "the demo messages nobody but the sandbox's people"
 
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", second_environment / "bin" / "python"]
     await asyncio.to_thread(run_quietly, *pip, "uninstall", "--yes", "aftertouch-pager")
@@ -184,6 +202,9 @@ async def use_channel(client: Client, provider: FakeProvider, http: str) -> str:
         person.subscriptions.add(channel="pager").address.update({"inbox": f"desk-{number}"})
         person.subscriptions.add(channel="sms").address.update({"phone": f"+3460000001{number}"})
         people.append(person)
+    without = contacts_pb2.Contact(external_id="p3")
+    without.subscriptions.add(channel="sms").address.update({"phone": DEAD_PHONES[1]})
+    people.append(without)
     await client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=client.parent, contacts=people))
     everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
     draft = campaigns_pb2.Campaign(display_name="Alarm", channel="pager", content=to_struct({"text": "Fire"}), audience=everybody)
@@ -208,3 +229,25 @@ async def use_channel(client: Client, provider: FakeProvider, http: str) -> str:
         request = retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)
         assert (await client.retargeting.PreviewRetarget(request)).audience_count == 2
     return made.name
+
+
+async def reach_from_sms(client: Client, carrier: FakeProvider) -> None:
+    """Ask whom the channel reaches of those whose text could not be delivered, and compare it with what the carrier refused."""
+    everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
+    draft = campaigns_pb2.Campaign(display_name="Alarm", channel="sms", content=to_struct({"body": "Fire"}), audience=everybody)
+    made = await client.campaigns.CreateCampaign(campaigns_pb2.CreateCampaignRequest(parent=client.parent, campaign=draft))
+    await client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=made.name))
+    await wait_for(client, made.name, attempted=4, failed=2)
+    refused = {request.read_form()["To"] for request, answer in carrier.exchanges if getattr(answer, "status", 0) == 400}
+    listed = await client.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent=client.parent))
+    addresses = [{one.channel: dict(one.address) for one in contact.subscriptions} for contact in listed.contacts]
+    matched = [person for person in addresses if person["sms"]["phone"] in refused]
+    reached = [person for person in matched if "pager" in person]
+    assert (len(matched), len(reached)) == (2, 1)
+    selection = campaigns_pb2.RetargetSelection(source=made.name, action="not_delivered")
+    request = retargeting_pb2.PreviewRetargetRequest(selection=selection, channel="pager")
+    shown = await client.retargeting.PreviewRetarget(request)
+    assert (shown.matched_count, shown.audience_count) == (len(matched), len(reached))
+    matrix = await client.retargeting.GetMatrix(retargeting_pb2.GetMatrixRequest(name=made.name))
+    cells = {row.action_count.action.action: {cell.channel: cell.reachable_count for cell in row.cells} for row in matrix.rows}
+    assert cells["not_delivered"]["pager"] == len(reached)

@@ -3,8 +3,8 @@
 It judges the server, so it shares no code with it: signatures, encryption and limits are written here a second time.
 """
 
-from .population import Population
+from .population import CHANNELS, Person, Population
 from .server import Sandbox, run
 from .settings import SandboxSettings, Shares, TwilioAccount
 
-__all__ = ["Population", "Sandbox", "SandboxSettings", "Shares", "TwilioAccount", "run"]
+__all__ = ["CHANNELS", "Person", "Population", "Sandbox", "SandboxSettings", "Shares", "TwilioAccount", "run"]
