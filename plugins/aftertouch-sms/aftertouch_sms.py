@@ -98,7 +98,7 @@ class SmsSettings(Settings):
     messages_per_second: float = Field(default=0, ge=0, le=10_000)
     """Of the whole account; 0 leaves the pace to Twilio, which queues what is more than a sender may send."""
     price_per_segment: Decimal | None = Field(default=None, ge=0)
-    """What Twilio and the carriers take for a segment, for estimates and reports; it differs from country to country."""
+    """What a segment costs you, for estimates and reports: one price for all countries. What Twilio bills is not read."""
     currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$")
     """Of that price."""
     timeout_seconds: float = Field(default=15, gt=0)

@@ -23,6 +23,7 @@ from aftertouch.sandbox.control import Inbound
 from aftertouch.store.contacts import hash_address, set_states
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, contacts_pb2, retargeting_pb2
+from tests.fix_console import Visitor, create_user
 from tests.fix_world import CONTENT, OpenWorld, World
 from tests.refusals import refuse
 from tests.sandbox.conftest import CERTAIN
@@ -288,6 +289,11 @@ async def test_estimate_tells_segments_and_cost_before_the_launch(open_world: Op
         assert checked.estimate == campaigns_pb2.Estimate(
             messages=20, units=segments, unit="segments", cost=f"{segments / 2:.2f}", currency="USD", sampled=20
         )
+        await create_user(world, "mia@acme.example", "marketer")
+        async with Visitor(world) as visitor:
+            await visitor.sign_in("mia@acme.example")
+            _, shown = await visitor.get(f"/campaigns/{draft.name.rpartition('/')[2]}/review")
+        assert f"{segments} segments, {segments / 2:.2f} USD at your own price." in shown
         [long] = [person for person in people if "1" in person][:1]
         tested = await world.client.campaigns.SendTest(
             campaigns_pb2.SendTestRequest(name=draft.name, contact=f"{world.client.parent}/contacts/{long}")

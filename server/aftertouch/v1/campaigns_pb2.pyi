@@ -942,7 +942,7 @@ class Estimate(_message.Message):
     unit: _builtins.str
     """What that is, as in "segments"."""
     cost: _builtins.str
-    """What they cost together, as in "79.00"; empty where the price of a unit is not set."""
+    """What they cost together by the operator's own price of a unit, as in "79.00"; empty where none is set."""
     currency: _builtins.str
     """The currency of the cost, as in "USD"."""
     sampled: _builtins.int

@@ -515,7 +515,7 @@ class WatchedEvent(_message.Message):
     contact: _builtins.str
     """`apps/{app}/contacts/{external_id}`; empty when the person was erased."""
     signal: _builtins.str
-    """As in "read". "priced" is what the provider takes for the person's messages: the reason is currency and amount."""
+    """As in "read". "priced" is what the person's messages cost by the channel's word: the reason is currency and amount."""
     reason: _builtins.str
     """Why, as in "recipient_gone/30005"; empty without a reason."""
     @_builtins.property

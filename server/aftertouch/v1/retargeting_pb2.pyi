@@ -748,7 +748,9 @@ class ChainReport(_message.Message):
 
     @_builtins.property
     def costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cost]:
-        """What the messages of all its campaigns cost, for each currency; only where a channel tells prices."""
+        """What the messages of all its campaigns cost, for each currency; only where a channel tells prices. For SMS that is the
+        operator's own price for each segment, and not what the provider bills.
+        """
 
     def __init__(
         self,
@@ -770,7 +772,7 @@ Global___ChainReport: _TypeAlias = ChainReport  # noqa: Y015
 
 @_typing.final
 class Cost(_message.Message):
-    """What providers took for messages, in one currency."""
+    """What messages cost by the prices that channels tell, in one currency."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
