@@ -2,7 +2,7 @@
 
 Only contacts that are erased are forgotten again.
 
-Each is bounded; what was used least recently is dropped first.
+Each is bounded, over all apps together; what was used least recently is dropped first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import compress
 from typing import Generic, TypeVar
@@ -20,7 +20,7 @@ import numpy as np
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.errors import DatabaseUnavailable
-from aftertouch.ingest.identities import Identities
+from aftertouch.ingest.identities import ExternalIds, Identities, measure_table
 from aftertouch.rolls.chunks import Numbers, Roll
 from aftertouch.rolls.sql import read_roll
 from aftertouch.store.campaigns import Campaign, find_campaigns, read_campaigns
@@ -29,17 +29,20 @@ from aftertouch.store.engine import transaction
 from aftertouch.store.erasures import list_erased
 from aftertouch.store.kinds import OTHER, Kind, intern_kinds
 
-MOST_CAMPAIGNS = 10_000
-MOST_IDENTITIES = 2_000_000
-"""Contact numbers by external_id: 160 bytes each at the most, so 320 MB."""
+MOST_CAMPAIGN_BYTES = 20_000_000
+"""10,000 campaigns without tracked links."""
+CAMPAIGN_BYTES = 2_000
+"""That one takes beside its links."""
+MOST_IDENTITY_BYTES = 384 << 20
+"""Contact numbers by external_id: three apps of a million contacts, or one of two million, which may take half of it."""
 IDENTITIES_PAGE = 20_000
 """Read at a time, so that nobody else waits longer than 20 ms."""
 FORGET_SECONDS = 1.0
 """Between two looks at who was erased: until then events by an erased name still count for the number that is nobody any more."""
 LONGEST_ERASING = timedelta(minutes=10)
 """From an erasure's time, when its transaction begins, to its commit."""
-MOST_ROLL_POSITIONS = 25_000_000
-"""Of decoded rolls: 14 bytes each at the most, so 350 MB."""
+MOST_ROLL_BYTES = 350_000_000
+"""Decoded rolls, 14 bytes a position at the most: 25 million positions. A single one that is larger is kept alone."""
 MOST_KINDS = 10_000
 """Distinct signals with reasons; a code beyond them is stored as "other", so that nobody can flood the table."""
 
@@ -53,33 +56,45 @@ class Kept(Generic[K, V]):
     def __init__(self, most: int, weigh: Callable[[V], int] = lambda _: 1) -> None:
         self._most = most
         self._weigh = weigh
-        self._weight = 0
-        self._items: OrderedDict[K, V] = OrderedDict()
+        self.weight = 0
+        """Of all together: no more than ``most``, unless a single value weighs more."""
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
 
     def get(self, key: K) -> V | None:
         """What is kept under the key."""
-        if (value := self._items.get(key)) is not None:
-            self._items.move_to_end(key)
-        return value
+        if (item := self._items.get(key)) is None:
+            return None
+        self._items.move_to_end(key)
+        return item[0]
 
     def put(self, key: K, value: V) -> None:
-        """Keep it, and drop others for it."""
-        if key not in self._items:
-            self._weight += self._weigh(value)
-        self._items[key] = value
-        while self._weight > self._most and len(self._items) > 1:
-            _, dropped = self._items.popitem(last=False)
-            self._weight -= self._weigh(dropped)
+        """Keep it, and drop others for it. What weighs more than when it was put is put again."""
+        weight = self._weigh(value)
+        self.drop(key)
+        self._items[key] = value, weight
+        self.weight += weight
+        while self.weight > self._most and len(self._items) > 1:
+            self.drop(next(iter(self._items)))
+
+    def drop(self, key: K) -> None:
+        """Keep it no more, if it is kept."""
+        _, weight = self._items.pop(key, (None, 0))
+        self.weight -= weight
+
+    def fits(self, weight: int) -> bool:
+        """True when so much may come in addition without any other being dropped."""
+        return self.weight + weight <= self._most
 
 
 @dataclass
 class _Contacts:
     """What is known of one app's contacts."""
 
+    most_bytes: int
     known: Identities = field(default_factory=Identities)
     misses: int = 0
-    is_whole: bool = False
-    """All were read once; those that are made later are looked up one by one."""
+    is_settled: bool = False
+    """All were read once, or they are too many to be kept; whoever is not known is looked up."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     erased: Numbers = field(default_factory=lambda: np.empty(0, np.int64))
     """Those of late, whom a look-up that was under way may still bring."""
@@ -88,9 +103,12 @@ class _Contacts:
     next_look: float = 0.0
 
     def learn(self, external_ids: Sequence[bytes], numbers: Numbers) -> None:
-        """Keep what was read, without those who were erased meanwhile."""
+        """Keep what was read, without those who were erased meanwhile; where that is too much, nothing of all that is known."""
         kept = ~np.isin(numbers, self.erased)
-        self.known.add(list(compress(external_ids, kept)), numbers[kept])
+        if self.known.measure(len(numbers)) > self.most_bytes:
+            self.known, self.is_settled = Identities(), True
+        else:
+            self.known.add(ExternalIds.join(list(compress(external_ids, kept))), numbers[kept])
 
     def forget(self, erased: Numbers) -> None:
         """Know those no more who were erased."""
@@ -102,16 +120,27 @@ class _Contacts:
 class Lookups:
     """Look-ups in the database, remembered."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(
+        self, engine: AsyncEngine, *, most_identity_bytes: int = MOST_IDENTITY_BYTES, most_roll_bytes: int = MOST_ROLL_BYTES
+    ) -> None:
         self._engine = engine
-        self._campaigns: Kept[int, Campaign] = Kept(MOST_CAMPAIGNS)
-        self._campaigns_by_name: Kept[tuple[int, str], Campaign] = Kept(MOST_CAMPAIGNS)
-        self._contacts: dict[int, _Contacts] = {}
-        self._rolls: Kept[int, Roll] = Kept(MOST_ROLL_POSITIONS, len)
+        self._campaigns: Kept[int, Campaign] = Kept(MOST_CAMPAIGN_BYTES, _weigh_campaign)
+        self._campaigns_by_name: Kept[tuple[int, str], Campaign] = Kept(MOST_CAMPAIGN_BYTES, _weigh_campaign)
+        self._most_bytes_each = most_identity_bytes // 2
+        self._contacts: Kept[int, _Contacts] = Kept(most_identity_bytes, lambda contacts: contacts.known.nbytes)
+        self._rolls: Kept[int, Roll] = Kept(most_roll_bytes, lambda roll: roll.nbytes)
+        self._reading_roll = asyncio.Lock()
+        """One at a time: a hundred streams that begin at once take no more memory than one."""
         self._kinds: dict[Kind, int] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of external_ids and of rolls that are kept."""
+        return self._contacts.weight + self._rolls.weight
+
     def remember(self, campaign: Campaign) -> None:
-        """Keep a campaign that was launched."""
+        """Keep a campaign that was launched, without what may be large and places no event."""
+        campaign = replace(campaign, content=None, audience=None)
         self._campaigns.put(campaign.campaign_id, campaign)
         self._campaigns_by_name.put((campaign.app_id, campaign.campaign), campaign)
 
@@ -141,16 +170,18 @@ class Lookups:
                     found[name] = campaign
         return found
 
-    async def find_numbers(self, app_id: int, external_ids: Sequence[bytes]) -> Numbers:
-        """The contact number of each external_id, in UTF-8; -1 where there is none."""
-        contacts = self._contacts.setdefault(app_id, _Contacts())
+    async def find_numbers(self, app_id: int, external_ids: ExternalIds) -> Numbers:
+        """The contact number of each external_id; -1 where there is none."""
+        if (contacts := self._contacts.get(app_id)) is None:
+            contacts = _Contacts(self._most_bytes_each)
+            self._contacts.put(app_id, contacts)
         if time.monotonic() >= contacts.next_look:
             await self._forget_erased(app_id, contacts)
         numbers = contacts.known.find(external_ids)
         unknown = np.flatnonzero(numbers < 0).tolist()
         if unknown:
             contacts.misses += len(unknown)
-            if not contacts.is_whole:
+            if not contacts.is_settled:
                 await self._load_identities(app_id, contacts)
                 numbers = contacts.known.find(external_ids)
                 unknown = np.flatnonzero(numbers < 0).tolist()
@@ -159,9 +190,8 @@ class Lookups:
             texts = [text for text in (external_id.decode(errors="replace") for external_id in wanted) if "\0" not in text]
             async with transaction(self._engine) as conn:
                 read = {text.encode(): number for text, number in (await find_numbers(conn, app_id, texts)).items()}
-            if sum(len(contacts.known) for contacts in self._contacts.values()) + len(read) > MOST_IDENTITIES:
-                self._contacts = {app_id: (contacts := _Contacts())}
             contacts.learn(list(read), np.array(list(read.values()), np.int64))
+            self._contacts.put(app_id, contacts)
             numbers[unknown] = [read.get(external_ids[index], -1) for index in unknown]
         return numbers
 
@@ -177,32 +207,45 @@ class Lookups:
         contacts.forget(np.array(erased, np.int64))
 
     async def _load_identities(self, app_id: int, contacts: _Contacts) -> None:
-        """Read all external_ids of an app whose people keep being asked for, where they fit: 0.8 µs each, by one 5 µs."""
+        """Read all external_ids of an app whose people keep being asked for, where they fit: 0.8 µs each, by one 5 µs.
+
+        Sooner where there is room than where other apps are dropped for it: those that take turns would be read over and over.
+        """
         async with contacts.loading:
-            if contacts.is_whole:
+            if contacts.is_settled:
                 return
             async with transaction(self._engine) as conn:
                 count = await count_contacts(conn, app_id)
-            if contacts.misses < count // 20 or count > MOST_IDENTITIES // 2:
+            size = measure_table(count)
+            if size > contacts.most_bytes:
+                contacts.is_settled = True
                 return
+            if contacts.misses < count // (20 if self._contacts.fits(size) else 4):
+                return
+            # Anew: what is known already would come twice, and the table grow for it.
+            contacts.known, contacts.misses = Identities(), 0
             contacts.known.reserve(count)
+            self._contacts.put(app_id, contacts)
             after = ""
-            while True:
+            while not contacts.is_settled and self._contacts.get(app_id) is contacts:
                 async with transaction(self._engine) as conn:
                     page = await page_numbers(conn, app_id, after, IDENTITIES_PAGE)
                 external_ids = [external_id.encode() for external_id, _ in page]
                 contacts.learn(external_ids, np.fromiter((number for _, number in page), np.int64, len(page)))
+                self._contacts.put(app_id, contacts)
                 if len(page) < IDENTITIES_PAGE:
-                    break
-                after = page[-1][0]
-            contacts.is_whole = True
+                    contacts.is_settled = True
+                else:
+                    after = page[-1][0]
 
     async def read_roll(self, campaign_id: int) -> Roll:
         """Who is at which position of a launched campaign."""
         if (roll := self._rolls.get(campaign_id)) is None:
-            async with transaction(self._engine) as conn:
-                roll = Roll(await read_roll(conn, campaign_id))
-            self._rolls.put(campaign_id, roll)
+            async with self._reading_roll:
+                if (roll := self._rolls.get(campaign_id)) is None:
+                    async with transaction(self._engine) as conn:
+                        roll = Roll(await read_roll(conn, campaign_id))
+                    self._rolls.put(campaign_id, roll)
         return roll
 
     async def number_kinds(self, wanted: Iterable[Kind]) -> Mapping[Kind, int]:
@@ -219,3 +262,7 @@ class Lookups:
         if kind in self._kinds or len(self._kinds) < MOST_KINDS or not kind.reason_class:
             return kind
         return Kind(kind.signal, kind.reason_class, OTHER)
+
+
+def _weigh_campaign(campaign: Campaign) -> int:
+    return CAMPAIGN_BYTES + sum(map(len, campaign.links))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.declarations import ChannelType
+from aftertouch.ingest.identities import ExternalIds
 from aftertouch.ingest.lookups import Lookups
 from aftertouch.ingest.tokens import TokenCodec
 from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, SLOT_SHIFT, Numbers, chunk_of, members_of, rank
@@ -52,8 +53,7 @@ class NamedTargets:
     """Distinct ids of campaigns."""
     campaign_of: Numbers
     """For each, its place in ``campaigns``."""
-    external_ids: list[bytes]
-    """In UTF-8."""
+    external_ids: ExternalIds
 
 
 @dataclass(frozen=True)

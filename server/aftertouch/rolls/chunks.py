@@ -126,6 +126,12 @@ class Roll:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        marks = self._marks.nbytes + self._before.nbytes if self._is_marked else 0
+        return self.numbers.nbytes + marks + _OBJECT_BYTES
+
     def find(self, wanted: Numbers) -> Numbers:
         """The position of each contact number; -1 where it is not on the roll.
 
@@ -150,6 +156,8 @@ class Roll:
         return np.where(is_within & (marks & bits != 0), positions, -1)
 
 
+_OBJECT_BYTES = 1_000
+"""That a roll takes beside its numbers, though nobody be on it."""
 _SPARSEST_MARKS = 32
 """Contacts for each one on a roll: up to there its marks are smaller than its numbers."""
 

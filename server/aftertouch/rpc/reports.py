@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from aftertouch.ingest.identities import ExternalIds
 from aftertouch.ingest.reports import MessageTargets, NamedTargets, Reports, TokenTargets
 from aftertouch.ingest.tokens import TOKEN_LENGTH, join_tokens
 from aftertouch.rolls.chunks import rank
@@ -63,7 +64,7 @@ def read_reports(app: str, events: Sequence[events_pb2.Event]) -> Reports:
             np.array(by_name),
             [_read_campaign_id(app, name) for name in campaign_of],
             np.array(campaigns, np.int64),
-            [events[index].recipient.external_id.encode() for index in by_name],
+            ExternalIds.join([events[index].recipient.external_id.encode() for index in by_name]),
         )
         if by_name
         else None,
@@ -193,9 +194,10 @@ def _read_names(
     first, last = after + 2, after + 2 + sizes
     _require(last <= ends)
     campaign = _read_campaign_id(app, name.decode())
-    external_ids = [data[begin:end] for begin, end in zip(first.tolist(), last.tolist(), strict=True)]
-    # Raises where one is not UTF-8, as protobuf would; the separator keeps halves of two from making a whole.
-    b"\0".join(external_ids).decode()
+    external_ids = ExternalIds(data, first, sizes)
+    if not external_ids.are_ascii():
+        # Raises where one is not UTF-8, as protobuf would; the separator keeps halves of two from making a whole.
+        b"\0".join(external_ids).decode()
     return NamedTargets(np.arange(len(starts)), [campaign], np.zeros(len(starts), np.int64), external_ids), last
 
 
