@@ -72,8 +72,10 @@ PUSH_SERVICES = (
 VAPID_LIFETIME = timedelta(hours=12)
 """A push service refuses more than 24 hours (RFC 8292, section 2); the rest is room for clocks that differ."""
 VAPID_RENEWAL = timedelta(hours=1)
-MAX_VAPID_ORIGINS = 1_000
+MAX_VAPID_ORIGINS = 100
 """Hosts below a name with a leading dot are the subscribers' to invent, so the kept signatures need an end."""
+MAX_SIGNERS = 1_000
+"""Keys of apps."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{24}")
 _SUBJECT = re.compile(r"mailto:[^\s<>@]+@[\w-]+(\.[\w-]+)+|https://[\w-]+(\.[\w-]+)+", re.ASCII)
@@ -421,6 +423,8 @@ class PushChannel(Channel):
         if text is None:
             return None
         if text not in self._signers:
+            if len(self._signers) >= MAX_SIGNERS:
+                self._signers.clear()
             self._signers[text] = _Signer(load_vapid_key(text), self.settings)
         return self._signers[text]
 

@@ -155,3 +155,16 @@ async def test_copies_that_take_too_much_are_forgotten_and_read_again(engine: As
         assert len(await copies.read_roll(conn, second)) == 0
         await conn.rollback()
     assert await read(engine, Copies(most_bytes=0), first) == {1: [3], 2: []}
+
+
+async def test_campaigns_to_nobody_take_no_more_than_others(engine: AsyncEngine) -> None:
+    """Their rolls and receipts weighed nothing, so they were kept for as long as the process ran."""
+    copies = Copies(most_bytes=10_000)
+    async with transaction(engine) as conn:
+        app = await create_app(conn, "acme", "App")
+        for number in range(30):
+            made = await create_campaign(conn, app.app_id, f"sale-{number}", {"display_name": "Sale", "channel": "sms"})
+            campaign = await update_campaign(conn, made.campaign_id, recipients=0, launch_time=datetime.now(UTC))
+            assert len(await copies.read_roll(conn, campaign)) == 0
+            assert set(await copies.read_receipts(conn, campaign, KINDS)) == set(KINDS)
+            assert 1_000 < copies.nbytes <= 20_000

@@ -17,9 +17,11 @@ from aftertouch.ingest.identities import ExternalIds, Identities, measure_table
 from aftertouch.ingest.lookups import Lookups
 from aftertouch.rolls.chunks import Numbers, Roll
 from aftertouch.rolls.sql import write_roll
+from aftertouch.store import kinds as kinds_module
 from aftertouch.store.apps import create_app
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
+from aftertouch.store.kinds import OTHER, Kind, load_kinds
 from aftertouch.store.tables import contact_counters
 
 PEOPLE = 3_000
@@ -159,6 +161,25 @@ async def test_roll_that_many_ask_for_is_read_once(engine: AsyncEngine) -> None:
     lookups = Lookups(engine)
     rolls = await asyncio.gather(*(lookups.read_roll(campaign_id) for _ in range(20)))
     assert all(roll is rolls[0] for roll in rolls)
+
+
+async def test_made_up_reasons_are_numbered_up_to_a_bound(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch was held against the bound alone, and a new process began anew; a refused try could be lost among them."""
+    for module in (kinds_module, lookups_module):
+        monkeypatch.setattr(module, "MOST_KINDS", 20)
+    for _ in range(2):
+        made_up = [[Kind("failed", "unknown", f"{number}-{at}") for at in range(15)] for number in range(4)]
+        tries = [Kind("refused", "transient", str(number)) for number in range(30)]
+        lookups = [Lookups(engine) for _ in made_up]
+        await asyncio.gather(*(one.number_kinds(kinds) for one, kinds in zip(lookups, made_up, strict=True)))
+        for one, kinds in zip(lookups, made_up, strict=True):
+            numbers = await one.number_kinds([*kinds, *tries])
+            assert numbers.keys() == {*kinds, *tries}
+            async with transaction(engine) as conn:
+                stored = await load_kinds(conn)
+            assert {kind: stored[number] for kind, number in numbers.items() if kind in tries} == {kind: kind for kind in tries}
+            assert {stored[numbers[kind]] for kind in kinds} <= {*kinds, Kind("failed", "unknown", OTHER)}
+    assert sum(kind.signal == "failed" for kind in stored.values()) == 20 + 1
 
 
 async def test_campaign_is_kept_without_its_audience(engine: AsyncEngine) -> None:

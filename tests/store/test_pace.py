@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import timedelta
 
 import pytest
@@ -10,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.channels import Limit
 from aftertouch.delivery import pace
-from aftertouch.delivery.pace import ASK_SECONDS, Pacer
+from aftertouch.delivery.pace import ASK_SECONDS, MOST_PROBED, Pacer
 from aftertouch.store.engine import transaction
 from aftertouch.store.paces import hold_limits
 
@@ -44,3 +45,13 @@ async def test_limit_with_a_rate_is_taken_from_each_time(engine: AsyncEngine, mo
     pacer, people = Pacer(engine), [(Limit(key="c/account", interval=timedelta(minutes=10)),)]
     waits = [(await pacer.admit(people)).wait for _ in range(3)]
     assert waits[0] < waits[1] < waits[2]
+
+
+async def test_limits_that_nothing_gets_through_are_forgotten_at_last(engine: AsyncEngine) -> None:
+    """Each person whom a provider held back was remembered for as long as the process ran."""
+    pacer = Pacer(engine)
+    keys = [f"d/to/{number}" for number in range(MOST_PROBED + 5)]
+    for some in (keys[:10], keys[:1], keys[10:]):
+        pacer.slow_down(dict.fromkeys(some), 1, time.monotonic())
+    assert [pacer.is_probing(key) for key in keys[:8]] == [True, *[False] * 5, True, True]
+    assert pacer.is_probing(keys[-1])

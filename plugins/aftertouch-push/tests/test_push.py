@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import ipaddress
 import json
 import socket
@@ -560,3 +561,20 @@ def test_webhook_answers_a_preflight_without_a_receipt() -> None:
 def test_webhook_at_an_unknown_path_is_refused() -> None:
     with pytest.raises(InvalidWebhook):
         make_channel().parse(make_request("sent"))
+
+
+def count_vapid() -> int:
+    """Key pairs in memory, with what was signed by them."""
+    gc.collect()
+    return sum(isinstance(one, Vapid02) for one in gc.get_objects())
+
+
+def test_keys_of_many_apps_take_no_more_memory_than_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each app's was kept for as long as the process ran."""
+    monkeypatch.setattr(aftertouch_push, "MAX_SIGNERS", 3)
+    channel, before = make_channel(vapid_private_key=None), count_vapid()
+    keys = [PushChannel.make_app_keys() for _ in range(10)]
+    described = [channel.describe_app_keys(own) for own in (*keys, *keys)]
+    assert described[:10] == described[10:]
+    assert len({one["application_server_key"] for one in described}) == 10
+    assert count_vapid() - before <= 3

@@ -65,7 +65,7 @@ async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: S
         for draft in drafts:
             own = [next(findings) for _ in draft.messages]
             if accepted := [finding for finding in own if isinstance(finding, Accepted)]:
-                kinds = [Kind("sent"), *map(ledger.lookups.bound_kind, list_prices(accepted))]
+                kinds = [Kind("sent"), *list_prices(accepted)]
                 facts += [Fact(campaign, draft.position, kind, now) for kind in kinds]
             elif all(isinstance(finding, NotTaken) for finding in own):
                 # A provider that loses every message is asked no longer than one that refuses it.

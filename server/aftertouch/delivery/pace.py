@@ -29,6 +29,8 @@ LONGEST_BACK_OFF = timedelta(seconds=60)
 LONGEST_RETRY_AFTER = timedelta(hours=1)
 """What a provider may ask for: a header of seven digits would hold a campaign for 115 days."""
 WIDEST = 1_000
+MOST_PROBED = 10_000
+"""Limits: one that a person has of their own may never let another message through, and would be remembered for ever."""
 ASK_SECONDS = 1.0
 """How long a limit without a rate of its own that had room is not asked for again; then another worker's hold is known here."""
 _ZERO = timedelta(0)
@@ -55,7 +57,7 @@ class Pacer:
         self._streaks: Counter[str] = Counter()
         """Holds in a row after which nothing got through."""
         self._held_at: dict[str, float] = {}
-        """When the last hold was put on, by ``time.monotonic``: what had begun before tells nothing new."""
+        """When the last hold was put on, by ``time.monotonic``, the newest last: what had begun before tells nothing new."""
         self._held_until: dict[str, float] = {}
         """The rests that this process found to be needed, by the same clock, and only at their beginning: until the database
         knows of them, and until whoever was admitted before has had their turn."""
@@ -136,7 +138,7 @@ class Pacer:
             if key in self._widths:
                 self._widths[key] *= 2
                 if self._widths[key] >= WIDEST:
-                    del self._widths[key], self._held_at[key]
+                    self._forget(key)
 
     def find_held(self, keys: Iterable[str]) -> dict[str, timedelta]:
         """Those of these limits that this process found to need a rest, and for how long still."""
@@ -157,12 +159,19 @@ class Pacer:
         for key, asked in delays.items():
             self._free_at.pop(key, None)
             if begun_at >= self._held_at.get(key, 0):
+                self._held_at.pop(key, None)
                 self._held_at[key] = now
                 self._streaks[key] += 1
                 self._widths[key] = max(min(self._widths.get(key, size), size) // 2, 1)
             rests[key] = min(asked, LONGEST_RETRY_AFTER) if asked is not None else back_off(self._streaks[key])
             self._held_until[key] = max(self._held_until.get(key, 0), now + min(rests[key], 2 * HORIZON).total_seconds())
+        while len(self._held_at) > MOST_PROBED:
+            self._forget(next(iter(self._held_at)))
         return rests
+
+    def _forget(self, key: str) -> None:
+        del self._widths[key], self._held_at[key]
+        self._streaks.pop(key, None)
 
     async def hold(self, rests: Mapping[str, timedelta]) -> None:
         """Have limits rest in all workers."""

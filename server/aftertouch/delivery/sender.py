@@ -323,11 +323,10 @@ class Sender:
         for draft, own in zip(drafts, outcomes, strict=True):
             verdict = judge(self._type, own, draft.tries, in_trouble=in_trouble)
             obstacle = self._note(verdict, draft.tries) or obstacle
-            for kind in verdict.kinds:
-                facts.append(Fact(campaign, draft.position, self._ledger.lookups.bound_kind(kind), now))
+            facts += [Fact(campaign, draft.position, kind, now) for kind in verdict.kinds]
             for address_hash, outcome in zip(draft.hashes, own, strict=True):
                 message_id = outcome.message_id[:256] if isinstance(outcome, Accepted) else ""
-                kind = self._ledger.lookups.bound_kind(describe(self._type.channel, outcome))
+                kind = describe(self._type.channel, outcome)
                 tried.append(Tried(campaign, draft.position, kind, address_hash, message_id))
             consequences.follow(self._type.channel, draft, own, now)
         await self._ledger.record(facts, tried)

@@ -16,7 +16,7 @@ from aftertouch.channels import TemplatesUnreadable as Unreadable
 from aftertouch.delivery.calls import LONGEST_CALL
 from aftertouch.errors import TemplatesUnreadable
 from aftertouch.ingest.accounts import Account, Accounts
-from aftertouch.ingest.lookups import Kept
+from aftertouch.kept import Kept
 
 log = structlog.get_logger()
 

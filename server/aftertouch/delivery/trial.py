@@ -82,7 +82,7 @@ async def send_test(
     with context.accounts.hold(await context.accounts.open(choice)) as channel:
         messages = [message for _, message in written]
         outcomes = await send_messages(channel, messages)
-        described = [ledger.lookups.bound_kind(describe(declared.channel, outcome)) for outcome in outcomes]
+        described = [describe(declared.channel, outcome) for outcome in outcomes]
         bill = estimate_contents(channel, [message.content for message in messages])
     numbers = await ledger.lookups.number_kinds(set(described))
     attempts = [

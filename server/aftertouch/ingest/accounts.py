@@ -8,18 +8,19 @@ seconds whether they still are. Opening comes after that transaction: it may wai
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakValueDictionary
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.channels import Channel
 from aftertouch.errors import ChannelNotReady, DatabaseUnavailable
-from aftertouch.ingest.lookups import Kept
+from aftertouch.kept import Kept
 from aftertouch.plugins import OpeningFailed, Registry, SettingsWrong, enter
 from aftertouch.store.app_secrets import OwnSettings, list_own_channels, read_own_settings, read_versions
 from aftertouch.store.apps import App, find_app, is_app_name
@@ -88,7 +89,8 @@ class Accounts:
         """Open ones, the least recently used first."""
         self._built: Kept[tuple[int, str, int], Channel] = Kept(MOST_OPEN)
         """Never opened, by app, name and version."""
-        self._opening: dict[tuple[int, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._opening: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
+        """Those that somebody holds or waits for."""
         self._closing: set[asyncio.Task[None]] = set()
         self._found: Kept[tuple[str, str], tuple[float, Own | None]] = Kept(10_000)
         self._reads: dict[tuple[str, str], asyncio.Task[Own | None]] = {}
@@ -138,7 +140,8 @@ class Accounts:
         if app is None or stored is None:
             return self._shared[choice.name]
         key = (app.app_id, choice.name)
-        async with self._opening[key]:
+        opening = self._opening.setdefault(key, asyncio.Lock())
+        async with opening:
             account = self._own.get(key)
             # Whoever reads in an older transaction may have seen older settings.
             if account is None or account.version < stored.version:

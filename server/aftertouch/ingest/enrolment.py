@@ -19,7 +19,7 @@ from aftertouch.channels import Address, Channel
 from aftertouch.errors import FieldsInvalid, IdentityInvalid, NotFound, TooManyRequests, Violation
 from aftertouch.identity import InvalidIdentity, read_identity
 from aftertouch.ingest.accounts import Accounts
-from aftertouch.ingest.lookups import Kept
+from aftertouch.kept import Kept
 from aftertouch.plugins import Registry
 from aftertouch.rolls.chunks import block_of
 from aftertouch.rolls.sql import lock_blocks

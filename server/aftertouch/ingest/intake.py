@@ -164,6 +164,8 @@ class Intake:
                 await asyncio.wait({self._call(self._store(source, group))}, timeout=GROUP_SECONDS)
         finally:
             del self._storing[source]
+            if not self._arrivals[source]:
+                del self._arrivals[source]
 
     def _take_group(self, arrivals: deque[_Arrival]) -> list[_Arrival]:
         group: list[_Arrival] = []

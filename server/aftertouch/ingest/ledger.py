@@ -177,7 +177,7 @@ class Ledger:
                 if campaign is None or receipt.signal not in declared.evidence:
                     odd.append(f"{receipt.signal} of message {receipt.message_id or 'without id'}: no such message or signal")
                     continue
-                kind = kind_of(self.lookups, declared, receipt.signal, clean_text(receipt.code or ""))
+                kind = kind_of(declared, receipt.signal, clean_text(receipt.code or ""))
                 found.append(Fact(campaign, position, kind, receipt.time or now))
             proven.append(is_signed or not (odd or webhook.replies or webhook.standings))
             if proven[-1]:

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import compress
-from typing import Generic, TypeVar
 
 import numpy as np
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftertouch.errors import DatabaseUnavailable
 from aftertouch.ingest.identities import ExternalIds, Identities, measure_table
+from aftertouch.kept import Kept
 from aftertouch.rolls.chunks import Numbers, Roll
 from aftertouch.rolls.sql import read_roll
 from aftertouch.store.campaigns import Campaign, find_campaigns, read_campaigns
 from aftertouch.store.contacts import count_contacts, find_numbers, page_numbers
 from aftertouch.store.engine import transaction
 from aftertouch.store.erasures import list_erased
-from aftertouch.store.kinds import OTHER, Kind, intern_kinds
+from aftertouch.store.kinds import MOST_KINDS, Kind, intern_kinds
 
 MOST_CAMPAIGN_BYTES = 20_000_000
 """10,000 campaigns without tracked links."""
@@ -43,47 +42,6 @@ LONGEST_ERASING = timedelta(minutes=10)
 """From an erasure's time, when its transaction begins, to its commit."""
 MOST_ROLL_BYTES = 350_000_000
 """Decoded rolls, 14 bytes a position at the most: 25 million positions. A single one that is larger is kept alone."""
-MOST_KINDS = 10_000
-"""Distinct signals with reasons; a code beyond them is stored as "other", so that nobody can flood the table."""
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Kept(Generic[K, V]):
-    """A bounded mapping that forgets what was used least recently."""
-
-    def __init__(self, most: int, weigh: Callable[[V], int] = lambda _: 1) -> None:
-        self._most = most
-        self._weigh = weigh
-        self.weight = 0
-        """Of all together: no more than ``most``, unless a single value weighs more."""
-        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        """What is kept under the key."""
-        if (item := self._items.get(key)) is None:
-            return None
-        self._items.move_to_end(key)
-        return item[0]
-
-    def put(self, key: K, value: V) -> None:
-        """Keep it, and drop others for it. What weighs more than when it was put is put again."""
-        weight = self._weigh(value)
-        self.drop(key)
-        self._items[key] = value, weight
-        self.weight += weight
-        while self.weight > self._most and len(self._items) > 1:
-            self.drop(next(iter(self._items)))
-
-    def drop(self, key: K) -> None:
-        """Keep it no more, if it is kept."""
-        _, weight = self._items.pop(key, (None, 0))
-        self.weight -= weight
-
-    def fits(self, weight: int) -> bool:
-        """True when so much may come in addition without any other being dropped."""
-        return self.weight + weight <= self._most
 
 
 @dataclass
@@ -129,8 +87,8 @@ class Lookups:
         self._most_bytes_each = most_identity_bytes // 2
         self._contacts: Kept[int, _Contacts] = Kept(most_identity_bytes, lambda contacts: contacts.known.nbytes)
         self._rolls: Kept[int, Roll] = Kept(most_roll_bytes, lambda roll: roll.nbytes)
-        self._reading_roll = asyncio.Lock()
-        """One at a time: a hundred streams that begin at once take no more memory than one."""
+        self._reads: dict[int, asyncio.Task[Roll]] = {}
+        """Of rolls, under way."""
         self._kinds: dict[Kind, int] = {}
 
     @property
@@ -241,27 +199,31 @@ class Lookups:
     async def read_roll(self, campaign_id: int) -> Roll:
         """Who is at which position of a launched campaign."""
         if (roll := self._rolls.get(campaign_id)) is None:
-            async with self._reading_roll:
-                if (roll := self._rolls.get(campaign_id)) is None:
-                    async with transaction(self._engine) as conn:
-                        roll = Roll(await read_roll(conn, campaign_id))
-                    self._rolls.put(campaign_id, roll)
+            # Once for all who ask: a hundred streams that begin together take no more memory than one.
+            if campaign_id not in self._reads:
+                self._reads[campaign_id] = asyncio.create_task(self._read_roll(campaign_id), name="read a roll")
+            roll = await asyncio.shield(self._reads[campaign_id])
         return roll
 
-    async def number_kinds(self, wanted: Iterable[Kind]) -> Mapping[Kind, int]:
-        """The numbers of kinds, these among them, made where they are new."""
-        if not self._kinds.keys() >= set(wanted):
+    async def _read_roll(self, campaign_id: int) -> Roll:
+        try:
             async with transaction(self._engine) as conn:
-                numbers = await intern_kinds(conn, set(wanted))
+                roll = Roll(await read_roll(conn, campaign_id))
+            self._rolls.put(campaign_id, roll)
+            return roll
+        finally:
+            del self._reads[campaign_id]
+
+    async def number_kinds(self, wanted: Iterable[Kind]) -> Mapping[Kind, int]:
+        """The number of each of these kinds, made where it is new; of one that is too many, that of the rest of its class."""
+        wanted = set(wanted)
+        missing = {kind.rest if len(self._kinds) >= MOST_KINDS else kind for kind in wanted - self._kinds.keys()}
+        if not self._kinds.keys() >= missing:
+            async with transaction(self._engine) as conn:
+                numbers = await intern_kinds(conn, missing)
             # Not before the commit: receipts with a number that was rolled back could never be read again.
             self._kinds |= numbers
-        return self._kinds
-
-    def bound_kind(self, kind: Kind) -> Kind:
-        """The kind itself, or the one for the rest of its class when there are too many."""
-        if kind in self._kinds or len(self._kinds) < MOST_KINDS or not kind.reason_class:
-            return kind
-        return Kind(kind.signal, kind.reason_class, OTHER)
+        return {kind: self._kinds[kind if kind in self._kinds else kind.rest] for kind in wanted}
 
 
 def _weigh_campaign(campaign: Campaign) -> int:

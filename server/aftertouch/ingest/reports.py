@@ -230,7 +230,7 @@ async def _number_kinds(
             continue
         for column, (signal, code) in enumerate(labels):
             if signal in channel.evidence and signal not in SERVER_SIGNALS:
-                kinds[row, column] = kind_of(lookups, channel, signal, code)
+                kinds[row, column] = kind_of(channel, signal, code)
     numbers = await lookups.number_kinds(kinds.values())
     table = np.zeros((len(campaigns), len(labels)), np.int32)
     for place, kind in kinds.items():
@@ -238,11 +238,11 @@ async def _number_kinds(
     return table
 
 
-def kind_of(lookups: Lookups, channel: ChannelType, signal: str, code: str) -> Kind:
+def kind_of(channel: ChannelType, signal: str, code: str) -> Kind:
     """The kind of a report: a failure has the code's class, a click the number of its link, other signals no reason."""
     if signal == "clicked" and code:
-        return lookups.bound_kind(Kind(signal, "link", code[:64]))
+        return Kind(signal, "link", code[:64])
     if signal != "failed":
         return Kind(signal)
     code = code[:64] or "unknown"
-    return lookups.bound_kind(Kind(signal, channel.channel.classify(code), code))
+    return Kind(signal, channel.channel.classify(code), code)

@@ -7,7 +7,6 @@ is answered is therefore what the caller's transaction sees, exactly, whatever w
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from aftertouch.kept import Kept
 from aftertouch.rolls.chunks import CHUNK_BYTES, Bits, Numbers, count_chunks
 from aftertouch.rolls.sql import ReadBits, Sight, read_bits, read_roll, read_sight, read_versions
 from aftertouch.store.campaigns import Campaign
 
 _MOST_BYTES = 256 * 1024 * 1024
 """A decoded roll takes 8 bytes a person, a kind of receipts an eighth of a byte: three campaigns to ten million people."""
+_OBJECT_BYTES = 500
+"""That a roll, or a kind of receipts, takes beside that, though nobody be in it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,13 @@ class Copies:
     """What was read of campaigns, the least recently used forgotten first."""
 
     def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
-        self._most_bytes = most_bytes
-        self._rolls: OrderedDict[int, Numbers] = OrderedDict()
-        self._receipts: OrderedDict[int, dict[int, _Receipts]] = OrderedDict()
+        self._rolls: Kept[int, Numbers] = Kept(most_bytes, lambda roll: _OBJECT_BYTES + roll.nbytes)
+        self._receipts: Kept[int, dict[int, _Receipts]] = Kept(most_bytes, _weigh)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self._rolls.weight + self._receipts.weight
 
     async def read_roll(self, conn: AsyncConnection, campaign: Campaign) -> Numbers:
         """The contact numbers of a campaign's people, in the order of positions; kept once they cannot change any more."""
@@ -48,9 +54,7 @@ class Copies:
         roll = self._rolls.get(campaign.campaign_id)
         if roll is None:
             roll = await read_roll(conn, campaign.campaign_id)
-            self._rolls[campaign.campaign_id] = roll
-        self._rolls.move_to_end(campaign.campaign_id)
-        self._forget()
+            self._rolls.put(campaign.campaign_id, roll)
         return roll
 
     async def read_receipts(
@@ -58,7 +62,7 @@ class Copies:
     ) -> dict[int, Bits]:
         """The bits of these kinds, or of all that there are, by position, in whole chunks, as the transaction sees them."""
         chunks = count_chunks(campaign.recipients)
-        kept = self._receipts.get(campaign.campaign_id, {})
+        kept = self._receipts.get(campaign.campaign_id) or {}
         empty = _Receipts(np.zeros(chunks, np.uint32), np.zeros(chunks * CHUNK_BYTES, np.uint8))
         sight = await read_sight(conn)
         since = _find_since(sight, [kept.get(kind, empty).sight for kind in kinds]) if kinds else None
@@ -74,23 +78,14 @@ class Copies:
         found = {kind: kept.get(kind, empty) for kind in versions} | merged
         if sight:
             found = {kind: replace(copy, sight=sight) for kind, copy in found.items()}
-        self._receipts[campaign.campaign_id] = self._receipts.get(campaign.campaign_id, {}) | found
-        self._receipts.move_to_end(campaign.campaign_id)
-        self._forget()
+        self._receipts.put(campaign.campaign_id, (self._receipts.get(campaign.campaign_id) or {}) | found)
         return {kind: receipts.bits for kind, receipts in found.items()}
-
-    def _forget(self) -> None:
-        rolls = sum(roll.nbytes for roll in self._rolls.values())
-        receipts = sum(map(_weigh, self._receipts.values()))
-        while self._rolls and rolls > self._most_bytes:
-            rolls -= self._rolls.popitem(last=False)[1].nbytes
-        while self._receipts and receipts > self._most_bytes:
-            receipts -= _weigh(self._receipts.popitem(last=False)[1])
 
 
 def _weigh(kinds: Mapping[int, _Receipts]) -> int:
     """Bytes; kinds of which nobody has heard share theirs."""
-    return sum({id(kind.bits): kind.bits.nbytes for kind in kinds.values()}.values())
+    shared = {id(kind.bits): kind.bits.nbytes + kind.versions.nbytes for kind in kinds.values()}
+    return _OBJECT_BYTES * (1 + len(kinds)) + sum(shared.values())
 
 
 def _find_since(sight: Sight | None, kept: Sequence[Sight | None]) -> int | None:

@@ -1,11 +1,11 @@
-"""What is kept at hand: it forgets what was used least recently, and only then."""
+"""What a process remembers: it forgets what was used least recently, and only then."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aftertouch.ingest.lookups import Kept
+from aftertouch.kept import Kept
 
 MOST = 20
 keys = st.integers(0, 5)
