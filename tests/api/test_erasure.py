@@ -19,7 +19,8 @@ from aftertouch.processes import ProcessFailed, run_command
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings, Shares
 from aftertouch.server import keep_house
-from aftertouch.store.apps import create_app
+from aftertouch.store import imports
+from aftertouch.store.apps import create_app, find_app
 from aftertouch.store.campaigns import create_campaign, find_campaign
 from aftertouch.store.contacts import hash_address
 from aftertouch.store.engine import transaction
@@ -81,6 +82,20 @@ async def read_everything(world: World) -> str:
     return "\n".join(row for result in rows for row in result.scalars())
 
 
+async def import_rejected(world: World, *rows: tuple[str, str]) -> tuple[int, int]:
+    """A file that came through the console, of which these rows were left out; the app's and its number."""
+    rejections = [
+        {"row": at, "external_id": external_id, "field": "", "description": text}
+        for at, (external_id, text) in enumerate(rows, 2)
+    ]
+    async with transaction(world.core.engine) as conn:
+        app = await find_app(conn, "acme")
+        assert app is not None
+        number = await imports.create_import(conn, app.app_id, "people.csv")
+        await imports.update_import(conn, app.app_id, number, state="DONE", rejected_count=len(rows), rejections=rejections)
+    return app.app_id, number
+
+
 async def test_erased_person_is_nowhere(shared_world: World) -> None:
     world, client = shared_world, shared_world.client
     phone = "+34699123456"
@@ -99,6 +114,13 @@ async def test_erased_person_is_nowhere(shared_world: World) -> None:
     async with transaction(world.core.engine) as conn:
         row = {"channel": "sms", "item": f"To=%2B{phone[1:]}&MessageStatus=unheard-of"}
         await conn.execute(insert(unrecognized_receipts), [row, {"channel": "sms", "item": "To=%2B34600000000"}])
+    imported = await import_rejected(
+        world,
+        ("traceable", "is not a time zone"),
+        (" traceable ", "has blanks at the ends"),
+        ("", f"{phone} is no address"),
+        ("other", "is not a time zone"),
+    )
     explained = await client.contacts.ExplainContact(contacts_pb2.ExplainContactRequest(name=names[0], campaign=sent.name))
     message_ids = [test.message_id, *(attempt.message_id for attempt in explained.attempts)]
     traces = ["traceable", phone[1:], "a pony", hash_address(phone).hex(), *message_ids]
@@ -111,6 +133,10 @@ async def test_erased_person_is_nowhere(shared_world: World) -> None:
     after = await read_everything(world)
     assert [trace for trace in traces if trace in after] == []
     assert "34600000000" in after
+    async with transaction(world.core.engine) as conn:
+        left = await imports.find_import(conn, *imported)
+    assert left is not None
+    assert ([row["external_id"] for row in left.rejections], left.rejected_count) == (["other"], 4)
     assert (erased.subscription_count, erased.list_count, erased.audience_count) == (1, 1, 2)
     assert (erased.attempt_count, erased.unrecognized_receipt_count) == (len(message_ids), 1)
     assert (await client.lists.GetList(lists_pb2.GetListRequest(name=made.name))).contact_count == 1

@@ -7,7 +7,7 @@ their place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from aftertouch.rolls.chunks import block_of
 from aftertouch.rolls.sql import clear_from_sets, lock_blocks
 from aftertouch.store.engine import driver
+from aftertouch.store.imports import forget_rejections
 from aftertouch.store.lists import PREFIX
 from aftertouch.store.partitions import list_days
 from aftertouch.store.recipients import blank_attempts, blank_tests, find_places
@@ -27,7 +28,7 @@ LATE = timedelta(days=1)
 """A message that was with its provider when the person was erased is on record within a minute, or when a database that
 was away is back."""
 SHORTEST_TEXT = 6
-"""Characters of an address or a message id that are looked for in what nobody understood: less is in too much."""
+"""Characters of an address or a message id that are looked for in other texts: less is in too much."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ async def erase_contact(conn: AsyncConnection, app_id: int, external_id: str) ->
     launched = await _list_sent_since(conn, app_id, datetime.combine(days[0], time(), UTC)) if days else []
     attempts, message_ids = await blank_attempts(conn, await find_places(conn, number, launched))
     tests, test_ids = await blank_tests(conn, app_id, [address_hash for _, address_hash in held])
-    texts = _list_texts([address for address, _ in held])
-    unrecognized = await _forget_unrecognized(conn, {*message_ids, *test_ids, *texts})
+    texts = {*message_ids, *test_ids, *_list_texts([address for address, _ in held])}
+    sought = [text for text in texts if len(text) >= SHORTEST_TEXT]
+    unrecognized = await _forget_unrecognized(conn, sought)
+    await forget_rejections(conn, app_id, external_id, sought)
     await pg.execute("DELETE FROM contacts WHERE block = %b AND number = %b", (block, number))
     await pg.execute("DELETE FROM contact_paces WHERE block = %b AND number = %b", (block, number))
     sets = await clear_from_sets(conn, app_id, number)
@@ -116,16 +119,13 @@ async def _list_sent_since(conn: AsyncConnection, app_id: int, since: datetime) 
     return [row.campaign_id for row in rows]
 
 
-async def _forget_unrecognized(conn: AsyncConnection, texts: Iterable[str]) -> int:
+async def _forget_unrecognized(conn: AsyncConnection, sought: Sequence[str]) -> int:
     """Delete the receipts that nobody understood and that have one of these texts in them."""
-    sought = [text for text in texts if len(text) >= SHORTEST_TEXT]
-    if not sought:
-        return 0
     pg = await driver(conn)
     deleted = await pg.execute(
         "DELETE FROM unrecognized_receipts AS u USING unnest(%b::text[]) AS sought (text)"
         " WHERE position(sought.text IN u.item) > 0",
-        (sought,),
+        (list(sought),),
     )
     return deleted.rowcount
 

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from aftertouch.store.engine import driver
 from aftertouch.store.tables import contact_imports
 
 KEPT_FOR = timedelta(days=7)
@@ -60,6 +61,22 @@ async def find_import(conn: AsyncConnection, app_id: int, import_id: int) -> Con
 async def forget_imports(conn: AsyncConnection) -> None:
     """Delete what is older than a week: rejected rows have people's ids in them."""
     await conn.execute(delete(contact_imports).where(contact_imports.c.create_time < func.now() - KEPT_FOR))
+
+
+async def forget_rejections(conn: AsyncConnection, app_id: int, external_id: str, texts: Sequence[str]) -> None:
+    """Delete the rejected rows of a person, and those with one of these texts in what was wrong; they stay counted."""
+    is_theirs = (
+        "(btrim(one->>'external_id') = %(external_id)s OR EXISTS"
+        " (SELECT FROM unnest(%(texts)s::text[]) AS sought (text) WHERE position(sought.text IN one->>'description') > 0))"
+    )
+    pg = await driver(conn)
+    await pg.execute(
+        "UPDATE contact_imports SET rejections = (SELECT coalesce(jsonb_agg(one ORDER BY place), '[]')"
+        f" FROM jsonb_array_elements(rejections) WITH ORDINALITY AS rejected (one, place) WHERE NOT {is_theirs})"
+        " WHERE app_id = %(app_id)s AND EXISTS"
+        f" (SELECT FROM jsonb_array_elements(rejections) AS rejected (one) WHERE {is_theirs})",
+        {"app_id": app_id, "external_id": external_id, "texts": list(texts)},
+    )
 
 
 async def list_imports(conn: AsyncConnection, app_id: int, limit: int) -> list[ContactImport]:
