@@ -57,8 +57,16 @@ class ExternalIds:
     @classmethod
     def join(cls, external_ids: Sequence[bytes]) -> ExternalIds:
         """The same of texts that are apart."""
-        sizes = np.fromiter(map(len, external_ids), np.int64, len(external_ids))
-        return cls(b"".join(external_ids), np.cumsum(sizes) - sizes, sizes)
+        return cls.cut(b"".join(external_ids), np.fromiter(map(len, external_ids), np.int64, len(external_ids)))
+
+    @classmethod
+    def cut(cls, data: bytes, sizes: Numbers) -> ExternalIds:
+        """The same of texts that stand one behind the other."""
+        return cls(data, np.cumsum(sizes) - sizes, sizes)
+
+    def select(self, indexes: Numbers) -> ExternalIds:
+        """Some of them."""
+        return ExternalIds(self._data, self._starts[indexes], self._sizes[indexes])
 
     def __len__(self) -> int:
         return len(self._sizes)

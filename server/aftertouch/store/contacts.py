@@ -92,14 +92,24 @@ async def count_contacts(conn: AsyncConnection, app_id: int) -> int:
     return row.scalar() or 0
 
 
-async def page_numbers(conn: AsyncConnection, app_id: int, after: str, limit: int) -> list[tuple[str, int]]:
-    """External_ids with their contact numbers, in order, those after ``after``."""
+async def page_numbers(conn: AsyncConnection, app_id: int, after: str, limit: int) -> tuple[bytes, Numbers, Numbers]:
+    """External_ids in order, those after ``after``, as columns: one behind the other in UTF-8, the bytes of each, the numbers.
+
+    As a row for each they take the driver more than twice as long.
+    """
     pg = await driver(conn)
     rows = await pg.execute(
-        "SELECT external_id, number FROM contact_ids WHERE app_id = %b AND external_id > %b ORDER BY external_id LIMIT %b",
+        "SELECT string_agg(convert_to(external_id, 'UTF8'), ''::bytea),"
+        " string_agg(int4send(octet_length(external_id)), ''::bytea), string_agg(int8send(number), ''::bytea) FROM (SELECT external_id, number FROM contact_ids"
+        " WHERE app_id = %b AND external_id > %b ORDER BY external_id LIMIT %b) AS page",
         (app_id, after, limit),
     )
-    return await rows.fetchall()
+    external_ids, sizes, numbers = await rows.fetchone() or (None, None, None)
+    return (
+        external_ids or b"",
+        np.frombuffer(sizes or b"", ">i4").astype(np.int64),
+        np.frombuffer(numbers or b"", ">i8").astype(np.int64),
+    )
 
 
 async def page_prefix(conn: AsyncConnection, app_id: int, prefix: str, after: str, limit: int) -> list[tuple[str, int]]:
