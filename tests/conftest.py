@@ -16,8 +16,23 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"postgresql: {'as given with --dsn' if config.getoption('--dsn') else 'embedded'}"
 
 
-# How long an example takes is up to whoever else uses the machine: it says of none that it is wrong.
-settings.register_profile("aftertouch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI, fail when tests were skipped for want of something, unless CI_MAY_SKIP=1 allows it: green means that all were run.
+
+    A reason that begins with "only" says where alone a test means something, so nothing is wanting elsewhere.
+    """
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not os.environ.get("CI") or os.environ.get("CI_MAY_SKIP") == "1":
+        return
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])}
+    if wanting := sorted(reason for reason in reasons if not reason.startswith("only ")):
+        reporter.write_line(f"\nskipped in CI for want of something, without CI_MAY_SKIP=1: {'; '.join(wanting)}", red=True)
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+# How long an example takes is up to whoever else uses the machine: it says of none that it is wrong. And in CI
+# too each run tries others.
+settings.register_profile("aftertouch", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aftertouch")
 
 

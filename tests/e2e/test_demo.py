@@ -37,7 +37,7 @@ def list_remains(directory: Path) -> list[object]:
     return [*directory.iterdir(), *list_processes(directory)]
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only where processes are in /proc")
 async def test_demo_agrees_with_the_truth_offers_the_console_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """At a terminal, as somebody sees it who tries this for the first time."""
     ours, theirs = pty.openpty()
@@ -84,7 +84,7 @@ async def test_demo_agrees_with_the_truth_offers_the_console_and_leaves_nothing_
     assert list_remains(tmp_path) == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only where processes are in /proc")
 def test_demo_without_a_terminal_asks_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "aftertouch", "demo", "--people=400"]
     done = subprocess.run(

@@ -68,7 +68,7 @@ async def stop_backends(database_url: str) -> AsyncIterator[None]:
     """Meanwhile no connection of the server gets an answer, not even to being cancelled."""
     async with connect(database_url) as conn:
         if conn.info.host and not conn.info.host.startswith("/"):
-            pytest.skip("the PostgreSQL of --dsn is on another machine")
+            pytest.skip("only with a PostgreSQL on this machine")
         cursor = await conn.execute(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'aftertouch'"
         )

@@ -23,7 +23,7 @@ from aftertouch.store.embedded import EmbeddedPostgres, EmbeddedPostgresError
 SERVER = Path(aftertouch.__file__).parents[1]
 SITE = Path(psycopg.__file__).parents[1]
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG and /proc")
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG and /proc")
 
 HOLDER = """
 import asyncio, sys
@@ -164,7 +164,7 @@ def nobodys_python() -> str:
         except (OSError, subprocess.CalledProcessError):
             continue
         return python
-    pytest.skip("there is no Python that the user nobody may run")
+    pytest.skip("only with a Python that the user nobody may run")
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ async def test_embedded_as_root_runs_under_the_user_postgres(made: Path, open_di
     try:
         uid = pwd.getpwnam("postgres").pw_uid
     except KeyError:
-        pytest.skip("there is no user postgres")
+        pytest.skip("only with a user postgres")
     data_dir = copy_data(made, open_dir / "data")
     async with EmbeddedPostgres(data_dir) as postgres:
         assert await count_kept(postgres.url) == 1
