@@ -100,7 +100,8 @@ async def page_numbers(conn: AsyncConnection, app_id: int, after: str, limit: in
     pg = await driver(conn)
     rows = await pg.execute(
         "SELECT string_agg(convert_to(external_id, 'UTF8'), ''::bytea),"
-        " string_agg(int4send(octet_length(external_id)), ''::bytea), string_agg(int8send(number), ''::bytea) FROM (SELECT external_id, number FROM contact_ids"
+        " string_agg(int4send(octet_length(external_id)), ''::bytea), string_agg(int8send(number), ''::bytea)"
+        " FROM (SELECT external_id, number FROM contact_ids"
         " WHERE app_id = %b AND external_id > %b ORDER BY external_id LIMIT %b) AS page",
         (app_id, after, limit),
     )
