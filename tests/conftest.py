@@ -30,9 +30,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
-# How long an example takes is up to whoever else uses the machine: it says of none that it is wrong. And in CI
-# too each run tries others.
-settings.register_profile("aftertouch", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes is up to whoever else uses the machine: it says of none that it is wrong. CI judges each commit by
+# the same examples, as Hypothesis does by itself; every other run tries others.
+settings.register_profile("aftertouch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aftertouch")
 
 
