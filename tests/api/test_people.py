@@ -199,10 +199,50 @@ async def test_standing_finds_by_the_best_subscription(shared_world: World) -> N
             assert [one[-1] for one in found if one.startswith("standing-")] == list(expected)
 
 
+async def test_message_id_finds_who_was_sent_the_message(shared_world: World) -> None:
+    """Support holds a provider's id, and nothing else."""
+    for channel in ("sms", "whatsapp"):
+        source = f"apps/acme/campaigns/source-{channel}"
+        given = {}
+        for external_id in list(await shared_world.read_recipients(source))[:10]:
+            said = await explain(shared_world, f"apps/acme/contacts/{external_id}", source)
+            given |= {attempt.message_id: external_id for attempt in said.attempts if attempt.message_id}
+        assert len(given) > 5
+        for message_id, external_id in given.items():
+            assert await find(shared_world, message_id=message_id) == [external_id]
+            for other in (message_id[:-1], message_id.swapcase(), f"{message_id} "):
+                assert await find(shared_world, message_id=other) == []
+    assert await find(shared_world, message_id="SM-never-given") == []
+
+
+async def test_message_id_of_a_test_finds_whose_the_address_is(shared_world: World) -> None:
+    phone = new_phone()
+    contact = await upsert(shared_world, "tried", ("sms", phone, 0))
+    draft = await shared_world.create_campaign("sms")
+    request = campaigns_pb2.SendTestRequest(name=draft.name, contact=contact)
+    (outcome,) = (await shared_world.client.campaigns.SendTest(request)).outcomes
+    await upsert(shared_world, "tried-too", ("sms", phone, 0))
+    for size in (1, 2):
+        assert await find(shared_world, size, message_id=outcome.message_id) == ["tried", "tried-too"]
+
+
+async def test_message_id_of_another_app_finds_nobody(shared_world: World) -> None:
+    """An app could have learnt whom another one messages, or what its own numbers are there."""
+    name = next(iter(await shared_world.read_recipients("apps/acme/campaigns/source-sms")))
+    said = await explain(shared_world, f"apps/acme/contacts/{name}", "apps/acme/campaigns/source-sms")
+    message_id = next(attempt.message_id for attempt in said.attempts if attempt.message_id)
+    async with shared_world.connect("prying", await shared_world.create_key("prying", "read")) as client:
+        wanted = contacts_pb2.ContactFilter(message_id=message_id)
+        listed = await client.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent="apps/prying", filter=wanted))
+        assert not listed.contacts
+
+
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
         ({}, "filter.kind"),
+        ({"message_id": ""}, "filter.message_id"),
+        ({"message_id": "x" * 257}, "filter.message_id"),
         ({"external_id_prefix": ""}, "filter.external_id_prefix"),
         ({"external_id_prefix": "x" * 201}, "filter.external_id_prefix"),
         ({"address": {"channel": "fax", "address": to_struct({"n": 1})}}, "filter.address.channel"),

@@ -7,7 +7,7 @@ import csv
 import io
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import structlog
@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 PAGE_SIZE = 50
 LONGEST_ID = 200
+LONGEST_MESSAGE_ID = 256
 BATCH = 1000
 """Contacts in one message of an import: the most that it may have."""
 LARGEST_FILE = 1 << 30
@@ -40,7 +41,10 @@ _State = contacts_pb2.Subscription.State
 
 
 async def show_list(visit: Visit) -> Response:
-    """Contacts in the order in which they were made; those whose id begins with a text, who have an address, or of a list."""
+    """Contacts in the order in which they were made; those of a list, or whom a text leads to.
+
+    It is the beginning of an id, or else an address, or else a provider's id of a message, as its own pages and support name it.
+    """
     text, name = visit.query("q").strip(), visit.query("list")
     wanted = None
     if text:
@@ -52,7 +56,7 @@ async def show_list(visit: Visit) -> Response:
     )
     listed = await visit.client.contacts.ListContacts(request)
     if text and not listed.contacts and not request.page_token:
-        listed.contacts.extend(await _find_by_address(visit, text))
+        listed.contacts.extend(await _find_by_address(visit, text) or await _find_by_message(visit, text))
     async with transaction(visit.console.engine) as conn:
         imports = await store.list_imports(conn, visit.app.app_id, 5) if visit.may("manage") else []
     return visit.render(
@@ -82,6 +86,14 @@ async def _find_by_address(visit: Visit, text: str) -> list[contacts_pb2.Contact
             continue
         found |= {contact.name: contact for contact in listed.contacts}
     return list(found.values())
+
+
+async def _find_by_message(visit: Visit, text: str) -> Sequence[contacts_pb2.Contact]:
+    """Who was sent the message that a provider gave this id."""
+    if len(text) > LONGEST_MESSAGE_ID:
+        return ()
+    request = contacts_pb2.ListContactsRequest(parent=visit.parent, filter=contacts_pb2.ContactFilter(message_id=text))
+    return (await visit.client.contacts.ListContacts(request)).contacts
 
 
 def _describe(visit: Visit, contact: contacts_pb2.Contact) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from aftertouch.rpc.values import TIME_ZONES, to_struct, to_timestamp
 from aftertouch.store import contacts as store
 from aftertouch.store.engine import transaction
 from aftertouch.store.erasures import erase_contact
+from aftertouch.store.recipients import find_by_message
 from aftertouch.v1 import contacts_pb2, contacts_pb2_grpc
 
 LARGEST_ATTRIBUTES = 16_384
@@ -163,6 +164,9 @@ class Contacts(contacts_pb2_grpc.ContactsServicer):
             case "list":
                 members = await find_list(call, wanted.list, field="filter.list")
                 numbers = (await page_set(conn, app_id, members.set_name, after, limit)).tolist()
+            case "message_id":
+                named = await find_by_message(conn, app_id, wanted.message_id)
+                numbers = [number for number in named if number > after][:limit]
             case _:
                 numbers = await store.page_contacts(conn, app_id, after, limit)
         return [(number, number) for number in numbers]

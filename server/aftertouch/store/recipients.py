@@ -17,6 +17,8 @@ import psycopg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.rolls.chunks import SLOT_SHIFT, decode_numbers
+from aftertouch.rolls.sql import read_roll_chunk
+from aftertouch.store.contacts import find_subscribers
 from aftertouch.store.engine import driver
 from aftertouch.store.logs import TEST_ROW
 from aftertouch.store.partitions import list_days
@@ -133,6 +135,30 @@ async def read_logged(conn: AsyncConnection, place: Place, since: datetime, budg
 def _span(day: date) -> tuple[datetime, datetime]:
     start = datetime.combine(day, time(), UTC)
     return start, start + timedelta(days=1)
+
+
+async def find_by_message(conn: AsyncConnection, app_id: int, message_id: str) -> list[int]:
+    """The contact numbers of an app's people who were sent the message that a provider gave this id, ascending.
+
+    A test has no place on a roll; whoever has its address now is meant.
+    """
+    pg = await driver(conn)
+    rows = await pg.execute(
+        "SELECT DISTINCT slot, position, channel, address_hash FROM attempts WHERE message_id = %b AND message_id <> ''"
+        " AND EXISTS (SELECT FROM campaigns WHERE app_id = %b AND campaign_id = slot >> %b) LIMIT %b",
+        (message_id, app_id, SLOT_SHIFT, _MOST_OF_ONE_ID),
+    )
+    numbers: set[int] = set()
+    for slot, position, channel, address_hash in await rows.fetchall():
+        if position == TEST_ROW:
+            numbers.update(s.number for s in await find_subscribers(conn, channel, address_hash, app_id))
+        else:
+            numbers.add(int((await read_roll_chunk(conn, slot))[position]))
+    return sorted(numbers)
+
+
+_MOST_OF_ONE_ID = 20
+"""Messages that are looked at: a provider gives an id once, and another channel's might give the same."""
 
 
 async def read_tried(conn: AsyncConnection, place: Place) -> list[Tried]:

@@ -421,10 +421,16 @@ class ContactFilter(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     STANDING_FIELD_NUMBER: _builtins.int
     LIST_FIELD_NUMBER: _builtins.int
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
     external_id_prefix: _builtins.str
     """Whose external_id begins with this, upper and lower case told apart; in the order of code points."""
     list: _builtins.str
     """Who is in this list, `apps/{app}/lists/{list}`."""
+    message_id: _builtins.str
+    """Who was sent the message that a provider gave this id, exactly as it wrote it: of a campaign's message the recipient, of a
+    test whoever has the address now. The log of attempts knows, for as many days as the app keeps event data; of somebody who
+    was erased it knows nothing.
+    """
     @_builtins.property
     def address(self) -> Global___AddressFilter:
         """Who has this address."""
@@ -440,12 +446,13 @@ class ContactFilter(_message.Message):
         address: Global___AddressFilter | None = ...,
         standing: Global___StandingFilter | None = ...,
         list: _builtins.str = ...,
+        message_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "external_id_prefix", b"external_id_prefix", "kind", b"kind", "list", b"list", "standing", b"standing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "external_id_prefix", b"external_id_prefix", "kind", b"kind", "list", b"list", "message_id", b"message_id", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "external_id_prefix", b"external_id_prefix", "kind", b"kind", "list", b"list", "standing", b"standing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "external_id_prefix", b"external_id_prefix", "kind", b"kind", "list", b"list", "message_id", b"message_id", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["external_id_prefix", "address", "standing", "list"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["external_id_prefix", "address", "standing", "list", "message_id"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
