@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 import aiohttp
 import aiohttp.web
@@ -489,32 +489,100 @@ async def test_chart_ends_with_the_last_event(world: World, marketer: Visitor, h
     assert max(timedelta(hours=hours), timedelta(minutes=12)) <= shown <= timedelta(hours=hours * 1.1, minutes=12)
 
 
-async def test_export_has_the_people_of_an_action_or_a_reason(
+async def read_csv(visitor: Visitor, path: str) -> list[dict[str, str]]:
+    """The rows of an export."""
+    response, text = await visitor.request("GET", path)
+    assert response.status == 200, text
+    assert response.headers["content-disposition"].endswith('.csv"')
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def find_exports(page: str) -> dict[str, int]:
+    """Where a page's CSV links lead, each with the number that stands before it."""
+    found = {}
+    for link in re.finditer(
+        r'<a class="quiet" href="/console(/[^"]*people\.csv[^"]*)" aria-label="Export [^"]+ as CSV">CSV</a>', page
+    ):
+        before = re.sub(r"<[^>]+>", " ", page[: link.start()])
+        numbers = re.findall(r"(?<![\w.,/])\d[\d,]*(?![\d.,]*%|[\w.,/])", before)
+        found[html.unescape(link[1])] = int(numbers[-1].replace(",", ""))
+    return found
+
+
+async def test_every_number_of_a_campaign_leads_to_its_people(
     world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
 ) -> None:
-    people = await world.read_recipients(sent.name)
-    campaign = await world.get_campaign(sent.name)
+    """Of those who were counted apart, of whom nothing was heard, or who failed in all, the page had only the number."""
+    asked = set()
+    made = [await world.create_campaign(channel) for channel in ("sms", "push")]
+    for campaign in made:
+        await world.launch(campaign.name)
+    for campaign in (sent, *made):
+        people = await world.read_recipients(campaign.name)
+        exports = find_exports((await marketer.get(f"/campaigns/{read_id(campaign.name)}"))[1])
+        assert f"/campaigns/{read_id(campaign.name)}/people.csv?signal=sent" in exports
+        for path, count in exports.items():
+            rows = await read_csv(marketer, path)
+            assert len(rows) == count, path
+            asked |= {name for name, _ in parse_qsl(path.partition("?")[2])}
+            for row in rows:
+                person = people[row["external_id"]]
+                assert {name for name, value in row.items() if value == "yes"} == set(person.signals), path
+                assert row["reasons"].split() == list(person.reasons)
+        everybody = await read_csv(marketer, f"/campaigns/{read_id(campaign.name)}/people.csv")
+        assert [row["external_id"] for row in everybody] == list(people)
+    assert asked == {"signal", "action", "apart", "pending", "reason"}
 
-    async def export(query: str) -> list[dict[str, str]]:
-        status, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv{query}")
-        assert status == 200
-        return list(csv.DictReader(io.StringIO(text)))
 
-    assert {row["external_id"] for row in await export("")} == set(people)
+async def test_export_has_the_people_of_an_action(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    people, path = await world.read_recipients(sent.name), f"/campaigns/{read_id(sent.name)}/people.csv"
     unread = {name for name, person in people.items() if "delivered" in person.signals and "read" not in person.signals}
-    assert {row["external_id"] for row in await export("?action=not_read")} == unread
-    reason = campaign.counts.reasons[0]
-    rows = await export(f"?reason={reason.reason_class}/{reason.reason_code}")
-    assert len(rows) == reason.count
-    assert all(row["failed"] == "yes" for row in rows)
-    assert (await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv?action=nothing"))[0] == 400
+    assert {row["external_id"] for row in await read_csv(marketer, f"{path}?action=not_read")} == unread
+    for query in ("action=nothing", "signal=nothing", "apart=1", "action=read&apart=1"):
+        assert (await marketer.get(f"{path}?{query}"))[0] == 400, query
 
 
-async def test_export_has_the_people_of_a_signal(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+async def test_every_number_of_a_funnel_leads_to_its_people(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    """Who is not reached was a number with a reason: whom a campaign lost, nobody could say."""
     people = await world.read_recipients(sent.name)
-    _, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv?signal=read")
+    listed = await world.client.contacts.ListContacts(contacts_pb2.ListContactsRequest(parent="apps/acme", page_size=1000))
+    with_phone = {one.external_id for one in listed.contacts if any(s.channel == "sms" for s in one.subscriptions)}
     read = {name for name, person in people.items() if "read" in person.signals}
-    assert {row["external_id"] for row in csv.DictReader(io.StringIO(text))} == read != set()
+    failed = {name for name, person in people.items() if {"failed", "delivered"} & set(person.signals) == {"failed"}}
+    groups: dict[str, str] = {}
+    for query, chosen in (("action=failed&channel=whatsapp", failed), ("action=read&channel=sms", read)):
+        _, text = await marketer.get(f"/campaigns/{read_id(sent.name)}/retarget/funnel?{query}")
+        exports = find_exports(text)
+        groups = {path.rpartition("group=")[2]: path for path in exports}
+        found = {}
+        for group, path in groups.items():
+            rows = await read_csv(marketer, path)
+            assert len(rows) == exports[path], group
+            found[group] = {row["external_id"] for row in rows}
+        assert found.pop("MATCHED") == chosen != set()
+        assert sum(map(len, found.values())) == len(chosen)
+        assert set().union(*found.values()) == chosen
+    assert found["DROPPED&reason=NO_SUBSCRIPTION"] == read - with_phone
+    for bad in ("group=ALL", "group=DROPPED", "group=DROPPED&reason=NO_REASON", "group=MATCHED&reason=HELD"):
+        assert (await marketer.get(groups["MATCHED"].replace("group=MATCHED", bad)))[0] == 400, bad
+
+
+async def test_every_number_of_a_drafts_review_leads_to_its_people(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    both = [campaigns_pb2.RetargetSelection(source=sent.name, action=action) for action in ("read", "failed")]
+    audience = campaigns_pb2.Audience()
+    audience.retarget.any_of.selections.extend(both)
+    draft = await world.create_campaign("sms", audience=audience)
+    exports = find_exports((await marketer.get(f"/campaigns/{read_id(draft.name)}/review"))[1])
+    groups = {path.rpartition("group=")[2]: path for path in exports}
+    assert {"MATCHED", "AUDIENCE", "DROPPED&reason=NO_SUBSCRIPTION"} <= groups.keys()
+    found = {group: {row["external_id"] for row in await read_csv(marketer, path)} for group, path in groups.items()}
+    assert {group: len(people) for group, people in found.items()} == {group: exports[path] for group, path in groups.items()}
+    await world.launch(draft.name)
+    assert set(await world.read_recipients(draft.name)) == found["AUDIENCE"]
 
 
 async def test_chain_shows_what_each_wave_added(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
@@ -621,7 +689,7 @@ async def test_campaign_without_failures_has_no_card_of_failures(world: World, m
 async def test_people_who_clicked_a_link_are_exported_and_retargeted(world: World, marketer: Visitor, clicked: str) -> None:
     _, text = await marketer.get(f"/campaigns/{clicked}")
     path = f"/campaigns/{clicked}"
-    assert f'href="/console{path}/people.csv?reason=link%2F0"' in text
+    assert f'href="/console{path}/people.csv?signal=clicked&amp;reason=link%2F0"' in text
     _, table = await marketer.get(f"{path}/people.csv?reason=link/0")
     assert len(list(csv.DictReader(io.StringIO(table)))) == 2
     assert f'href="/console{path}/retarget?action=clicked&amp;reason_code=0"' in text
@@ -631,6 +699,8 @@ async def test_people_who_clicked_a_link_are_exported_and_retargeted(world: Worl
     assert '<input type="hidden" name="reason_code" value="0">' in text
     _, funnel = await marketer.get(f"{path}/retarget/funnel?action=clicked&reason_code=0&channel=push")
     assert '<span>Chosen</span><span class="num">2</span>' in funnel
+    (chosen,) = [exported for exported in find_exports(funnel) if exported.endswith("&group=MATCHED")]
+    assert len(await read_csv(marketer, chosen)) == 2
     # Who did anything else did it with no link; choosing them leaves it behind.
     _, text = await marketer.get(f"{path}/retarget?action=delivered&reason_code=0")
     assert "Only people who clicked" not in text
@@ -1139,6 +1209,20 @@ async def test_contact_is_found_by_the_beginning_of_the_id_and_by_phone_number(w
     assert re.findall(r"person\?id=([\w-]+)", text) == ["by-phone"]
 
 
+async def test_contact_is_found_by_the_id_that_a_provider_gave_a_message(
+    world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
+) -> None:
+    """Somebody of the provider's support names it, and nothing else."""
+    for external_id in list(await world.read_recipients(sent.name))[:3]:
+        request = contacts_pb2.ExplainContactRequest(name=world.client.name("contacts", external_id), campaign=sent.name)
+        said = await world.client.contacts.ExplainContact(request)
+        (message_id,) = (attempt.message_id for attempt in said.attempts)
+        _, text = await marketer.get(f"/contacts?q={quote(message_id)}")
+        assert re.findall(r"person\?id=([\w-]+)", text) == [external_id]
+    for text in ("wamid.unknown", "x" * 300):
+        assert "Nobody is found" in (await marketer.get(f"/contacts?q={text}"))[1]
+
+
 async def test_contact_shows_campaigns_and_why(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
     people = await world.read_recipients(sent.name)
     name = next(name for name, person in people.items() if "read" in person.signals)
@@ -1192,6 +1276,57 @@ async def test_list_is_made_from_a_file_and_used(world: World, marketer: Visitor
     assert (status, "not launched yet is for this list" in text) == (400, True)
     await marketer.post(f"{draft}/delete")
     assert await marketer.post("/lists/gold/delete") == (303, "/console/lists")
+
+
+async def change_list(visitor: Visitor, path: str, file: str, **fields: str) -> dict[str, int]:
+    """Send a form with a file; the figures of the answer."""
+    form = aiohttp.FormData()
+    for name, value in {"csrf": visitor.csrf, **fields}.items():
+        form.add_field(name, value)
+    form.add_field("file", file.encode(), filename="people.csv")
+    _, text = await visitor.request("POST", path, data=form)
+    return {label: int(count) for label, count in re.findall(r"<dt>([^<]+)</dt><dd>(\d+)</dd>", text)}
+
+
+async def test_list_is_cleaned_of_those_who_failed(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    """People came into a list by its form, and only the API took them out."""
+    people = await world.read_recipients(sent.name)
+    _, everybody = await marketer.get(f"/campaigns/{read_id(sent.name)}/people.csv")
+    figures = await change_list(marketer, "/lists", everybody, display_name="To clean", list_id="to-clean")
+    assert figures == {"Added": len(people), "In it already": 0, "Left out": 0}
+    exports = find_exports((await marketer.get(f"/campaigns/{read_id(sent.name)}"))[1])
+    (gone,) = [path for path in exports if path.endswith("?signal=failed&reason=recipient_gone%2F131026")]
+    _, failed = await marketer.get(gone)
+    for taken_out in (exports[gone], 0):
+        figures = await change_list(marketer, "/lists/to-clean/remove", failed)
+        assert figures == {"Taken out": taken_out, "Not in it": exports[gone] - taken_out}
+    left = {name for name, person in people.items() if "recipient_gone/131026" not in person.reasons}
+    row = re.search(
+        r'list=to-clean">.*?class="right num">(\d+)<.*?href="/console(/[^"]*people.csv)"', (await marketer.get("/lists"))[1]
+    )
+    assert int(row[1]) == len(left) < len(people)
+    assert {person["external_id"] for person in await read_csv(marketer, row[2])} == left
+    one, other = sorted(left)[:2]
+    _, text = await marketer.post("/lists/to-clean/remove", {"contacts": f"{one}\n{other}, nobody"})
+    assert re.search(r"Taken out</dt><dd>2<.*Not in it</dt><dd>1<", text)
+    assert (await marketer.post("/lists/no-such/remove", {"contacts": one}))[0] == 404
+    assert await marketer.post("/lists/to-clean/delete") == (303, "/console/lists")
+
+
+async def test_ids_that_a_spreadsheet_would_compute_come_back_as_they_are(world: World, marketer: Visitor) -> None:
+    """Phone numbers as ids: what was exported of them named nobody in the form that it was given to."""
+    ids = ["+34600000003", "-1", "'=1+1", "''@x", "'plain", 'a=b, "c"']
+    contacts = [contacts_pb2.Contact(external_id=external_id) for external_id in ids]
+    request = contacts_pb2.UpsertContactsRequest(parent=world.client.parent, contacts=contacts)
+    await world.client.contacts.UpsertContacts(request)
+    # What somebody else wrote, and what we did: the two that look computed to us have to be as we write them.
+    given = ["external_id", "+34600000003", "-1", "''=1+1", "'''@x", "'plain", '"a=b, ""c"""']
+    figures = await change_list(marketer, "/lists", "\n".join(given), display_name="Computed", list_id="computed")
+    assert figures == {"Added": len(ids), "In it already": 0, "Left out": 0}
+    _, text = await marketer.get("/lists/computed/people.csv")
+    assert text.splitlines() == ["external_id", "'+34600000003", "'-1", "''=1+1", "'''@x", "'plain", '"a=b, ""c"""']
+    assert await change_list(marketer, "/lists/computed/remove", text) == {"Taken out": len(ids), "Not in it": 0}
+    assert await marketer.post("/lists/computed/delete") == (303, "/console/lists")
 
 
 async def test_list_is_refused_at_its_fields(marketer: Visitor) -> None:

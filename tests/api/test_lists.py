@@ -282,6 +282,30 @@ async def test_draft_made_while_its_list_is_deleted_never_points_at_nothing(shar
         assert sum(isinstance(outcome, Exception) for outcome in outcomes) == 1
 
 
+async def test_list_is_exported_as_it_was_when_it_was_asked_for(shared_world: World) -> None:
+    client = shared_world.client
+    made = await create(client, "exported")
+    many = [contacts_pb2.Contact(external_id=f"exported-{number:04}") for number in range(1_500)]
+    for start in (0, 1_000):
+        request = contacts_pb2.UpsertContactsRequest(parent=client.parent, contacts=many[start : start + 1_000])
+        await client.contacts.UpsertContacts(request)
+    members = [contact.external_id for contact in many]
+    await add(client, made.name, members)
+
+    async def export(resume_token: str = "") -> list[lists_pb2.ExportListContactsResponse]:
+        wanted = lists_pb2.ExportListContactsRequest(name=made.name, resume_token=resume_token)
+        return [page async for page in client.lists.ExportListContacts(wanted)]
+
+    pages = await export()
+    assert [name.rpartition("/")[2] for page in pages for name in page.contacts] == members
+    assert [(len(page.contacts), page.total_count) for page in pages] == [(1_000, 1_500), (500, 1_500)]
+    (rest,) = await export(pages[0].resume_token)
+    assert rest.contacts == pages[1].contacts
+    assert await remove(client, made.name, members) == 1_500
+    (nobody,) = await export()
+    assert (list(nobody.contacts), nobody.total_count) == ([], 0)
+
+
 # The command
 
 

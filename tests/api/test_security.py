@@ -218,6 +218,7 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "DeleteList": client.lists.DeleteList(lists_pb2.DeleteListRequest(name=names["list"])),
         "AddListContacts": client.lists.AddListContacts(lists_pb2.AddListContactsRequest(**members)),
         "ImportListContacts": client.lists.ImportListContacts(iter([lists_pb2.ImportListContactsRequest(**members)])),
+        "ExportListContacts": client.lists.ExportListContacts(lists_pb2.ExportListContactsRequest(name=names["list"])).read(),
         "RemoveListContacts": client.lists.RemoveListContacts(lists_pb2.RemoveListContactsRequest(**members)),
         "CreateCampaign": client.campaigns.CreateCampaign(campaigns_pb2.CreateCampaignRequest(parent=app, campaign=campaign)),
         "GetCampaign": client.campaigns.GetCampaign(campaigns_pb2.GetCampaignRequest(name=sent)),
@@ -234,6 +235,7 @@ def trespass(client: Client, names: Mapping[str, str]) -> dict[str, Awaitable[An
         "SendTest": client.campaigns.SendTest(campaigns_pb2.SendTestRequest(name=draft, contact=names["contact"])),
         "ResumeCampaign": client.campaigns.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=sent)),
         "ListRecipients": client.campaigns.ListRecipients(campaigns_pb2.ListRecipientsRequest(parent=sent)),
+        "ExportRecipients": client.campaigns.ExportRecipients(campaigns_pb2.ExportRecipientsRequest(parent=sent)).read(),
         "IngestEvents": client.events.IngestEvents(
             events_pb2.IngestEventsRequest(parent=app, events=[events_pb2.Event(token="x", signal="delivered")])
         ),

@@ -19,7 +19,7 @@ from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store import tables
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import campaigns_pb2, events_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2
 from tests.fix_console import PASSWORD, PATIENCE_MS, create_user
 from tests.fix_database import clone_database
 from tests.fix_issuer import CLIENT, run_issuer
@@ -636,6 +636,38 @@ async def test_message_is_sent_to_one_person_as_a_test(tab: Tab, world: World, c
     await page.fill("#as", "nobody")
     await page.click("#send-test")
     await expect(page.locator("#test .alert")).to_be_visible()
+
+
+async def test_list_is_cleaned_of_those_who_failed_with_nothing_but_the_console(tab: Tab, world: World, campaign: str) -> None:
+    page = tab.page
+    people = await world.read_recipients(f"apps/acme/campaigns/{campaign}")
+    failed = {external_id for external_id, person in people.items() if "failed" in person.signals}
+    assert failed
+
+    async def download(what: str) -> Path:
+        await tab.open(f"/campaigns/{campaign}")
+        async with page.expect_download() as download:
+            await page.locator(f"[aria-label='Export {what} as CSV']").first.click()
+        return await (await download.value).path()
+
+    file = await download("Recipients")
+    await tab.open("/lists")
+    await page.fill("#display_name", "To clean")
+    await page.fill("#list_id", "to-clean")
+    await page.set_input_files("#file", files=file)
+    await page.click("text=Make list")
+    await expect(page.locator("main .figures")).to_contain_text(f"Added{len(people)}")
+    file = await download("Failed")
+    await tab.open("/lists")
+    await page.click("summary:text('To clean')")
+    await page.set_input_files("#file-to-clean", files=file)
+    await page.click("text=Take out of To clean")
+    await expect(page.locator("main .figures")).to_contain_text(f"Taken out{len(failed)}")
+    assert await tab.find_violations() == []
+    wanted = contacts_pb2.ContactFilter(list="apps/acme/lists/to-clean")
+    request = contacts_pb2.ListContactsRequest(parent="apps/acme", page_size=1000, filter=wanted)
+    left = {contact.external_id for contact in (await world.client.contacts.ListContacts(request)).contacts}
+    assert left == people.keys() - failed
 
 
 async def test_list_is_searched_while_typing(tab: Tab) -> None:

@@ -35,6 +35,7 @@ from aftertouch.rolls.chunks import (
 from aftertouch.rolls.sql import (
     delete_roll,
     read_bits,
+    read_numbers,
     read_receipts,
     read_roll,
     read_roll_chunk,
@@ -254,6 +255,9 @@ async def test_roll_is_read_as_it_was_written(rolls_engine: AsyncEngine, size: i
         assert (await read_roll(conn, campaign_id)).tolist() == numbers.tolist()
         last = (size - 1) // CHUNK
         assert (await read_roll_chunk(conn, slot_of(campaign_id, last))).tolist() == numbers[last * CHUNK :].tolist()
+        for count in (0, 1, size):
+            positions = np.sort(dice.choice(size, min(count, size), replace=False))
+            assert (await read_numbers(conn, campaign_id, positions)).tolist() == numbers[positions].tolist()
         await delete_roll(conn, campaign_id)
         assert len(await read_roll(conn, campaign_id)) == 0
         assert len(await read_roll(conn, campaign_id + 1)) == size

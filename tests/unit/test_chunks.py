@@ -29,6 +29,7 @@ from aftertouch.rolls.chunks import (
     members_of,
     pack_chunks,
     pack_positions,
+    page_bits,
     set_numbers,
     slot_of,
     slot_range,
@@ -137,3 +138,19 @@ def test_bits_cross_between_positions_and_contact_numbers(people: set[int], bloc
     assert set_numbers(np.append(roll[flags], [blocks * CHUNK, 10**7]), blocks).tolist() == by_number.tolist()
     asked = np.array([*sorted(people), 0, 5000, blocks * CHUNK - 1, blocks * CHUNK, 10**7], np.int64)
     assert find_members(by_number, asked).tolist() == [number in chosen for number in asked.tolist()]
+
+
+@settings(deadline=None)
+@given(
+    st.sets(st.integers(0, 4 * CHUNK - 1), max_size=60),
+    st.integers(0, 4 * CHUNK + 1) | st.just(2**63),
+    st.sampled_from([1, 7, 1000]),
+    st.booleans(),
+)
+def test_pages_hold_what_is_set_from_a_place_on(chosen: set[int], first: int, size: int, is_crowded: bool) -> None:
+    if is_crowded:
+        chosen |= set(range(CHUNK - 100, CHUNK + 3000))
+    pages = list(page_bits(set_numbers(np.array(sorted(chosen), np.int64), 4), first, size))
+    assert [number for page in pages for number in page.tolist()] == sorted(number for number in chosen if number >= first)
+    assert all(len(page) == size for page in pages[:-1])
+    assert all(0 < len(page) <= size for page in pages)

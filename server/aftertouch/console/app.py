@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aftertouch.console import campaigns, chains, composer, contacts, entrance, lists, retargets, settings, words
+from aftertouch.console import campaigns, chains, composer, contacts, entrance, exports, lists, retargets, settings, words
 from aftertouch.console.accounts import Accounts
 from aftertouch.console.issuer import RETURN_PATH, Issuer
 from aftertouch.console.tasks import Tasks
@@ -84,11 +84,13 @@ PAGES = (
     Page("/campaigns/{campaign}/row", campaigns.show_row, "read"),
     Page("/campaigns/{campaign}/live", campaigns.show_live, "read"),
     Page("/campaigns/{campaign}/chain", chains.show, "read"),
-    Page("/campaigns/{campaign}/people.csv", campaigns.export, "read"),
+    Page("/campaigns/{campaign}/people.csv", exports.export_recipients, "read"),
     Page("/campaigns/{campaign}/state", campaigns.change_state, "manage", "POST"),
     Page("/campaigns/{campaign}/retarget", retargets.show, "manage"),
     Page("/campaigns/{campaign}/retarget", retargets.create, "manage", "POST"),
     Page("/campaigns/{campaign}/retarget/funnel", retargets.show_funnel, "manage"),
+    Page("/campaigns/{campaign}/retarget/people.csv", exports.export_retarget, "read"),
+    Page("/campaigns/{campaign}/review/people.csv", exports.export_audience, "read"),
     Page("/campaigns/{campaign}/review", composer.show_review, "manage"),
     Page("/campaigns/{campaign}/edit", composer.show, "manage"),
     Page("/campaigns/{campaign}/templates", composer.show_templates, "manage"),
@@ -107,6 +109,8 @@ PAGES = (
     Page("/lists", lists.show_all, "read"),
     Page("/lists", lists.create, "manage", "POST", largest=lists.LARGEST_FILE),
     Page("/lists/{list}/add", lists.add, "manage", "POST", largest=lists.LARGEST_FILE),
+    Page("/lists/{list}/remove", lists.remove, "manage", "POST", largest=lists.LARGEST_FILE),
+    Page("/lists/{list}/people.csv", exports.export_list, "read"),
     Page("/lists/{list}/delete", lists.delete, "manage", "POST"),
     Page("/channels", settings.show_channels, "read"),
     Page("/channels/check", settings.check_addresses, "manage", "POST"),

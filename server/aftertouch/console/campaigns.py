@@ -1,29 +1,25 @@
-"""The list of campaigns, a campaign's page while it is sent and afterwards, and the export of its people."""
+"""The list of campaigns, and a campaign's page while it is sent and afterwards."""
 
 from __future__ import annotations
 
 import asyncio
-import csv
-import io
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from aftertouch.console import words
 from aftertouch.console.charts import read_chart
 from aftertouch.console.visits import Visit, is_recent, read_id, to_time
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
-from aftertouch.signals import CORE_IMPLICATIONS
 from aftertouch.store.campaigns import find_campaigns, read_campaigns
 from aftertouch.store.engine import transaction
 from aftertouch.store.lists import find_list
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 
 PAGE_SIZE = 25
-EXPORT_PAGE = 1000
 
 State = campaigns_pb2.Campaign.State
 LAUNCHED = frozenset({State.SENDING, State.PAUSED, State.SENT, State.CANCELED})
@@ -350,72 +346,3 @@ async def change_state(visit: Visit) -> Response:
         case _:
             raise FieldsInvalid([Violation("do", "is none of pause, resume, cancel and unschedule")])
     return visit.redirect(f"/campaigns/{visit.param('campaign')}")
-
-
-async def export(visit: Visit) -> Response:
-    """A group of a campaign's people as CSV: all, those of an action or a signal, or those who failed for a reason."""
-    standing = await read(visit)
-    matches = _choose_people(visit, standing)
-
-    async def write() -> AsyncIterator[str]:
-        signals = [*CORE_IMPLICATIONS, *(name for name, _ in list_signals(visit, standing.message.channel))]
-        yield _write_row(["external_id", *signals, "reasons"])
-        token = ""
-        while True:
-            request = campaigns_pb2.ListRecipientsRequest(parent=standing.message.name, page_size=EXPORT_PAGE, page_token=token)
-            page = await visit.client.campaigns.ListRecipients(request)
-            yield "".join(
-                _write_row(
-                    [
-                        read_id(person.contact),
-                        *("yes" if signal in person.signals else "no" for signal in signals),
-                        " ".join(person.reasons),
-                    ]
-                )
-                for person in page.recipients
-                if matches(person)
-            )
-            token = page.next_page_token
-            if not token:
-                return
-            # Somebody else's pages come between.
-            await asyncio.sleep(0)
-
-    group = visit.query("action") or visit.query("signal") or visit.query("reason").replace("/", "-") or "all"
-    headers = {"content-disposition": f'attachment; filename="{standing.id}-{_clean(group)}.csv"'}
-    return StreamingResponse(write(), headers=headers, media_type="text/csv; charset=utf-8")
-
-
-def _choose_people(visit: Visit, standing: Standing) -> Callable[[campaigns_pb2.Recipient], bool]:
-    action, reason, signal = visit.query("action"), visit.query("reason"), visit.query("signal")
-    if reason:
-        return lambda person: reason in person.reasons
-    if signal:
-        return lambda person: signal in person.signals
-    if not action:
-        return lambda person: True
-    found = visit.console.registry.types.get(standing.message.channel)
-    compiled = found.actions.get(action) if found else None
-    if compiled is None:
-        raise FieldsInvalid([Violation("action", f"this campaign's channel has no action {action!r}")])
-    apart = compiled.apart
-
-    def is_in(person: campaigns_pb2.Recipient) -> bool:
-        def value_of(signal: str) -> int:
-            return int(signal in person.signals)
-
-        in_apart = apart is not None and apart.evaluate(value_of) & 1
-        return bool(compiled.expression.evaluate(value_of) & 1) and not in_apart
-
-    return is_in
-
-
-def _write_row(cells: list[str]) -> str:
-    line = io.StringIO()
-    # A spreadsheet takes a cell that begins so for a formula.
-    csv.writer(line).writerow([f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell for cell in cells])
-    return line.getvalue()
-
-
-def _clean(text: str) -> str:
-    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "-" for letter in text)[:80]

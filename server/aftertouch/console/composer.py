@@ -304,7 +304,8 @@ async def _review(visit: Visit, standing: Standing) -> Review:
     try:
         if audience.HasField("retarget"):
             source = await find_source(visit, standing)
-            funnel = await read_funnel(visit, source or standing, audience.retarget, standing.message.channel)
+            people = f"/campaigns/{standing.id}/review/people.csv?"
+            funnel = await read_funnel(visit, source or standing, audience.retarget, standing.message.channel, people)
             count = funnel.preview.audience_count
             if not count:
                 return Review(funnel, 0, words.explain_empty())

@@ -1,16 +1,17 @@
-"""Lists: named sets of people, filled from a file of external ids or by hand."""
+"""Lists: named sets of people, changed by a file of external ids or by hand."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
 from aftertouch.console import words
+from aftertouch.console.exports import read_cell
 from aftertouch.console.visits import Visit, name_faults, read_id, to_time
 from aftertouch.errors import AftertouchError, FieldsInvalid, Violation
 from aftertouch.v1 import lists_pb2
@@ -19,6 +20,10 @@ LARGEST_FILE = 64 << 20
 BATCH = 10_000
 """Contacts in one message of an import: the most that it may have."""
 SHOWN_REJECTIONS = 200
+
+Changed: TypeAlias = tuple[Mapping[str, int], Sequence[lists_pb2.AddListContactsResponse.Rejection]]
+"""What became of the people that a list was to be changed by: numbers with their labels, and who could not be added."""
+Change: TypeAlias = Callable[[Visit, str, Iterator[list[str]]], Awaitable[Changed]]
 
 
 async def show_all(visit: Visit) -> Response:
@@ -61,33 +66,58 @@ async def create(visit: Visit) -> Response:
         if error.reason not in ("RESOURCE_ALREADY_EXISTS", "LIST_LIMIT_REACHED"):
             raise
         return await _render(visit, faults=name_faults([Violation("list_id", words.explain(error))]), values=values)
-    return await _fill(visit, read_id(made.name), form.get("file"), str(form.get("contacts", "")))
+    return await _change(visit, read_id(made.name), form, _add)
 
 
 async def add(visit: Visit) -> Response:
     """Fill a list with what was given."""
-    form = await visit.read_form()
-    return await _fill(visit, visit.param("list"), form.get("file"), str(form.get("contacts", "")))
+    return await _change(visit, visit.param("list"), await visit.read_form(), _add)
 
 
-async def _fill(visit: Visit, name: str, file: Any, text: str) -> Response:
-    """Add people to a list, and say who could not be added."""
+async def remove(visit: Visit) -> Response:
+    """Take people out of a list."""
+    return await _change(visit, visit.param("list"), await visit.read_form(), _remove)
+
+
+async def _change(visit: Visit, name: str, form: FormData, change: Change) -> Response:
+    """Have a list changed by the people of a form, a file's before those that were typed, and say what became of them."""
+    file = form.get("file")
     try:
         if isinstance(file, UploadFile) and file.filename:
             with io.TextIOWrapper(file.file, encoding="utf-8-sig", newline="") as lines:
-                result = await visit.client.lists.ImportListContacts(_pack(visit, name, _read_ids(lines)))
+                figures, rejections = await change(visit, visit.name("lists", name), _pack(_read_ids(lines)))
         else:
-            result = await visit.client.lists.ImportListContacts(_pack(visit, name, text.replace(",", "\n").splitlines()))
+            typed = str(form.get("contacts", "")).replace(",", "\n").splitlines()
+            figures, rejections = await change(visit, visit.name("lists", name), _pack(typed))
     except (csv.Error, UnicodeDecodeError):
         return await _render(visit, faults=name_faults([Violation("file", "The file is not CSV in UTF-8.")]))
     except AftertouchError as error:
         if error.code != "INVALID_ARGUMENT":
             raise
         return await _render(visit, faults=name_faults([Violation("file", words.explain(error))]))
-    return visit.render("list_filled.html", result=result, name=name, rejections=result.rejections[:SHOWN_REJECTIONS])
+    return visit.render("list_changed.html", name=name, figures=figures, rejections=rejections[:SHOWN_REJECTIONS])
 
 
-def _read_ids(lines: io.TextIOWrapper) -> Iterable[str]:
+async def _add(visit: Visit, name: str, batches: Iterator[list[str]]) -> Changed:
+    async def pack() -> AsyncIterator[lists_pb2.ImportListContactsRequest]:
+        for batch in batches:
+            yield lists_pb2.ImportListContactsRequest(name=name, contacts=batch)
+
+    result = await visit.client.lists.ImportListContacts(pack())
+    figures = {"Added": result.added_count, "In it already": result.present_count, "Left out": result.rejected_count}
+    return figures, result.rejections
+
+
+async def _remove(visit: Visit, name: str, batches: Iterator[list[str]]) -> Changed:
+    given = removed = 0
+    for batch in batches:
+        request = lists_pb2.RemoveListContactsRequest(name=name, contacts=batch)
+        removed += (await visit.client.lists.RemoveListContacts(request)).removed_count
+        given += len(batch)
+    return {"Taken out": removed, "Not in it": given - removed}, ()
+
+
+def _read_ids(lines: io.TextIOWrapper) -> Iterator[str]:
     """The column external_id where the first line names it, or else the first column."""
     rows = csv.reader(lines)
     first = next(rows, [])
@@ -99,15 +129,17 @@ def _read_ids(lines: io.TextIOWrapper) -> Iterable[str]:
             yield row[place]
 
 
-async def _pack(visit: Visit, name: str, external_ids: Iterable[str]) -> AsyncIterator[lists_pb2.ImportListContactsRequest]:
+def _pack(external_ids: Iterable[str]) -> Iterator[list[str]]:
+    """As many as one message may have; one batch at least, so that the list is looked for."""
     batch: list[str] = []
     for external_id in external_ids:
-        if text := external_id.strip():
+        # As an export of ours has it.
+        if text := read_cell(external_id.strip()):
             batch.append(text)
         if len(batch) == BATCH:
-            yield lists_pb2.ImportListContactsRequest(name=visit.name("lists", name), contacts=batch)
+            yield batch
             batch = []
-    yield lists_pb2.ImportListContactsRequest(name=visit.name("lists", name), contacts=batch)
+    yield batch
 
 
 async def delete(visit: Visit) -> Response:

@@ -40,12 +40,14 @@ class Funnel:
 
     preview: retargeting_pb2.PreviewRetargetResponse
     warnings: Sequence[Markup]
+    people: str
+    """The address of its people as CSV, to which a group is added."""
 
     @property
-    def drops(self) -> list[tuple[str, int]]:
-        """Who is not reached, and why."""
+    def drops(self) -> list[tuple[str, str, int]]:
+        """Who is not reached: the reason, in words too, and how many."""
         names = [(_Reason.Name(drop.reason), drop.count) for drop in self.preview.drops if drop.count]
-        return [(words.DROPS.get(name, name.lower()), count) for name, count in names]
+        return [(name, words.DROPS.get(name, name.lower()), count) for name, count in names]
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,19 @@ async def _render(visit: Visit, choice: Choice, *, violations: Sequence[Violatio
 
 async def show_funnel(visit: Visit) -> Response:
     """What becomes of the chosen people on the chosen channel: the dialog's lower part, which comes after the rest."""
-    source = await read_plain(visit)
-    selection = Choice(source, visit.request.query_params).selection
-    return visit.render("retarget_funnel.html", funnel=await read_funnel(visit, source, selection, visit.query("channel")))
+    choice = Choice(await read_plain(visit), visit.request.query_params)
+    people = f"/campaigns/{choice.source.id}/retarget/people.csv?{visit.request.url.query}&"
+    funnel = await read_funnel(visit, choice.source, choice.selection, choice.text("channel"), people)
+    return visit.render("retarget_funnel.html", funnel=funnel)
 
 
-async def read_funnel(visit: Visit, source: Standing, selection: campaigns_pb2.RetargetSelection, channel: str) -> Funnel:
-    """Who of a selection is reached on a channel, and what matters before that."""
+async def read_funnel(
+    visit: Visit, source: Standing, selection: campaigns_pb2.RetargetSelection, channel: str, people: str
+) -> Funnel:
+    """Who of a selection is reached on a channel, and what matters before that; ``people`` is where they are exported."""
     request = retargeting_pb2.PreviewRetargetRequest(selection=selection, channel=channel)
     preview = await visit.client.retargeting.PreviewRetarget(request)
-    return Funnel(preview, _list_warnings(visit, source, preview))
+    return Funnel(preview, _list_warnings(visit, source, preview), people)
 
 
 def _list_warnings(visit: Visit, source: Standing, preview: retargeting_pb2.PreviewRetargetResponse) -> list[Markup]:

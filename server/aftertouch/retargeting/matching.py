@@ -57,7 +57,8 @@ def find_pending(channel: ChannelType) -> Expression:
     return parse(f"sent & ~({' | '.join(heard)})", channel.evidence)
 
 
-def _leave_out(expression: Expression, others: Expression | None) -> Expression:
+def leave_out(expression: Expression, others: Expression | None) -> Expression:
+    """Of whom the one is true and not the other."""
     return expression if others is None else Expression("&", (expression, Expression("~", (others,))))
 
 
@@ -66,8 +67,8 @@ def _express(compiled: CompiledAction, channel: ChannelType, question: Question)
     if question.include_apart and compiled.apart is not None:
         expression = Expression("|", (expression, compiled.apart))
     else:
-        expression = _leave_out(expression, compiled.apart)
-    return _leave_out(expression, find_pending(channel)) if question.leave_out_pending else expression
+        expression = leave_out(expression, compiled.apart)
+    return leave_out(expression, find_pending(channel)) if question.leave_out_pending else expression
 
 
 class Known:
@@ -190,7 +191,7 @@ async def count_matrix(conn: AsyncConnection, copies: Copies, source: Source, ch
     gathered = await asyncio.gather(*(asyncio.to_thread(gather, bits, roll) for bits in sets.values()))
     active = dict(zip(channels, gathered, strict=True))
 
-    meant = [(_leave_out(compiled.expression, compiled.apart), compiled.apart) for compiled in actions.values()]
+    meant = [(leave_out(compiled.expression, compiled.apart), compiled.apart) for compiled in actions.values()]
 
     def count_stretch(stretch: slice, people: Known) -> list[int]:
         are_pending = people.evaluate(pending)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.declarations import UNCLEAR, ChannelType
+from aftertouch.errors import FieldsInvalid, NotFound, Violation
 from aftertouch.retargeting.copies import Copies
-from aftertouch.rolls.chunks import CHUNK, CHUNK_BITS, CHUNK_BYTES, count_bits, count_chunks, slot_of
-from aftertouch.rolls.sql import read_receipts, read_roll_chunk
-from aftertouch.signals import CORE_IMPLICATIONS, close_implications, parse
+from aftertouch.retargeting.matching import find_pending, leave_out
+from aftertouch.rolls.chunks import (
+    CHUNK,
+    CHUNK_BITS,
+    CHUNK_BYTES,
+    Bits,
+    Numbers,
+    count_bits,
+    count_chunks,
+    find_members,
+    pack_chunks,
+    slot_of,
+)
+from aftertouch.rolls.sql import read_numbers, read_receipts, read_roll_chunk
+from aftertouch.signals import CORE_IMPLICATIONS, Expression, close_implications, parse
 from aftertouch.store.campaigns import Campaign
 from aftertouch.store.contacts import find_external_ids
 from aftertouch.store.kinds import Kind, load_kinds
@@ -79,21 +95,120 @@ async def list_recipients(
         first, last = max(start - chunk * CHUNK, 0), min(end - chunk * CHUNK, CHUNK)
         roll = (await read_roll_chunk(conn, slot))[first:last]
         external_ids = await find_external_ids(conn, campaign.app_id, roll)
-        true = {signal: np.zeros(len(roll), np.bool_) for signal in evidence}
-        reasons: list[list[str]] = [[] for _ in roll]
         receipts = await read_receipts(conn, slot)
         # Read afterwards, as above.
         numbered = await load_kinds(conn)
-        for number, bits in receipts.items():
-            kind = numbered[number]
-            flags = np.unpackbits(bits)[first:last].astype(np.bool_)
-            for signal, proving in evidence.items():
-                if kind.signal in proving:
-                    true[signal] |= flags
-            if kind.signal in REASONED and kind.reason:
-                for index in np.flatnonzero(flags).tolist():
-                    reasons[index].append(kind.reason)
-        for index, number in enumerate(roll.tolist()):
-            signals = sorted(signal for signal, flags in true.items() if flags[index])
-            people.append(Recipient(external_ids.get(number, ""), signals, sorted(reasons[index])))
+        true = [(numbered[kind], np.unpackbits(bits)[first:last].view(np.bool_)) for kind, bits in receipts.items()]
+        people += _describe(evidence, true, [external_ids.get(number, "") for number in roll.tolist()])
     return people
+
+
+def _describe(
+    evidence: Mapping[str, frozenset[str]], true: Sequence[tuple[Kind, NDArray[np.bool_]]], external_ids: Sequence[str]
+) -> list[Recipient]:
+    """Recipients, from who they are and of which of them each kind is true."""
+    known = {signal: np.zeros(len(external_ids), np.bool_) for signal in evidence}
+    reasons: list[list[str]] = [[] for _ in external_ids]
+    for kind, flags in true:
+        for signal, proving in evidence.items():
+            if kind.signal in proving:
+                known[signal] |= flags
+        if kind.signal in REASONED and kind.reason:
+            for index in np.flatnonzero(flags).tolist():
+                reasons[index].append(kind.reason)
+    return [
+        Recipient(external_id, sorted(signal for signal, flags in known.items() if flags[index]), sorted(reasons[index]))
+        for index, external_id in enumerate(external_ids)
+    ]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which recipients are wanted: those who meet everything that is set."""
+
+    signal: str = ""
+    reason: str = ""
+    """As it is shown, ``recipient_gone/30005``; with a signal, as a reason of that."""
+    action: str = ""
+    is_apart: bool = False
+    """Whom the action counts apart, instead of those who match."""
+    is_pending: bool = False
+    """Of whom nothing was heard since their message was sent."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Recipients who are wanted, and what was known of everybody when they were found."""
+
+    campaign: Campaign
+    evidence: Mapping[str, frozenset[str]]
+    true: Sequence[tuple[Kind, Bits]]
+    """By position, over the whole roll, like ``positions``."""
+    positions: Bits
+
+    async def read(self, conn: AsyncConnection, positions: Numbers) -> list[Recipient]:
+        """The people at these positions, ascending."""
+        numbers = await read_numbers(conn, self.campaign.campaign_id, positions)
+        external_ids = await find_external_ids(conn, self.campaign.app_id, numbers)
+        true = [(kind, find_members(bits, positions)) for kind, bits in self.true]
+        return _describe(self.evidence, true, [external_ids.get(number, "") for number in numbers.tolist()])
+
+
+async def find_group(
+    conn: AsyncConnection, copies: Copies, campaign: Campaign, channel: ChannelType | None, wanted: Wanted, path: str
+) -> Group:
+    """The recipients who are wanted, as the transaction sees them.
+
+    Args:
+        path: to what is wanted, for errors.
+
+    Raises:
+        FieldsInvalid: the channel has no such signal or action.
+        NotFound: the channel is no longer installed, and alone knows who is wanted.
+    """
+    evidence = channel.evidence if channel else CORE_EVIDENCE
+    asked = _express(campaign, channel, evidence, wanted, path)
+    receipts = await copies.read_receipts(conn, campaign)
+    # Read afterwards, as above.
+    numbered = await load_kinds(conn)
+    true = [(numbered[number], bits) for number, bits in receipts.items() if numbered[number].signal in {*evidence, *REASONED}]
+
+    def join(is_meant: Callable[[Kind], bool]) -> Bits:
+        nobody = np.zeros(count_chunks(campaign.recipients) * CHUNK_BYTES, np.uint8)
+        return reduce(np.bitwise_or, [bits for kind, bits in true if is_meant(kind)], nobody)
+
+    def find() -> Bits:
+        found = pack_chunks(np.ones(campaign.recipients, np.bool_))
+        for expression in asked:
+            found &= expression.evaluate(lambda signal: join(lambda kind: kind.signal in evidence[signal]))
+        if wanted.reason:
+            signals = (wanted.signal,) if wanted.signal else REASONED
+            found &= join(lambda kind: kind.signal in signals and kind.reason == wanted.reason)
+        return found
+
+    return Group(campaign, evidence, true, await asyncio.to_thread(find))
+
+
+def _express(
+    campaign: Campaign, channel: ChannelType | None, evidence: Mapping[str, frozenset[str]], wanted: Wanted, path: str
+) -> list[Expression]:
+    """What has to be true of those who are wanted, but for their reason."""
+    if wanted.signal and wanted.signal not in evidence:
+        text = f"{campaign.channel} has no signal {wanted.signal!r}; it has {', '.join(sorted(evidence))}"
+        raise FieldsInvalid([Violation(f"{path}.signal", text)])
+    asked = [Expression("name", name=wanted.signal)] if wanted.signal else []
+    if not (wanted.action or wanted.is_apart or wanted.is_pending):
+        return asked
+    if channel is None:
+        raise NotFound(f"channels/{campaign.channel}")
+    if wanted.is_pending:
+        asked.append(find_pending(channel))
+    if wanted.action or wanted.is_apart:
+        compiled = channel.actions.get(wanted.action)
+        if compiled is None:
+            text = f"{campaign.channel} has no action {wanted.action!r}; it has {', '.join(channel.actions)}"
+            raise FieldsInvalid([Violation(f"{path}.action", text)])
+        if wanted.is_apart and compiled.apart is None:
+            raise FieldsInvalid([Violation(f"{path}.apart", f"{wanted.action} counts nobody apart")])
+        asked.append(compiled.apart if wanted.is_apart and compiled.apart else leave_out(compiled.expression, compiled.apart))
+    return asked

@@ -229,6 +229,21 @@ def list_numbers(bits: Bits) -> Numbers:
     return unpack_positions(bits)
 
 
+def page_bits(bits: Bits, first: int, size: int) -> Iterator[Numbers]:
+    """What is set from ``first`` on, ascending, at most ``size`` at a time: all ten million of them at once would take 80 MB."""
+    page = np.empty(0, np.int64)
+    for place in np.flatnonzero(bits.reshape(-1, CHUNK_BYTES).any(axis=1)).tolist():
+        if (place + 1) * CHUNK <= first:
+            continue
+        found = unpack_positions(bits[place * CHUNK_BYTES : (place + 1) * CHUNK_BYTES]) + place * CHUNK
+        page = np.concatenate([page, found[found >= first]])
+        while len(page) >= size:
+            yield page[:size]
+            page = page[size:]
+    if len(page):
+        yield page
+
+
 def find_members(bits: Bits, numbers: Numbers) -> NDArray[np.bool_]:
     """For each contact number whether its bit is set; what is beyond the bits is not."""
     if len(numbers) and int(numbers.max()) >> 3 >= len(bits):

@@ -27,6 +27,7 @@ from aftertouch.rolls.chunks import (
     decode_numbers,
     list_numbers,
     pack_positions,
+    slot_of,
     slot_range,
 )
 from aftertouch.store.engine import BitStrings, driver
@@ -68,6 +69,18 @@ async def read_roll_chunk(conn: AsyncConnection, slot: int) -> Numbers:
     """The contact numbers of one chunk."""
     (row,) = await _rows(conn, "SELECT first, members, numbers FROM rolls WHERE slot = %s", (slot,))
     return decode_numbers(*row)
+
+
+async def read_numbers(conn: AsyncConnection, campaign_id: int, positions: Numbers) -> Numbers:
+    """The contact numbers at these positions, ascending, of a roll. Reads the chunks concerned."""
+    chunks = positions >> CHUNK_BITS
+    rows = await _rows(
+        conn,
+        "SELECT slot, first, members, numbers FROM rolls WHERE slot = ANY(%s) ORDER BY slot",
+        ([slot_of(campaign_id, chunk) for chunk in np.unique(chunks).tolist()],),
+    )
+    parts = [decode_numbers(*encoded)[positions[chunks == chunk_of(slot)] % CHUNK] for slot, *encoded in rows]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 async def find_positions(conn: AsyncConnection, campaign_id: int, numbers: Numbers) -> Numbers:

@@ -38,11 +38,12 @@ from aftertouch.retargeting.audiences import (
     prepare_audience,
 )
 from aftertouch.retargeting.copies import Copies
-from aftertouch.retargeting.report import count_campaign, list_recipients
+from aftertouch.retargeting.report import Recipient, Wanted, count_campaign, find_group, list_recipients
 from aftertouch.retargeting.selections import Combination, Question, find_sources
 from aftertouch.retargeting.settling import Unsettled, find_unsettled
-from aftertouch.rolls.chunks import Numbers
+from aftertouch.rolls.chunks import Numbers, count_bits
 from aftertouch.rolls.sql import delete_roll, write_roll
+from aftertouch.rpc.exports import page_export
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
@@ -306,16 +307,31 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             await call.begin(), campaign, self._registry.types.get(campaign.channel), start, start + size
         )
         return campaigns_pb2.ListRecipientsResponse(
-            recipients=[
-                campaigns_pb2.Recipient(
-                    contact=f"{call.app.name}/contacts/{person.external_id}" if person.external_id else "",
-                    signals=person.signals,
-                    reasons=person.reasons,
-                )
-                for person in people
-            ],
+            recipients=[_to_recipient(call, person) for person in people],
             next_page_token=make_page_token(question, start + size) if start + size < campaign.recipients else "",
         )
+
+    async def ExportRecipients(  # type: ignore[override]
+        self, request: campaigns_pb2.ExportRecipientsRequest, call: Call
+    ) -> AsyncIterator[campaigns_pb2.ExportRecipientsResponse]:
+        name, given = read_name(call, request.parent, "campaigns", "parent"), request.filter
+        wanted = Wanted(given.signal, given.reason, given.action, given.apart, given.pending)
+        async with snapshot(call.engine) as (conn, as_of_time):
+            campaign = await store.find_campaign(conn, call.app.app_id, name)
+            if campaign is None:
+                raise NotFound(request.parent)
+            channel = self._registry.types.get(campaign.channel)
+            group = await find_group(conn, self._copies, campaign, channel, wanted, "filter")
+        total = count_bits(group.positions)
+        for positions, token in page_export(group.positions, f"{request.parent} {wanted}", request.resume_token):
+            async with transaction(call.engine) as conn:
+                people = await group.read(conn, positions)
+            yield campaigns_pb2.ExportRecipientsResponse(
+                recipients=[_to_recipient(call, person) for person in people],
+                total_count=total,
+                as_of_time=to_timestamp(as_of_time),
+                resume_token=token,
+            )
 
     async def _to_counted(self, call: Call, campaign: store.Campaign) -> campaigns_pb2.Campaign:
         message = await to_campaign(call, campaign)
@@ -508,6 +524,14 @@ async def to_campaign(
         if source := known.get(campaign.source_id):
             message.follow_up.source = f"{call.app.name}/campaigns/{source.campaign}"
     return message
+
+
+def _to_recipient(call: Call, person: Recipient) -> campaigns_pb2.Recipient:
+    return campaigns_pb2.Recipient(
+        contact=f"{call.app.name}/contacts/{person.external_id}" if person.external_id else "",
+        signals=person.signals,
+        reasons=person.reasons,
+    )
 
 
 def _to_estimate(bill: Bill) -> campaigns_pb2.Estimate:

@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator, Sequence
 from google.protobuf.empty_pb2 import Empty
 
 from aftertouch.errors import AlreadyExists, FieldsInvalid, ListInUse, ListLimitReached, NotFound, Violation
+from aftertouch.retargeting.matching import count_blocks
+from aftertouch.rolls.sql import read_sets
+from aftertouch.rpc.exports import stream_contacts
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store import lists as store
-from aftertouch.store.engine import transaction
+from aftertouch.store.engine import snapshot, transaction
 from aftertouch.v1 import lists_pb2, lists_pb2_grpc
 
 MOST_LISTS = 1_000
@@ -98,6 +101,20 @@ class Lists(lists_pb2_grpc.ListsServicer):
                     raise NotFound(name)
                 addition.count(await store.add_members(conn, found, external_ids))
         return addition.response
+
+    async def ExportListContacts(  # type: ignore[override]
+        self, request: lists_pb2.ExportListContactsRequest, call: Call
+    ) -> AsyncIterator[lists_pb2.ExportListContactsResponse]:
+        app_id, name = call.app.app_id, read_name(call, request.name, "lists")
+        async with snapshot(call.engine) as (conn, as_of_time):
+            found = await store.find_list(conn, app_id, name)
+            if found is None:
+                raise NotFound(request.name)
+            sets = await read_sets(conn, app_id, [found.set_name], await count_blocks(conn, app_id))
+        respond, question = lists_pb2.ExportListContactsResponse, f"{request.name}/contacts"
+        people = sets[found.set_name]
+        async for response in stream_contacts(call, respond, people, as_of_time, question, request.resume_token):
+            yield response
 
     async def RemoveListContacts(  # type: ignore[override]
         self, request: lists_pb2.RemoveListContactsRequest, call: Call

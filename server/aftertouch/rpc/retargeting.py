@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.delivery.follow_ups import plan_follow_up
@@ -20,20 +18,17 @@ from aftertouch.retargeting.funnel import Funnel, Reason
 from aftertouch.retargeting.matching import ActionCount, count_matrix
 from aftertouch.retargeting.selections import Question, Selection, Source, Sources, find_source, find_sources, root_of, title_wave
 from aftertouch.retargeting.settling import find_unsettled
-from aftertouch.rolls.chunks import Bits, count_bits, list_numbers
+from aftertouch.rolls.chunks import Bits, count_bits
 from aftertouch.rpc.campaigns import create_draft, find, read_content, to_campaign
 from aftertouch.rpc.channels import to_action
+from aftertouch.rpc.exports import stream_contacts
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import read_name
-from aftertouch.rpc.pages import make_page_token, read_page_token
 from aftertouch.rpc.selections import check_settled, read_selection, to_unsettled
 from aftertouch.rpc.values import to_timestamp
 from aftertouch.store import campaigns as store
-from aftertouch.store.contacts import find_external_ids
-from aftertouch.store.engine import snapshot, transaction
+from aftertouch.store.engine import snapshot
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2, retargeting_pb2_grpc
-
-_CONTACTS_IN_A_RESPONSE = 1_000
 
 _Response = retargeting_pb2.PreviewRetargetResponse
 _Request = retargeting_pb2.ListRetargetContactsRequest
@@ -113,23 +108,13 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
         question = "/".join(
             map(str, (call.app.name, request.selection, request.channel, request.group, request.reason, request.holdout_percent))
         )
-        after = read_page_token(request.resume_token, question, int, "resume_token")
         async with snapshot(call.engine) as (conn, as_of_time):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
             funnel = await self._filter(conn, call, request, sources, selection)
-        numbers = await asyncio.to_thread(list_numbers, _choose_group(funnel, request))
-        first = 0 if after is None else int(np.searchsorted(numbers, after, side="right"))
-        # One response at least says how many there are.
-        for start in range(first, max(len(numbers), first + 1), _CONTACTS_IN_A_RESPONSE):
-            chosen = numbers[start : start + _CONTACTS_IN_A_RESPONSE]
-            async with transaction(call.engine) as conn:
-                names = await find_external_ids(conn, call.app.app_id, chosen)
-            yield retargeting_pb2.ListRetargetContactsResponse(
-                contacts=[f"{call.app.name}/contacts/{names[number]}" for number in chosen.tolist() if number in names],
-                total_count=len(numbers),
-                as_of_time=to_timestamp(as_of_time),
-                resume_token=make_page_token(question, int(chosen[-1])) if len(chosen) else request.resume_token,
-            )
+        respond = retargeting_pb2.ListRetargetContactsResponse
+        people = _choose_group(funnel, request)
+        async for response in stream_contacts(call, respond, people, as_of_time, question, request.resume_token):
+            yield response
 
     async def CreateRetarget(  # type: ignore[override]
         self, request: retargeting_pb2.CreateRetargetRequest, call: Call

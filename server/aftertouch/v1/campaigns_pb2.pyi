@@ -1333,3 +1333,117 @@ class ListRecipientsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRecipientsResponse: _TypeAlias = ListRecipientsResponse  # noqa: Y015
+
+@_typing.final
+class ExportRecipientsRequest(_message.Message):
+    """Request of ExportRecipients."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`apps/{app}/campaigns/{campaign}`."""
+    resume_token: _builtins.str
+    """From the last response of a stream that broke: goes on after it, with what is true by then."""
+    @_builtins.property
+    def filter(self) -> Global___RecipientFilter:
+        """Only these; everybody when it is not set."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        filter: Global___RecipientFilter | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "parent", b"parent", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportRecipientsRequest: _TypeAlias = ExportRecipientsRequest  # noqa: Y015
+
+@_typing.final
+class RecipientFilter(_message.Message):
+    """Which recipients: those who meet everything that is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    APART_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    signal: _builtins.str
+    """Of whom this is true, as in "read": a number of CampaignCounts' signals."""
+    reason: _builtins.str
+    """Who failed, was skipped or clicked for this reason, class and code, as in "recipient_gone/30005"; with a signal, when it is
+    the reason of that: a number of CampaignCounts' reasons.
+    """
+    action: _builtins.str
+    """Who matches this action of the campaign's channel, as in "not_read": ActionCount's count."""
+    apart: _builtins.bool
+    """With an action that has an apart_expression: of whom its answer cannot be known (yet), instead of who matches:
+    ActionCount's apart_count.
+    """
+    pending: _builtins.bool
+    """Of whom nothing was heard since their message was sent: ListActionsResponse's pending_count; with an action,
+    ActionCount's.
+    """
+    def __init__(
+        self,
+        *,
+        signal: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        action: _builtins.str = ...,
+        apart: _builtins.bool = ...,
+        pending: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "apart", b"apart", "pending", b"pending", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecipientFilter: _TypeAlias = RecipientFilter  # noqa: Y015
+
+@_typing.final
+class ExportRecipientsResponse(_message.Message):
+    """Some of the people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECIPIENTS_FIELD_NUMBER: _builtins.int
+    TOTAL_COUNT_FIELD_NUMBER: _builtins.int
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    total_count: _builtins.int
+    """How many people are wanted, erased ones among them."""
+    resume_token: _builtins.str
+    """Where to go on when the stream breaks."""
+    @_builtins.property
+    def recipients(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recipient]:
+        """At most 1,000."""
+
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment of which all of it is true."""
+
+    def __init__(
+        self,
+        *,
+        recipients: _abc.Iterable[Global___Recipient] | None = ...,
+        total_count: _builtins.int = ...,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "recipients", b"recipients", "resume_token", b"resume_token", "total_count", b"total_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportRecipientsResponse: _TypeAlias = ExportRecipientsResponse  # noqa: Y015

@@ -102,6 +102,11 @@ class CampaignsStub:
                 request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.ListRecipientsRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.ListRecipientsResponse.FromString,
                 _registered_method=True)
+        self.ExportRecipients = channel.unary_stream(
+                '/aftertouch.v1.Campaigns/ExportRecipients',
+                request_serializer=aftertouch_dot_v1_dot_campaigns__pb2.ExportRecipientsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.ExportRecipientsResponse.FromString,
+                _registered_method=True)
 
 
 class CampaignsServicer:
@@ -220,6 +225,15 @@ class CampaignsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportRecipients(self, request, context):
+        """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
+        or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+        FIELDS_INVALID for a signal or an action that the campaign's channel has not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CampaignsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -287,6 +301,11 @@ def add_CampaignsServicer_to_server(servicer, server):
                     servicer.ListRecipients,
                     request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.ListRecipientsRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.ListRecipientsResponse.SerializeToString,
+            ),
+            'ExportRecipients': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportRecipients,
+                    request_deserializer=aftertouch_dot_v1_dot_campaigns__pb2.ExportRecipientsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_campaigns__pb2.ExportRecipientsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -642,6 +661,33 @@ class Campaigns:
             '/aftertouch.v1.Campaigns/ListRecipients',
             aftertouch_dot_v1_dot_campaigns__pb2.ListRecipientsRequest.SerializeToString,
             aftertouch_dot_v1_dot_campaigns__pb2.ListRecipientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportRecipients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/aftertouch.v1.Campaigns/ExportRecipients',
+            aftertouch_dot_v1_dot_campaigns__pb2.ExportRecipientsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_campaigns__pb2.ExportRecipientsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -92,6 +92,11 @@ class CampaignsStub:
     """
     ListRecipients: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
+    ExportRecipients: _grpc.UnaryStreamMultiCallable[_campaigns_pb2.ExportRecipientsRequest, _campaigns_pb2.ExportRecipientsResponse]
+    """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
+    or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+    FIELDS_INVALID for a signal or an action that the campaign's channel has not.
+    """
 
 @_typing.type_check_only
 class CampaignsAsyncStub(CampaignsStub):
@@ -156,6 +161,11 @@ class CampaignsAsyncStub(CampaignsStub):
     """
     ListRecipients: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]  # type: ignore[assignment]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
+    ExportRecipients: _aio.UnaryStreamMultiCallable[_campaigns_pb2.ExportRecipientsRequest, _campaigns_pb2.ExportRecipientsResponse]  # type: ignore[assignment]
+    """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
+    or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+    FIELDS_INVALID for a signal or an action that the campaign's channel has not.
+    """
 
 class CampaignsServicer(metaclass=_abc_1.ABCMeta):
     """A campaign is one content to one audience on one channel. It is also the long-running operation of sending it: watch
@@ -295,5 +305,16 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.ListRecipientsResponse, _abc.Awaitable[_campaigns_pb2.ListRecipientsResponse]]:
         """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
+
+    @_abc_1.abstractmethod
+    def ExportRecipients(
+        self,
+        request: _campaigns_pb2.ExportRecipientsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_campaigns_pb2.ExportRecipientsResponse], _abc.AsyncIterator[_campaigns_pb2.ExportRecipientsResponse]]:
+        """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
+        or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+        FIELDS_INVALID for a signal or an action that the campaign's channel has not.
+        """
 
 def add_CampaignsServicer_to_server(servicer: CampaignsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -348,6 +348,70 @@ class ImportListContactsRequest(_message.Message):
 Global___ImportListContactsRequest: _TypeAlias = ImportListContactsRequest  # noqa: Y015
 
 @_typing.final
+class ExportListContactsRequest(_message.Message):
+    """Request of ExportListContacts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/lists/{list}`."""
+    resume_token: _builtins.str
+    """From the last response of a stream that broke: goes on after it, with the people of now."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportListContactsRequest: _TypeAlias = ExportListContactsRequest  # noqa: Y015
+
+@_typing.final
+class ExportListContactsResponse(_message.Message):
+    """Some of the people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTACTS_FIELD_NUMBER: _builtins.int
+    TOTAL_COUNT_FIELD_NUMBER: _builtins.int
+    AS_OF_TIME_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    total_count: _builtins.int
+    """How many people are in the list."""
+    resume_token: _builtins.str
+    """Where to go on when the stream breaks."""
+    @_builtins.property
+    def contacts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At most 1,000, `apps/{app}/contacts/{external_id}`."""
+
+    @_builtins.property
+    def as_of_time(self) -> _timestamp_pb2.Timestamp:
+        """The moment of which it is true."""
+
+    def __init__(
+        self,
+        *,
+        contacts: _abc.Iterable[_builtins.str] | None = ...,
+        total_count: _builtins.int = ...,
+        as_of_time: _timestamp_pb2.Timestamp | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of_time", b"as_of_time", "contacts", b"contacts", "resume_token", b"resume_token", "total_count", b"total_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportListContactsResponse: _TypeAlias = ExportListContactsResponse  # noqa: Y015
+
+@_typing.final
 class RemoveListContactsRequest(_message.Message):
     """Request of RemoveListContacts."""
 

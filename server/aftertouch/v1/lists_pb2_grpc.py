@@ -67,6 +67,11 @@ class ListsStub:
                 request_serializer=aftertouch_dot_v1_dot_lists__pb2.ImportListContactsRequest.SerializeToString,
                 response_deserializer=aftertouch_dot_v1_dot_lists__pb2.AddListContactsResponse.FromString,
                 _registered_method=True)
+        self.ExportListContacts = channel.unary_stream(
+                '/aftertouch.v1.Lists/ExportListContacts',
+                request_serializer=aftertouch_dot_v1_dot_lists__pb2.ExportListContactsRequest.SerializeToString,
+                response_deserializer=aftertouch_dot_v1_dot_lists__pb2.ExportListContactsResponse.FromString,
+                _registered_method=True)
         self.RemoveListContacts = channel.unary_unary(
                 '/aftertouch.v1.Lists/RemoveListContacts',
                 request_serializer=aftertouch_dot_v1_dot_lists__pb2.RemoveListContactsRequest.SerializeToString,
@@ -124,6 +129,14 @@ class ListsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportListContacts(self, request, context):
+        """Streams who is in a list, in the order in which the contacts were made, and all as of one moment. Reasons:
+        RESOURCE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RemoveListContacts(self, request, context):
         """Takes up to 10,000 contacts out of a list. Whoever is not in it is passed over. Idempotent. Reasons:
         RESOURCE_NOT_FOUND.
@@ -164,6 +177,11 @@ def add_ListsServicer_to_server(servicer, server):
                     servicer.ImportListContacts,
                     request_deserializer=aftertouch_dot_v1_dot_lists__pb2.ImportListContactsRequest.FromString,
                     response_serializer=aftertouch_dot_v1_dot_lists__pb2.AddListContactsResponse.SerializeToString,
+            ),
+            'ExportListContacts': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportListContacts,
+                    request_deserializer=aftertouch_dot_v1_dot_lists__pb2.ExportListContactsRequest.FromString,
+                    response_serializer=aftertouch_dot_v1_dot_lists__pb2.ExportListContactsResponse.SerializeToString,
             ),
             'RemoveListContacts': grpc.unary_unary_rpc_method_handler(
                     servicer.RemoveListContacts,
@@ -335,6 +353,33 @@ class Lists:
             '/aftertouch.v1.Lists/ImportListContacts',
             aftertouch_dot_v1_dot_lists__pb2.ImportListContactsRequest.SerializeToString,
             aftertouch_dot_v1_dot_lists__pb2.AddListContactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportListContacts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/aftertouch.v1.Lists/ExportListContacts',
+            aftertouch_dot_v1_dot_lists__pb2.ExportListContactsRequest.SerializeToString,
+            aftertouch_dot_v1_dot_lists__pb2.ExportListContactsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,10 @@ class ListsStub:
     """Pours contacts into a list, for files. Every message is stored by itself, so what was stored before a broken
     connection stays; sending the same again changes nothing. Reasons: RESOURCE_NOT_FOUND.
     """
+    ExportListContacts: _grpc.UnaryStreamMultiCallable[_lists_pb2.ExportListContactsRequest, _lists_pb2.ExportListContactsResponse]
+    """Streams who is in a list, in the order in which the contacts were made, and all as of one moment. Reasons:
+    RESOURCE_NOT_FOUND.
+    """
     RemoveListContacts: _grpc.UnaryUnaryMultiCallable[_lists_pb2.RemoveListContactsRequest, _lists_pb2.RemoveListContactsResponse]
     """Takes up to 10,000 contacts out of a list. Whoever is not in it is passed over. Idempotent. Reasons:
     RESOURCE_NOT_FOUND.
@@ -83,6 +87,10 @@ class ListsAsyncStub(ListsStub):
     ImportListContacts: _aio.StreamUnaryMultiCallable[_lists_pb2.ImportListContactsRequest, _lists_pb2.AddListContactsResponse]  # type: ignore[assignment]
     """Pours contacts into a list, for files. Every message is stored by itself, so what was stored before a broken
     connection stays; sending the same again changes nothing. Reasons: RESOURCE_NOT_FOUND.
+    """
+    ExportListContacts: _aio.UnaryStreamMultiCallable[_lists_pb2.ExportListContactsRequest, _lists_pb2.ExportListContactsResponse]  # type: ignore[assignment]
+    """Streams who is in a list, in the order in which the contacts were made, and all as of one moment. Reasons:
+    RESOURCE_NOT_FOUND.
     """
     RemoveListContacts: _aio.UnaryUnaryMultiCallable[_lists_pb2.RemoveListContactsRequest, _lists_pb2.RemoveListContactsResponse]  # type: ignore[assignment]
     """Takes up to 10,000 contacts out of a list. Whoever is not in it is passed over. Idempotent. Reasons:
@@ -146,6 +154,16 @@ class ListsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_lists_pb2.AddListContactsResponse, _abc.Awaitable[_lists_pb2.AddListContactsResponse]]:
         """Pours contacts into a list, for files. Every message is stored by itself, so what was stored before a broken
         connection stays; sending the same again changes nothing. Reasons: RESOURCE_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportListContacts(
+        self,
+        request: _lists_pb2.ExportListContactsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_lists_pb2.ExportListContactsResponse], _abc.AsyncIterator[_lists_pb2.ExportListContactsResponse]]:
+        """Streams who is in a list, in the order in which the contacts were made, and all as of one moment. Reasons:
+        RESOURCE_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

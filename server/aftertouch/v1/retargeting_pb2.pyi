@@ -497,12 +497,12 @@ class ListRetargetContactsResponse(_message.Message):
     AS_OF_TIME_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     total_count: _builtins.int
-    """How many people the group has."""
+    """How many people the group has, erased ones among them."""
     resume_token: _builtins.str
     """Where to go on when the stream breaks."""
     @_builtins.property
     def contacts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 1,000, `apps/{app}/contacts/{external_id}`."""
+        """At most 1,000, `apps/{app}/contacts/{external_id}`. Somebody who was erased has no name any more."""
 
     @_builtins.property
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
