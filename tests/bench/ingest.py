@@ -35,7 +35,7 @@ from aftertouch.store.migrate import migrate
 from aftertouch.store.tables import contact_counters
 from aftertouch.v1 import events_pb2
 from tests.bench.callbacks import run_apart, sign_callbacks
-from tests.bench.scattered import measure_chunks, measure_scattered
+from tests.bench.scattered import measure_chunks, measure_scattered, measure_upserts
 
 SECRET_KEY = "a secret key of the benchmark, long enough"
 PEOPLE = 10_000_000
@@ -279,11 +279,11 @@ async def measure(events: int) -> dict[str, Any]:
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.ingest", description=__doc__)
     parser.add_argument("--events", type=int, default=1_000_000, help="events in a stream")
-    parser.add_argument("--chunks", action="store_true", help="only the cost of events by the size of chunks")
+    parser.add_argument("--chunks", action="store_true", help="only the cost of events by chunks and upserts")
     given = parser.parse_args()
     if given.chunks:
         async with open_bench() as bench, open_scratch(bench) as scratch:
-            for row in await measure_chunks(scratch):
+            for row in await measure_chunks(scratch) + await measure_upserts(scratch):
                 print(json.dumps(row))
         return
     print(json.dumps(await measure(given.events)))

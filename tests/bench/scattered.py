@@ -7,6 +7,7 @@ for each event. Where a row for each of 100 million deliveries would not fit, it
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from statistics import median
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from aftertouch.rolls.chunks import CHUNK_BITS, SLOT_SHIFT, BitRows, group_bits
 from aftertouch.rolls.sql import upsert_receipts
-from aftertouch.store.engine import driver, transaction
+from aftertouch.store.engine import BitStrings, driver, transaction
 
 EVENTS = 100_000
 CONTACTS = 10_000_000
@@ -26,9 +27,11 @@ MOST_ROWS_EACH = 2_000
 """Deliveries of a campaign in the table of rows: of larger campaigns only so many, so that the table can be made in seconds."""
 SHAPES = {"1000x1000": (1_000, 1_000), "1000x100000": (1_000, 100_000)}
 FEW, MANY = SHAPES
+ALL_SHAPES = {**SHAPES, "1x10000000": (1, CONTACTS)}
 SENT, DELIVERED = 1, 2
 
 Numbers = np.ndarray[Any, Any]
+Upsert = Callable[[AsyncConnection, BitRows], Awaitable[None]]
 
 
 async def clock(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[object]]) -> float:
@@ -71,19 +74,35 @@ async def fill_receipts(engine: AsyncEngine, campaigns: int, people: int, kind: 
             await upsert_receipts(conn, BitRows(slots, [kind] * len(slots), bits))
 
 
-async def measure_bits(engine: AsyncEngine, campaigns: int, people: int, chunk_bits: int = CHUNK_BITS) -> tuple[float, float]:
-    """Milliseconds for 100,000 events, from arrays to commit; and bytes for a person and signal when all people have two."""
+async def time_events(
+    engine: AsyncEngine,
+    campaigns: int,
+    people: int,
+    chunk_bits: int = CHUNK_BITS,
+    upsert: Upsert = upsert_receipts,
+    times: int = 3,
+) -> list[float]:
+    """Milliseconds for 100,000 events, from arrays to commit, over and over: the first time nobody has the signal yet."""
     async with transaction(engine) as conn:
         await conn.execute(text("TRUNCATE receipts"))
     await fill_receipts(engine, campaigns, people, SENT, chunk_bits)
     taken = []
-    for seed in range(3):
-        drawn, positions = draw_events(seed, campaigns, people)
+    events = [draw_events(seed, campaigns, people) for seed in range(times)]
+    for drawn, positions in events:
 
         async def apply(conn: AsyncConnection, drawn: Numbers = drawn, positions: Numbers = positions) -> None:
-            await upsert_receipts(conn, make_bits(drawn, positions, people, DELIVERED, chunk_bits))
+            await upsert(conn, make_bits(drawn, positions, people, DELIVERED, chunk_bits))
 
         taken.append(await clock(engine, apply))
+    async with engine.connect() as conn:
+        counted = await conn.execute(text(f"SELECT sum(bit_count(bits)) FROM receipts WHERE kind = {DELIVERED}"))
+        assert counted.scalar_one() == len(np.unique(np.concatenate([drawn * people + positions for drawn, positions in events])))
+    return taken
+
+
+async def measure_bits(engine: AsyncEngine, campaigns: int, people: int, chunk_bits: int = CHUNK_BITS) -> tuple[float, float]:
+    """Milliseconds for 100,000 events; and bytes for a person and signal when all people have two."""
+    taken = await time_events(engine, campaigns, people, chunk_bits)
     await fill_receipts(engine, campaigns, people, DELIVERED, chunk_bits)
     return median(taken), await _measure_size(engine, "receipts") / (campaigns * people * 2)
 
@@ -172,12 +191,93 @@ async def measure_scattered(engine: AsyncEngine) -> dict[str, Any]:
 
 async def measure_chunks(engine: AsyncEngine) -> list[dict[str, Any]]:
     """Chunks of 2,048 to 32,768 positions: milliseconds for 100,000 events and bytes for a person and signal, by shape."""
-    shapes = {**SHAPES, "1x10000000": (1, CONTACTS)}
     curve = []
     for chunk_bits in range(11, 16):
         row: dict[str, Any] = {"positions": 1 << chunk_bits}
-        for name, (campaigns, people) in shapes.items():
+        for name, (campaigns, people) in ALL_SHAPES.items():
             taken, size = await measure_bits(engine, campaigns, people, chunk_bits)
             row[name] = {"ms": round(taken, 1), "bytes": round(size, 2)}
         curve.append(row)
     return curve
+
+
+# Other forms of the upsert
+
+
+NEW = "unnest(%b::bigint[], %b::int[], %b::varbit[]) AS new (slot, kind, bits)"
+OR_BITS = "ON CONFLICT (slot, kind) DO UPDATE SET bits = r.bits | excluded.bits"
+
+
+async def upsert_all(conn: AsyncConnection, rows: BitRows) -> None:
+    """As the server does it, in a single statement however many rows there are."""
+    statement = f"INSERT INTO receipts AS r (slot, kind, bits) SELECT * FROM {NEW} ORDER BY slot, kind {OR_BITS}"
+    await (await driver(conn)).execute(statement, (rows.slots, rows.kinds, BitStrings(rows.bits)))
+
+
+async def upsert_each(conn: AsyncConnection, rows: BitRows) -> None:
+    """A statement for each row, pipelined."""
+    values = [(slot, kind, BitStrings([bits])) for slot, kind, bits in zip(rows.slots, rows.kinds, rows.bits, strict=True)]
+    statement = f"INSERT INTO receipts AS r (slot, kind, bits) VALUES (%b, %b, (%b::varbit[])[1]) {OR_BITS}"
+    await (await driver(conn)).cursor().executemany(statement, values)
+
+
+async def update_then_insert(conn: AsyncConnection, rows: BitRows) -> None:
+    """Change the rows that are there, then insert those that were not. Two that insert the same row at once would fail."""
+    await (await driver(conn)).execute(
+        f"WITH new AS (SELECT * FROM {NEW}), changed AS (UPDATE receipts AS r SET bits = r.bits | new.bits FROM new"
+        " WHERE r.slot = new.slot AND r.kind = new.kind RETURNING r.slot, r.kind)"
+        " INSERT INTO receipts SELECT * FROM new WHERE (slot, kind) NOT IN (SELECT slot, kind FROM changed)",
+        (rows.slots, rows.kinds, BitStrings(rows.bits)),
+    )
+
+
+async def merge(conn: AsyncConnection, rows: BitRows) -> None:
+    """The same in one step, with the same fault."""
+    await (await driver(conn)).execute(
+        f"MERGE INTO receipts AS r USING {NEW} ON r.slot = new.slot AND r.kind = new.kind"
+        " WHEN MATCHED THEN UPDATE SET bits = r.bits | new.bits"
+        " WHEN NOT MATCHED THEN INSERT VALUES (new.slot, new.kind, new.bits)",
+        (rows.slots, rows.kinds, BitStrings(rows.bits)),
+    )
+
+
+async def copy_then_upsert(conn: AsyncConnection, rows: BitRows) -> None:
+    """Bring the rows by a binary COPY, as events come into the log, and upsert from there."""
+    pg = await driver(conn)
+    await pg.execute("CREATE TEMP TABLE IF NOT EXISTS arrived (slot bigint, kind int, bits varbit) ON COMMIT DELETE ROWS")
+    head = struct.Struct(">hiqiiii")
+    parts = [b"PGCOPY\n\xff\r\n\0" + bytes(8)]
+    for slot, kind, bits in zip(rows.slots, rows.kinds, rows.bits, strict=True):
+        parts += (head.pack(3, 8, slot, 4, kind, 4 + len(bits), 8 * len(bits)), bits)
+    async with pg.cursor().copy("COPY arrived FROM STDIN (FORMAT BINARY)") as copy:
+        await copy.write(b"".join(parts))
+    await pg.execute(f"INSERT INTO receipts AS r SELECT * FROM arrived ORDER BY slot, kind {OR_BITS}")
+
+
+FORMS: dict[str, Upsert] = {
+    "upsert of 2,000 rows at a time": upsert_receipts,
+    "upsert of all rows at once": upsert_all,
+    "upsert of each row": upsert_each,
+    "update, then insert": update_then_insert,
+    "merge": merge,
+    "copy, then upsert": copy_then_upsert,
+}
+
+
+async def measure_upserts(engine: AsyncEngine) -> list[dict[str, Any]]:
+    """Milliseconds for 100,000 events by the form of the upsert and by shape, of rows that are new and of rows that are there."""
+    found = [await _measure_upsert(engine, form, upsert) for form, upsert in FORMS.items()]
+    async with transaction(engine) as conn:
+        await conn.execute(text("ALTER TABLE receipts SET (fillfactor = 100)"))
+    found.append(await _measure_upsert(engine, "the first, on pages that are left full", upsert_receipts))
+    async with transaction(engine) as conn:
+        await conn.execute(text("ALTER TABLE receipts SET (fillfactor = 50)"))
+    return found
+
+
+async def _measure_upsert(engine: AsyncEngine, form: str, upsert: Upsert) -> dict[str, Any]:
+    row: dict[str, Any] = {"form": form}
+    for name, (campaigns, people) in ALL_SHAPES.items():
+        first, *others = await time_events(engine, campaigns, people, upsert=upsert, times=6)
+        row[name] = {"new_ms": round(first, 1), "again_ms": round(median(others), 1)}
+    return row
