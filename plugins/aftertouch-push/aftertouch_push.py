@@ -15,6 +15,7 @@ import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from types import TracebackType
 from typing import Annotated, ClassVar, Literal, Self, cast
 
@@ -37,6 +38,7 @@ from aftertouch.channels import (
     Content,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
@@ -72,8 +74,8 @@ PUSH_SERVICES = (
 VAPID_LIFETIME = timedelta(hours=12)
 """A push service refuses more than 24 hours (RFC 8292, section 2); the rest is room for clocks that differ."""
 VAPID_RENEWAL = timedelta(hours=1)
-MAX_VAPID_ORIGINS = 100
-"""Hosts below a name with a leading dot are the subscribers' to invent, so the kept signatures need an end."""
+MAX_ORIGINS = 100
+"""Hosts below a name with a leading dot are the subscribers' to invent, so what is kept of each needs an end."""
 MAX_SIGNERS = 1_000
 """Keys of apps."""
 
@@ -295,7 +297,7 @@ class _Signer:
         renewal, headers = self._headers.get(origin, (0.0, b""))
         if renewal <= now:
             self._settings.check_origin(origin)
-            if len(self._headers) >= MAX_VAPID_ORIGINS:
+            if len(self._headers) >= MAX_ORIGINS:
                 self._headers.clear()
             expiry = now + VAPID_LIFETIME.total_seconds()
             claims = {"aud": str(origin), "exp": int(expiry), "sub": self._settings.vapid_subject}
@@ -366,6 +368,11 @@ class PushChannel(Channel):
 
     def parse_address(self, values: Mapping[str, object]) -> PushAddress:
         return PushAddress.model_validate(values, context=self.settings)
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        endpoint = cast("PushAddress", message.address).endpoint
+        # What comes before the path, behind "https://", is looked up; taking the whole apart would cost 2 us a message.
+        return _limit_service(endpoint[: endpoint.find("/", 8)])
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[PushAddress, PushContent]]", messages)
@@ -452,6 +459,20 @@ class PushChannel(Channel):
         if request.path not in ("confirmed", "clicked", "dismissed"):
             raise InvalidWebhook("the path must end in confirmed, clicked or dismissed")
         return Webhook(receipts=(Receipt(signal=request.path, token=request.query["t"]),), answer=answer)
+
+
+@lru_cache(maxsize=MAX_ORIGINS)
+def _limit_service(url: str) -> Sequence[Limit]:
+    """The limit of one push service, whose URL has no path: what it asks for, and its outages, are no other one's.
+
+    It is the host, and not the name that the host is below: an outage may be one region's, and a host that a subscriber made up
+    holds up nobody but whoever made it up.
+    """
+    try:
+        origin, _ = split_url(url)
+    except ValueError:
+        return ()  # sending refuses it
+    return (Limit(key=origin.authority),)
 
 
 def encrypt(payload: bytes, keys: PushKeys, *, sender: ec.EllipticCurvePrivateKey, salt: bytes) -> bytes:

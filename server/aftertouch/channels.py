@@ -185,7 +185,8 @@ class Limit:
     """What the messages share, at most 200 characters: ``account``, a sender, the host of a push service. Where they share a
     person, put a hash of the address."""
     interval: timedelta = timedelta(0)
-    """Between two messages: 12.5 ms for 80 a second. Zero where only the provider's "too fast" ever holds messages back."""
+    """Between two messages: 12.5 ms for 80 a second. Zero where only the provider ever holds messages back, by asking for a rest
+    or by being in trouble: each limit rests by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

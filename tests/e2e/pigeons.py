@@ -21,6 +21,7 @@ from aftertouch.channels import (
     Channel,
     Content,
     Finding,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
@@ -99,6 +100,23 @@ class HomingChannel(PigeonChannel):
 
     name = "homing"
     capabilities = Capabilities(webhooks=False, batch_size=4, idempotent_sends=True)
+
+
+class WoodsChannel(PigeonChannel):
+    """Trees stand in woods, and each wood has weather of its own."""
+
+    name = "woods"
+
+    def __init__(self, settings: Settings, *, webhook_url: str) -> None:
+        super().__init__(settings, webhook_url=webhook_url)
+        self.woods: dict[str, str] = {}
+        """By person; whoever is not there lives in the middle."""
+
+    def find_wood(self, message: Message[Any, Any]) -> str:
+        return self.woods.get(message.address.tree.partition("-")[0], "middle")
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return (Limit(key=self.find_wood(message)),)
 
 
 class OwlChannel(PigeonChannel):

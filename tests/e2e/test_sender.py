@@ -13,10 +13,12 @@ from aftertouch.channels import Accepted, Outcome, Receipt, Refused, Unclear, We
 from aftertouch.delivery import calls, pace
 from aftertouch.delivery import sender as sending
 from aftertouch.delivery.outcomes import MOST_TRIES
-from aftertouch.delivery.pace import Pacer
+from aftertouch.delivery.pace import Pacer, name_limit
+from aftertouch.store.engine import transaction
+from aftertouch.store.paces import hold_limits
 from aftertouch.store.units import LeaseLost
 from aftertouch.v1 import campaigns_pb2, contacts_pb2
-from tests.e2e.pigeons import HomingChannel, Loft, Messages, PigeonChannel, accept_all, open_loft
+from tests.e2e.pigeons import HomingChannel, Loft, Messages, PigeonChannel, WoodsChannel, accept_all, open_loft
 from tests.fix_database import clone_database
 from tests.fix_world import World, run_world
 
@@ -29,7 +31,7 @@ async def world(postgres_url: str, template: str) -> AsyncIterator[World]:
     """A world in which nobody sends but the tests."""
     async with (
         clone_database(postgres_url, template) as url,
-        run_world(url, extra=[PigeonChannel, HomingChannel], send_units=0) as world,
+        run_world(url, extra=[PigeonChannel, HomingChannel, WoodsChannel], send_units=0) as world,
     ):
         yield world
 
@@ -43,6 +45,13 @@ async def loft(request: pytest.FixtureRequest, world: World) -> AsyncIterator[Lo
 @pytest.fixture
 async def pigeons(world: World) -> AsyncIterator[Loft]:
     async with open_loft(world, PigeonChannel) as loft:
+        yield loft
+
+
+@pytest.fixture
+async def woods(world: World) -> AsyncIterator[Loft]:
+    async with open_loft(world, WoodsChannel) as loft:
+        loft.channel.woods = {}
         yield loft
 
 
@@ -227,6 +236,93 @@ async def test_provider_in_trouble_is_tried_with_one_person_after_the_other(
     assert (campaign.state, campaign.counts.signals["sent"]) == (SENT, people)
 
 
+def answer_by_wood(loft: Loft, **answers: Outcome) -> Callable[[Messages], Awaitable[Sequence[Outcome]]]:
+    """A script in which each wood has its answer, and the others take everything."""
+
+    async def answer(messages: Messages) -> Sequence[Outcome]:
+        return [answers.get(loft.channel.find_wood(message), Accepted()) for message in messages]
+
+    return answer
+
+
+def count_copies(loft: Loft, person: str) -> int:
+    """How often somebody was tried."""
+    return sum(copies for (tree, _), copies in loft.channel.copies.items() if tree.partition("-")[0] == person)
+
+
+async def find_sent(loft: Loft, name: str) -> set[str]:
+    return {person for person, found in (await loft.read_recipients(name)).items() if "sent" in found.signals}
+
+
+async def test_rest_that_one_limit_asks_for_holds_up_nobody_else(woods: Loft) -> None:
+    """One push service's 429 with half an hour held every browser."""
+    north = {"p0", "p5", "p10", "p15"}
+    woods.channel.woods = dict.fromkeys(north, "north")
+    woods.channel.script = answer_by_wood(woods, north=Refused(code="hawks", retry_after=timedelta(minutes=30)))
+    name = await woods.launch(40)
+    await woods.send()
+    assert await find_sent(woods, name) == {f"p{index}" for index in range(40)} - north
+    later = await woods.relaunch()
+    await woods.send()
+    assert await find_sent(woods, later) == {f"p{index}" for index in range(40)} - north
+    woods.channel.script = accept_all
+    await woods.pass_time(timedelta(minutes=30))
+    # Time does not pass for what a process remembers of its own holds, so this is another one.
+    woods.pacer = Pacer(woods.world.core.engine)
+    for _ in (name, later):
+        await woods.send()
+    for campaign in (await woods.get_campaign(name), await woods.get_campaign(later)):
+        assert (campaign.state, campaign.counts.signals["sent"]) == (SENT, 40)
+
+
+async def test_outage_of_one_limit_writes_nobody_off_while_the_others_go_on(woods: Loft, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a push service that was down for five minutes everybody had failed: its neighbours' successes were taken for its own."""
+    for module in (pace, sending):
+        # Each hold is longer than a sender waits for, and over in a moment.
+        monkeypatch.setattr(module, "back_off", lambda tries: timedelta(milliseconds=50))
+        monkeypatch.setattr(module, "HORIZON", timedelta(milliseconds=1))
+    woods.channel.woods = {"p0": "north", "p1": "north", "p2": "alone"}
+    woods.channel.script = answer_by_wood(woods, north=Refused(code="storm"), alone=Refused(code="storm"))
+    name = await woods.launch(8)
+    others = campaigns_pb2.GivenContacts(contacts=[f"{woods.client.parent}/contacts/p{index}" for index in range(3, 8)])
+    while min(count_copies(woods, person) for person in ("p0", "p1")) <= MOST_TRIES:
+        await woods.relaunch(audience=campaigns_pb2.Audience(given_contacts=others))
+        for _ in range(2):
+            await woods.send()
+        await woods.pass_time()
+    people = await woods.read_recipients(name)
+    assert {person for person, found in people.items() if "failed" in found.signals} == {"p2"}, "p2 is alone with it"
+    woods.channel.script = accept_all
+    while (campaign := await woods.get_campaign(name)).state != SENT:
+        await woods.send()
+        await woods.pass_time()
+    assert campaign.counts.signals["sent"] == 7
+
+
+async def test_whoever_stands_behind_people_who_have_to_wait_is_sent_to(woods: Loft) -> None:
+    """A batch in which nobody could go ended the unit's turn for half an hour, with others behind it."""
+    woods.channel.woods = {f"p{index}": "north" for index in range(60)}
+    name = await woods.launch(64)
+    async with transaction(woods.world.core.engine) as conn:
+        await hold_limits(conn, {name_limit("woods", "north"): timedelta(minutes=30)})
+    await woods.send()
+    assert await find_sent(woods, name) == {f"p{index}" for index in range(60, 64)}
+    assert len(woods.channel.handed) == 4
+
+
+async def test_unit_is_taken_up_again_when_the_first_limit_has_room(woods: Loft) -> None:
+    woods.channel.woods = {"p0": "north", "p1": "south"}
+    long, short = (Refused(code="storm", retry_after=timedelta(seconds=seconds)) for seconds in (1800, 60))
+    woods.channel.script = answer_by_wood(woods, north=long, south=short)
+    name = await woods.launch(2)
+    await woods.send()
+    woods.channel.script = accept_all
+    await woods.pass_time(timedelta(seconds=70))
+    woods.pacer = Pacer(woods.world.core.engine)
+    await woods.send()
+    assert await find_sent(woods, name) == {"p1"}
+
+
 async def raise_error(messages: Messages) -> Any:
     raise RuntimeError("a defect")
 
@@ -394,6 +490,21 @@ async def test_provider_that_asks_for_weeks_is_asked_again_within_the_hour(pigeo
     pigeons.pacer = Pacer(pigeons.world.core.engine)
     await pigeons.send()
     assert len(pigeons.channel.handed) == 2
+
+
+async def test_provider_that_asks_two_people_for_no_rest_at_all_is_no_defect(pigeons: Loft) -> None:
+    name = await pigeons.launch(2)
+
+    async def refuse(messages: Messages) -> Sequence[Outcome]:
+        pigeons.channel.script = accept_all
+        return [Refused(code="storm", retry_after=timedelta(0)) for _ in messages]
+
+    pigeons.channel.script = refuse
+    await pigeons.send()
+    await pigeons.pass_time()
+    await pigeons.send()
+    campaign = await pigeons.get_campaign(name)
+    assert (campaign.state, campaign.counts.signals["sent"], campaign.counts.unclear) == (SENT, 2, 0)
 
 
 async def test_slower_provider_gets_no_further_batch_of_the_unit(pigeons: Loft) -> None:

@@ -24,26 +24,25 @@ async def hold(engine: AsyncEngine, key: str) -> None:
 
 async def test_hold_of_another_worker_is_known_a_moment_later(engine: AsyncEngine) -> None:
     pacer, people = Pacer(engine), [(Limit(key="a/account"),)] * 3
-    assert (await pacer.admit(people)).admitted == [True] * 3
+    assert (await pacer.admit(people)).rests == [None] * 3
     await hold(engine, "a/account")
     await asyncio.sleep(ASK_SECONDS)
-    admission = await pacer.admit(people)
-    assert admission.admitted == [False] * 3
-    assert admission.retry_after > timedelta(minutes=50)
+    rests = (await pacer.admit(people)).rests
+    assert all(rest is not None and rest > timedelta(minutes=50) for rest in rests)
 
 
 async def test_limit_that_is_held_is_asked_for_until_it_has_room(engine: AsyncEngine) -> None:
     pacer, people = Pacer(engine), [(Limit(key="b/account"),), (Limit(key="b/other"),)]
     await hold(engine, "b/account")
     for _ in range(3):
-        assert (await pacer.admit(people)).admitted == [False, True]
+        assert [rest is None for rest in (await pacer.admit(people)).rests] == [False, True]
 
 
 async def test_limit_with_a_rate_is_taken_from_each_time(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Room comes back with time, so it comes back slowly here.
     monkeypatch.setattr(pace, "HORIZON", timedelta(hours=1))
     pacer, people = Pacer(engine), [(Limit(key="c/account", interval=timedelta(minutes=10)),)]
-    waits = [(await pacer.admit(people)).wait for _ in range(3)]
+    waits = [(await pacer.admit(people)).delay for _ in range(3)]
     assert waits[0] < waits[1] < waits[2]
 
 
@@ -52,6 +51,33 @@ async def test_limits_that_nothing_gets_through_are_forgotten_at_last(engine: As
     pacer = Pacer(engine)
     keys = [f"d/to/{number}" for number in range(MOST_PROBED + 5)]
     for some in (keys[:10], keys[:1], keys[10:]):
-        pacer.slow_down(dict.fromkeys(some), 1, time.monotonic())
+        pacer.slow_down(dict.fromkeys(some), {}, time.monotonic())
     assert [pacer.is_probing(key) for key in keys[:8]] == [True, *[False] * 5, True, True]
     assert pacer.is_probing(keys[-1])
+
+
+async def test_hold_that_is_nearly_over_delays_nobody_who_counts_against_another_limit(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "HORIZON", timedelta(hours=2))
+    pacer, people = Pacer(engine), [(Limit(key="e/north"),), (Limit(key="e/south"),)]
+    await hold(engine, "e/north")
+    admission = await pacer.admit(people)
+    assert [rest is None for rest in admission.rests] == [False, True]
+    assert admission.delay == timedelta(0)
+
+
+async def test_limit_that_rested_begins_with_half_of_its_own_messages(engine: AsyncEngine) -> None:
+    pacer = Pacer(engine)
+    pacer.slow_down(dict.fromkeys(("f/north", "f/south"), timedelta(0)), {"f/north": 10, "f/south": 2}, time.monotonic())
+    people = [(Limit(key=key),) for key in ("f/north", "f/south") for _ in range(20)]
+    rests = (await pacer.admit(people)).rests
+    assert (rests[:20].count(None), rests[20:].count(None)) == (5, 1)
+
+
+def test_provider_that_asks_for_too_short_a_rest_gets_a_longer_one(engine: AsyncEngine) -> None:
+    """With "Retry-After: 1" all through an outage, a hundred tries were over in two minutes."""
+    pacer, asked = Pacer(engine), timedelta(seconds=1)
+    rests = [pacer.slow_down({"g": asked}, {}, time.monotonic())["g"] for _ in range(8)]
+    assert rests[0] == asked
+    assert rests[-1] > 20 * asked

@@ -32,6 +32,7 @@ from aftertouch.channels import (
     Accepted,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
@@ -578,3 +579,26 @@ def test_keys_of_many_apps_take_no_more_memory_than_those_of_some(monkeypatch: p
     assert described[:10] == described[10:]
     assert len({one["application_server_key"] for one in described}) == 10
     assert count_vapid() - before <= 3
+
+
+# Pace
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "key"),
+    [
+        ("https://fcm.googleapis.com/fcm/send/x", "fcm.googleapis.com"),
+        ("https://wns2-par02p.notify.windows.com/w/?token=x", "wns2-par02p.notify.windows.com"),
+        ("https://wns2-am3p.notify.windows.com/w/?token=x", "wns2-am3p.notify.windows.com"),
+        ("http://127.0.0.1:8080/push/x", "127.0.0.1:8080"),
+    ],
+)
+def test_limit_is_the_push_services(endpoint: str, key: str) -> None:
+    """One that asks for a rest, or is down, holds up no other; nor does one region hold up the next."""
+    assert make_channel().limits(make_message(endpoint)) == (Limit(key=key),)
+
+
+def test_what_was_stored_and_leads_nowhere_has_no_limit_and_is_refused_by_sending() -> None:
+    stored = PushAddress.model_validate({"endpoint": "no URL at all", "keys": KEYS}, context=STORED)
+    message = replace(make_message("https://fcm.googleapis.com/x"), address=stored)
+    assert make_channel().limits(message) == ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -63,6 +63,10 @@ class Draft:
     hashes: list[bytes]
     limits: list[tuple[Limit, ...]]
     """That each message counts against."""
+
+    def counts_against(self, keys: Collection[str]) -> bool:
+        """True when one of the messages does, against any of these limits."""
+        return bool(keys) and any(limit.key in keys for limits in self.limits for limit in limits)
 
 
 @dataclass

@@ -30,7 +30,8 @@ LONGEST_RETRY_AFTER = timedelta(hours=1)
 """What a provider may ask for: a header of seven digits would hold a campaign for 115 days."""
 WIDEST = 1_000
 MOST_PROBED = 10_000
-"""Limits: one that a person has of their own may never let another message through, and would be remembered for ever."""
+"""Limits that are remembered to have rested. Where they are people or hosts, some never get a message through, and whoever
+subscribes may invent more."""
 ASK_SECONDS = 1.0
 """How long a limit without a rate of its own that had room is not asked for again; then another worker's hold is known here."""
 _ZERO = timedelta(0)
@@ -40,11 +41,24 @@ _ZERO = timedelta(0)
 class Admission:
     """Who of a batch may go."""
 
-    admitted: list[bool]
-    wait: timedelta
-    """Until those who are admitted may leave."""
-    retry_after: timedelta
-    """Until it is worth to ask again for the others."""
+    rests: list[timedelta | None]
+    """For each person how long their limits have no room: None for who may go, zero for who comes after others of the batch."""
+    delay: timedelta = _ZERO
+    """Until those who may go may leave."""
+    is_paced: bool = False
+    """A limit with a rate of its own has no room, and such a one is mostly everybody's; what a provider asked for need not be."""
+
+
+@dataclass
+class _Probe:
+    """What a limit is found out about that had to rest."""
+
+    width: int
+    """How many messages may leave at once."""
+    streak: int = 0
+    """Holds in a row after which nothing got through."""
+    held_at: float = 0.0
+    """When the last hold was put on, by ``time.monotonic``: what had begun before tells nothing new."""
 
 
 class Pacer:
@@ -52,14 +66,10 @@ class Pacer:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._widths: dict[str, int] = {}
-        """How many messages may leave at once, of limits that are being probed."""
-        self._streaks: Counter[str] = Counter()
-        """Holds in a row after which nothing got through."""
-        self._held_at: dict[str, float] = {}
-        """When the last hold was put on, by ``time.monotonic``, the newest last: what had begun before tells nothing new."""
+        self._probes: dict[str, _Probe] = {}
+        """From a hold until as many get through at once as before; who was held last comes last."""
         self._held_until: dict[str, float] = {}
-        """The rests that this process found to be needed, by the same clock, and only at their beginning: until the database
+        """The rests that this process found to be needed, by ``time.monotonic``, and only at their beginning: until the database
         knows of them, and until whoever was admitted before has had their turn."""
         self._free_at: dict[str, float] = {}
         """When a limit without a rate of its own was last found free, by the same clock."""
@@ -71,7 +81,7 @@ class Pacer:
             people: for each person, the limits that their messages count against, as ``find_limits`` finds them.
         """
         if self._is_free(people):
-            return Admission([True] * len(people), wait=_ZERO, retry_after=_ZERO)
+            return Admission([None] * len(people))
         counts: Counter[str] = Counter()
         intervals: dict[str, timedelta] = {}
         fits = []
@@ -90,20 +100,23 @@ class Pacer:
                 counts += wanted
         async with transaction(self._engine) as conn:
             room = await take_room(conn, {key: n * intervals[key] for key, n in counts.items()}, HORIZON)
-        room |= {key: (False, wait) for key, wait in held.items()}
-        blocked = {key for key, (is_free, _) in room.items() if not is_free}
         self._free_at = {key: at for key, at in self._free_at.items() if at > asked_at - ASK_SECONDS}
-        for key, (is_free, delay) in room.items():
-            if is_free and not delay and not intervals[key] and self._held_at.get(key, 0) < asked_at:
+        blocked = dict(held)
+        for key, (is_free, wait) in room.items():
+            # Where there is no rate, whoever has to wait is held, and the others of the batch do not wait along.
+            if not is_free or (wait and not intervals[key]):
+                blocked[key] = wait
+            elif not intervals[key] and self._find_held_at(key) < asked_at:
                 self._free_at[key] = asked_at
-        admitted = [fit and all(limit.key not in blocked for limit in limits) for fit, limits in zip(fits, people, strict=True)]
-        is_more = any(admitted) and not all(fits)
-        passed = {limit.key for is_in, limits in zip(admitted, people, strict=True) if is_in for limit in limits}
-        return Admission(
-            admitted,
-            wait=max((room[key][1] for key in passed), default=_ZERO),
-            retry_after=_ZERO if is_more else min((room[key][1] for key in blocked), default=_ZERO),
-        )
+        rests: list[timedelta | None] = []
+        passed: set[str] = set()
+        for fit, limits in zip(fits, people, strict=True):
+            waits = [blocked[limit.key] for limit in limits if limit.key in blocked]
+            rests.append(max(waits) if waits else None if fit else _ZERO)
+            if rests[-1] is None:
+                passed.update(limit.key for limit in limits)
+        delay = max((room[key][1] for key in passed), default=_ZERO)
+        return Admission(rests, delay, is_paced=any(intervals[key] for key in blocked))
 
     def _is_free(self, people: Sequence[Sequence[Limit]]) -> bool:
         """True when all of their limits are without a rate of their own, and had room a moment ago."""
@@ -112,7 +125,7 @@ class Pacer:
         for limits in {id(limits): limits for limits in people}.values():
             for limit in limits:
                 key = limit.key
-                if limit.interval or key in self._widths or self._held_until.get(key, 0) > now:
+                if limit.interval or key in self._probes or self._held_until.get(key, 0) > now:
                     return False
                 if self._free_at.get(key, 0) < now - ASK_SECONDS:
                     return False
@@ -120,37 +133,43 @@ class Pacer:
 
     def _find_width(self, key: str, interval: timedelta) -> int:
         """How many may leave at once: a second's worth, or fewer while the limit is being probed."""
-        width = self._widths.get(key, WIDEST)
+        width = self._probes[key].width if key in self._probes else WIDEST
         return min(width, max(int(timedelta(seconds=1) / interval), 1)) if interval else width
+
+    def _find_held_at(self, key: str) -> float:
+        return self._probes[key].held_at if key in self._probes else 0.0
 
     def is_in_trouble(self, key: str) -> bool:
         """True while nothing gets through."""
-        return self._streaks[key] > 1
+        return key in self._probes and self._probes[key].streak > 1
 
     def is_probing(self, key: str) -> bool:
         """True from a hold until as many get through at once as before."""
-        return key in self._widths
+        return key in self._probes
 
     def note_success(self, keys: Iterable[str]) -> None:
         """Messages that count against these limits got through."""
         for key in keys:
-            self._streaks.pop(key, None)
-            if key in self._widths:
-                self._widths[key] *= 2
-                if self._widths[key] >= WIDEST:
-                    self._forget(key)
+            if probe := self._probes.get(key):
+                probe.streak = 0
+                probe.width *= 2
+                if probe.width >= WIDEST:
+                    del self._probes[key]
 
     def find_held(self, keys: Iterable[str]) -> dict[str, timedelta]:
         """Those of these limits that this process found to need a rest, and for how long still."""
         now = time.monotonic()
         return {key: timedelta(seconds=until - now) for key in keys if (until := self._held_until.get(key, 0)) > now}
 
-    def slow_down(self, delays: Mapping[str, timedelta | None], size: int, begun_at: float) -> dict[str, timedelta]:
-        """Have these limits rest, in this process at once, as long as the provider asked, or else for a growing while.
+    def slow_down(
+        self, delays: Mapping[str, timedelta | None], sizes: Mapping[str, int], begun_at: float
+    ) -> dict[str, timedelta]:
+        """Have these limits rest, in this process at once, as long as the provider asked, and for a growing while where it asked
+        for nothing, or nothing gets through after that either.
 
         Args:
             delays: by limit, what the provider asked for.
-            size: how many messages were under way.
+            sizes: by limit, how many messages were under way; one where it says nothing.
             begun_at: when they were handed to the channel, by ``time.monotonic``.
         """
         rests = {}
@@ -158,20 +177,19 @@ class Pacer:
         self._held_until = {key: until for key, until in self._held_until.items() if until > now}
         for key, asked in delays.items():
             self._free_at.pop(key, None)
-            if begun_at >= self._held_at.get(key, 0):
-                self._held_at.pop(key, None)
-                self._held_at[key] = now
-                self._streaks[key] += 1
-                self._widths[key] = max(min(self._widths.get(key, size), size) // 2, 1)
-            rests[key] = min(asked, LONGEST_RETRY_AFTER) if asked is not None else back_off(self._streaks[key])
+            size = sizes.get(key, 1)
+            probe = self._probes.pop(key, None) or _Probe(size)
+            if begun_at >= probe.held_at:
+                probe = _Probe(max(min(probe.width, size) // 2, 1), probe.streak + 1, now)
+            self._probes[key] = probe
+            rests[key] = min(asked or _ZERO, LONGEST_RETRY_AFTER)
+            if asked is None or self.is_in_trouble(key):
+                # Where a second was asked for and does not help, everybody's tries would be used up within minutes.
+                rests[key] = max(rests[key], back_off(probe.streak))
             self._held_until[key] = max(self._held_until.get(key, 0), now + min(rests[key], 2 * HORIZON).total_seconds())
-        while len(self._held_at) > MOST_PROBED:
-            self._forget(next(iter(self._held_at)))
+        while len(self._probes) > MOST_PROBED:
+            del self._probes[next(iter(self._probes))]
         return rests
-
-    def _forget(self, key: str) -> None:
-        del self._widths[key], self._held_at[key]
-        self._streaks.pop(key, None)
 
     async def hold(self, rests: Mapping[str, timedelta]) -> None:
         """Have limits rest in all workers."""
@@ -186,14 +204,14 @@ def find_limits(channel: Channel, scope: str, campaign: Campaign, message: Messa
         TypeError: the channel returned something else than limits.
     """
     declared = tuple(channel.limits(message))
-    if not all(isinstance(limit, Limit) for limit in declared):
-        raise TypeError(f"{channel.name}.limits returned something else than limits")
     return _name_limits(scope, declared, campaign.campaign_id, campaign.messages_per_second)
 
 
 @lru_cache(maxsize=1_000)
 def _name_limits(scope: str, declared: tuple[Limit, ...], campaign_id: int, per_second: float | None) -> tuple[Limit, ...]:
-    """Made once for most messages of a campaign, and then the same tuple."""
+    """Made, and checked, once for most messages of a campaign, and then the same tuple."""
+    if not all(isinstance(limit, Limit) for limit in declared):
+        raise TypeError(f"limits of {scope} returned something else than limits")
     limits = [Limit(key=name_limit(scope, limit.key), interval=limit.interval) for limit in declared]
     if not limits:
         limits.append(Limit(key=name_limit(scope, "account")))

@@ -121,6 +121,8 @@ class Sender:
         self._waits = Waits()
         self._is_over = False
         """Nobody else of this unit can go for now."""
+        self._is_turned = False
+        """The line was turned since somebody could go, so that its end comes first."""
         self._may_ask = channel.capabilities.look_up
         """What became of unclear messages; not where they may have gone by another account, which alone knows them: this one
         would say that they were never taken, and they would be sent again."""
@@ -248,23 +250,38 @@ class Sender:
         admission = await self._pacer.admit(
             [draft.limits[0] if len(draft.limits) == 1 else tuple(chain.from_iterable(draft.limits)) for draft in drafts]
         )
-        admitted = [draft for draft, is_in in zip(drafts, admission.admitted, strict=True) if is_in]
-        put_back = [draft.within for draft, is_in in zip(drafts, admission.admitted, strict=True) if not is_in]
-        if put_back and admission.retry_after <= HORIZON:
-            self._todo.extendleft(reversed(put_back))
-        elif put_back:
-            self._waits.wait_until_later(admission.retry_after)
-            self._is_over |= not admitted
-        delay = admission.wait if admitted else min(admission.retry_after, HORIZON)
+        admitted = []
+        next_ones = []
+        shortest: timedelta | None = None
+        for draft, rest in zip(drafts, admission.rests, strict=True):
+            if rest is None:
+                admitted.append(draft)
+            elif rest > HORIZON:
+                self._waits.wait_until_later(rest)
+            elif rest > _ZERO:
+                # Behind the others, whose limits may have room.
+                self._todo.append(draft.within)
+                shortest = min(rest, shortest or rest)
+            else:
+                next_ones.append(draft.within)
+        self._todo.extendleft(reversed(next_ones))
+        if admitted:
+            self._is_over = self._is_turned = False
+        elif not next_ones and shortest is None:
+            # None of these for long. Whoever stands at the end of the line, tried most, may count against other limits.
+            self._is_over |= self._is_turned or admission.is_paced
+            self._is_turned = True
+            self._todo.rotate(min(self._channel.capabilities.batch_size, len(self._todo)))
+        delay = admission.delay if admitted else shortest or _ZERO
         if delay > _ZERO and not self._is_over:
             self._has_waited = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay.total_seconds()):
                     await self._stopping.wait()
-        if self._pacer.find_held({limit.key for draft in admitted for limits in draft.limits for limit in limits}):
-            # The provider asked for a rest while these waited for their turn.
-            self._todo.extendleft(draft.within for draft in reversed(admitted))
-            return []
+        if held := self._pacer.find_held({limit.key for draft in admitted for limits in draft.limits for limit in limits}):
+            # Their provider asked for a rest while they waited for their turn.
+            self._todo.extend(draft.within for draft in admitted if draft.counts_against(held))
+            admitted = [draft for draft in admitted if not draft.counts_against(held)]
         return admitted
 
     async def _mark(self, sending: Sending, drafts: Drafts) -> list[Draft]:
@@ -312,16 +329,17 @@ class Sender:
         defects = [outcome for own in outcomes for outcome in own if isinstance(outcome, Defect)]
         self._breaker.note_call(f"{self._channel.name}: {defects[0].detail}" if defects else "")
         holds = self._find_holds(drafts, outcomes)
-        in_trouble = any(map(self._pacer.is_in_trouble, holds))
+        troubled = {key for key in holds if self._pacer.is_in_trouble(key)}
+        sizes = Counter(limit.key for draft in drafts for limits in draft.limits for limit in limits) if holds else {}
         # At once for this process: recording takes a while.
-        rests = self._pacer.slow_down(holds, len(drafts), begun_at)
+        rests = self._pacer.slow_down(holds, sizes, begun_at)
         now = datetime.now(UTC)
         facts: list[Fact] = []
         tried: list[Tried] = []
         consequences = Consequences()
         obstacle = ""
         for draft, own in zip(drafts, outcomes, strict=True):
-            verdict = judge(self._type, own, draft.tries, in_trouble=in_trouble)
+            verdict = judge(self._type, own, draft.tries, in_trouble=draft.counts_against(troubled))
             obstacle = self._note(verdict, draft.tries) or obstacle
             facts += [Fact(campaign, draft.position, kind, now) for kind in verdict.kinds]
             for address_hash, outcome in zip(draft.hashes, own, strict=True):
@@ -333,7 +351,7 @@ class Sender:
         await self._apply(campaign, consequences)
         if rests:
             await self._pacer.hold(rests)
-            self._waits.wait_until_later(max(rests.values()))
+            self._waits.wait_until_later(min(rests.values()))
         if reason := obstacle or self._breaker.find_reason():
             await stop_sending(self._engine, campaign, reason)
             raise LeaseLost
@@ -364,7 +382,8 @@ class Sender:
                 reason_class, asked = self._type.channel.classify(outcome.code), outcome.retry_after
                 if reason_class is ReasonClass.RATE or (reason_class is ReasonClass.TRANSIENT and asked is not None):
                     key = name_limit(self._scope, outcome.limit) if outcome.limit else limits[0].key
-                    holds[key] = asked if holds.get(key) is None else max(filter(None, (holds[key], asked)))
+                    asks = [delay for delay in (holds.get(key), asked) if delay is not None]
+                    holds[key] = max(asks, default=None)
                 elif reason_class is ReasonClass.TRANSIENT:
                     lost[limits[0].key] += 1
                 else:
