@@ -15,7 +15,7 @@ import html
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.headerregistry import Address as Mailbox
 from email.message import EmailMessage
 from email.policy import SMTP as SMTP_POLICY
@@ -38,6 +38,7 @@ from aftertouch.channels import (
     Content,
     InvalidSignature,
     InvalidWebhook,
+    Limit,
     Message,
     Outcome,
     ReasonClass,
@@ -110,7 +111,9 @@ def _check_mailbox(text: str) -> str:
 class EmailSettings(Settings):
     """Which server mail leaves by, from whom, and how what comes back is proved."""
 
-    by_app = frozenset(("username", "password", "sender", "reply_to", "unsubscribe_secret", "webhook_key"))
+    by_app = frozenset(
+        ("username", "password", "sender", "reply_to", "unsubscribe_secret", "webhook_key", "messages_per_second")
+    )
 
     host: str
     """Of the SMTP server; SendGrid's is ``smtp.sendgrid.net``."""
@@ -127,6 +130,8 @@ class EmailSettings(Settings):
     """Signs the addresses that unsubscribe; keep it, for mail is read late. 32 characters or more."""
     webhook_key: str | None = None
     """SendGrid's verification key, as its page of the event webhook shows it."""
+    messages_per_second: float = Field(default=0, ge=0, le=10_000)
+    """Of the whole account, over all workers; 0 leaves the pace to the server, which refuses for a while what is too fast."""
     timeout_seconds: float = Field(default=15, gt=0, le=15)
     """For all mails of a batch; those that were not begun by then are tried again. A call that takes 20 seconds is given up, and
     then nobody knows what became of any of them."""
@@ -224,6 +229,11 @@ class EmailChannel(Channel):
         super().__init__(settings, webhook_url=webhook_url)
         self._mailbox = parseaddr(settings.sender)[1]
         self._webhook_key = load_webhook_key(settings.webhook_key) if settings.webhook_key is not None else None
+        pace = settings.messages_per_second
+        self._limits = (Limit(key="account", interval=timedelta(seconds=1 / pace if pace else 0)),)
+
+    def limits(self, message: Message[Address, Content]) -> Sequence[Limit]:
+        return self._limits
 
     async def send(self, messages: Sequence[Message[Address, Content]]) -> Sequence[Outcome]:
         mine = cast("Sequence[Message[EmailAddress, EmailContent]]", messages)

@@ -8,6 +8,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from email import message_from_bytes
 from email.policy import default
 from pathlib import Path
@@ -20,7 +21,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import ValidationError
 
-from aftertouch.channels import Accepted, InvalidSignature, InvalidWebhook, Message, ReasonClass, Receipt, Refused, WebhookRequest
+from aftertouch.channels import (
+    Accepted,
+    InvalidSignature,
+    InvalidWebhook,
+    Limit,
+    Message,
+    ReasonClass,
+    Receipt,
+    Refused,
+    WebhookRequest,
+)
 from aftertouch.testing import Fault, ProviderRequest, Response
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -265,3 +276,12 @@ def test_event_says_whether_there_may_be_more_mail(event: str, signals: list[str
 def test_standing_of_no_mailbox_is_passed_over() -> None:
     request = sign_events(make_channel(), {"event": "unsubscribe", "aftertouch_token": TOKENS[0], "email": "nobody"})
     assert make_channel().parse(request).standings == ()
+
+
+def test_limit_is_the_accounts_and_the_servers_own_unless_it_is_set() -> None:
+    assert make_channel().limits(make_message()) == (Limit(key="account"),)
+    assert make_channel(messages_per_second="20").limits(make_message()) == (
+        Limit(key="account", interval=timedelta(milliseconds=50)),
+    )
+    with pytest.raises(ValidationError, match="messages_per_second"):
+        make_channel(messages_per_second="-1")
