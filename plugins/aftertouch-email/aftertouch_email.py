@@ -111,9 +111,7 @@ def _check_mailbox(text: str) -> str:
 class EmailSettings(Settings):
     """Which server mail leaves by, from whom, and how what comes back is proved."""
 
-    by_app = frozenset(
-        ("username", "password", "sender", "reply_to", "unsubscribe_secret", "webhook_key", "messages_per_second")
-    )
+    by_app = frozenset(("username", "password", "sender", "reply_to", "unsubscribe_secret", "webhook_key", "messages_per_second"))
 
     host: str
     """Of the SMTP server; SendGrid's is ``smtp.sendgrid.net``."""

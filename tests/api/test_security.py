@@ -540,10 +540,40 @@ async def test_whatsapp_registration_with_a_wrong_word_is_refused(untouched: Hoo
 @pytest.mark.parametrize("event", ["confirmed", "clicked", "dismissed"])
 async def test_push_beacon_with_a_made_up_token_is_refused(untouched: Hooks, event: str) -> None:
     token = untouched.tokens["push"]
-    made_up = [swap_last(token), token.swapcase(), "A" * 24, "_" * 24, untouched.tokens["sms"], untouched.tokens["whatsapp"]]
-    for made in made_up:
+    for made in (swap_last(token), token.swapcase(), "A" * 24, "_" * 24):
         answer = await untouched.send("POST", untouched.url("push", f"/{event}?t={made}"))
         assert answer == (403, "the token is not one of ours"), made
+
+
+@pytest.mark.parametrize("event", ["confirmed", "clicked", "dismissed"])
+@pytest.mark.parametrize("channel", ["sms", "whatsapp"])
+async def test_push_beacon_with_the_token_of_another_channels_message_is_refused(
+    untouched: Hooks, channel: str, event: str
+) -> None:
+    """Whoever gets a text with a tracked link sees one, and nobody signs what a browser reports."""
+    answer = await untouched.send("POST", untouched.url("push", f"/{event}?t={untouched.tokens[channel]}"))
+    assert answer == (403, "the token is not one of ours")
+
+
+@pytest.mark.parametrize("cut", [6, 8, 12, 16, 18])
+async def test_push_beacon_with_a_token_of_two_campaigns_halves_is_refused(untouched: Hooks, cut: int) -> None:
+    """One would count somebody else's message, or another campaign's."""
+    push, sms = untouched.tokens["push"], untouched.tokens["sms"]
+    for spliced in (push[:cut] + sms[cut:], sms[:cut] + push[cut:]):
+        answer = await untouched.send("POST", untouched.url("push", f"/clicked?t={spliced}"))
+        assert answer == (403, "the token is not one of ours"), spliced
+
+
+async def test_push_beacon_at_the_address_of_another_app_is_refused(untouched: Hooks, rival: Rival) -> None:
+    name = f"{rival.client.parent}/channelSettings/push"
+    own = channels_pb2.ChannelSettings(name=name, values={"vapid_subject": "mailto:ops@rival.example"})
+    await rival.client.channels.UpdateChannelSettings(channels_pb2.UpdateChannelSettingsRequest(channel_settings=own))
+    try:
+        for channel, token in untouched.tokens.items():
+            url = f"{untouched.world.addresses.public_url}/v1/apps/rival/webhooks/push/clicked?t={token}"
+            assert await untouched.send("POST", url) == (403, "the token is not one of ours"), channel
+    finally:
+        await rival.client.channels.DeleteChannelSettings(channels_pb2.DeleteChannelSettingsRequest(name=name))
 
 
 async def test_push_beacon_with_text_that_is_no_token_is_refused(untouched: Hooks) -> None:

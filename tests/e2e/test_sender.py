@@ -24,6 +24,7 @@ from tests.fix_world import World, run_world
 
 SENT = campaigns_pb2.Campaign.State.SENT
 _State = contacts_pb2.Subscription.State
+_Explanation = contacts_pb2.ContactExplanation
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,40 @@ async def test_crash_during_a_call_sends_again_only_what_is_idempotent(loft: Lof
     assert campaign.state == SENT
     assert campaign.counts.unclear == (0 if is_idempotent else 4)
     assert campaign.counts.signals["sent"] == (4 if is_idempotent else 0)
+
+
+async def test_try_that_was_cut_off_is_told_by_its_event(loft: Loft) -> None:
+    """The log of attempts has no row of it, and the explanation spoke of the second try only."""
+    name = await loft.launch(1)
+    reached = asyncio.Event()
+
+    async def hang(messages: Messages) -> Sequence[Outcome]:
+        reached.set()
+        return await asyncio.get_running_loop().create_future()
+
+    async def explain() -> contacts_pb2.ContactExplanation:
+        person = loft.client.name("contacts", "p0")
+        return await loft.client.contacts.ExplainContact(contacts_pb2.ExplainContactRequest(name=person, campaign=name))
+
+    loft.channel.script = hang
+    crashing = asyncio.create_task(loft.make_sender(await loft.claim()).run())
+    await reached.wait()
+    crashing.cancel()
+    await asyncio.gather(crashing, return_exceptions=True)
+    said = await explain()
+    (begun,) = said.events
+    told = f"{begun.time.ToDatetime():%Y-%m-%d %H:%M:%S} UTC"
+    assert (said.decision, begun.signal, begun.reason, len(said.attempts)) == (_Explanation.UNCLEAR, "attempted", "1", 0)
+    assert f"try 1 began at {told}, and its outcome is not on record: it is under way, or was cut off" in said.text
+    loft.channel.script = accept_all
+    await loft.pass_time()
+    await loft.send()
+    said = await explain()
+    if loft.channel.capabilities.idempotent_sends:
+        assert (said.decision, len(said.attempts)) == (_Explanation.MESSAGED, 1)
+        assert said.text.endswith(f" Try 1, begun at {told}, was cut off: its outcome is not on record.")
+    else:
+        assert (said.decision, len(said.attempts)) == (_Explanation.UNCLEAR, 0)
 
 
 async def test_refusals_are_tried_again_and_others_are_not(loft: Loft) -> None:

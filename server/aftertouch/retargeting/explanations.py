@@ -254,18 +254,39 @@ def _judge(campaign: Campaign, findings: Findings, evidence: Mapping[str, frozen
     heard = sorted(set(known.signals) - {"attempted", "sent", "failed", "skipped"})
     proves_arrival = (evidence["sent"] - {"sent"}) & set(signals)
     when = f" at {_tell(findings.attempts[-1][1].arrive_time)}" if findings.attempts else ""
+    cut_off = _find_cut_off(findings)
+    lost = "".join(f" Try {number}, begun at {_tell(at)}, was cut off: its outcome is not on record." for number, at in cut_off)
     if "failed" in known.signals and not proves_arrival:
-        return "NOT_DELIVERED", f"Was in the audience; the message failed: {reasons}."
+        return "NOT_DELIVERED", f"Was in the audience; the message failed: {reasons}.{lost}"
     if "sent" in known.signals:
         since = f"Known since: {', '.join(heard)}." if heard else "Nothing was heard of it since."
-        return "MESSAGED", f"Was messaged: the provider took the message{when}. {since}"
+        return "MESSAGED", f"Was messaged: the provider took the message{when}. {since}{lost}"
     if "skipped" in known.signals:
-        return "SKIPPED", f"Was in the audience, and was skipped when the turn came: {reasons}."
+        return "SKIPPED", f"Was in the audience, and was skipped when the turn came: {reasons}.{lost}"
+    if tries > refusals and cut_off and cut_off[-1][0] == tries:
+        begun = f"try {tries} began at {_tell(cut_off[-1][1])}, and its outcome is not on record"
+        text = f"{begun}: it is under way, or was cut off, and nobody knows whether the provider took the message"
+        return "UNCLEAR", f"Was in the audience; {text}."
     if tries > refusals:
-        return "UNCLEAR", "Was in the audience; the message was handed to the provider, and nobody knows what became of it."
+        text = f"Was in the audience; the message was handed to the provider, and nobody knows what became of it.{lost}"
+        return "UNCLEAR", text
     if tries:
         return "TO_BE_TRIED_AGAIN", f"Was in the audience; the provider refused {tries} times, and will be tried again."
     return "WAITING", f"Is in the audience; the turn is still to come. The campaign is {campaign.state}."
+
+
+def _find_cut_off(findings: Findings) -> list[tuple[int, datetime]]:
+    """The tries that the event log has the beginning of, and no log an outcome: their numbers and when they began."""
+    begun = {int(kind.reason_code): event for kind, event in findings.events if kind.signal == "attempted"}
+    refused = {kind.reason_code for kind, _ in findings.events if kind.signal == "refused"}
+    cut_off = []
+    for number, event in sorted(begun.items()):
+        # The next try begins after the outcome of this one is on record.
+        end = begun[number + 1].arrive_time if number + 1 in begun else datetime.max.replace(tzinfo=UTC)
+        has_outcome = any(event.arrive_time <= tried.arrive_time < end for _, tried in findings.attempts)
+        if not has_outcome and str(number) not in refused:
+            cut_off.append((number, event.time))
+    return cut_off
 
 
 def _foretell(steps: Sequence[Step]) -> tuple[str, str]:

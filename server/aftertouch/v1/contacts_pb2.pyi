@@ -691,7 +691,7 @@ class ContactExplanation(_message.Message):
         TO_BE_TRIED_AGAIN: ContactExplanation._Decision.ValueType  # 4
         """The provider refused, and will be tried again."""
         UNCLEAR: ContactExplanation._Decision.ValueType  # 5
-        """The message was handed to the provider, and nobody knows what became of it."""
+        """The message was handed to the provider, or was about to be when a crash came, and nobody knows what became of it."""
         NOT_DELIVERED: ContactExplanation._Decision.ValueType  # 6
         """The message did not reach the person: see the reasons."""
         MESSAGED: ContactExplanation._Decision.ValueType  # 7
@@ -717,7 +717,7 @@ class ContactExplanation(_message.Message):
     TO_BE_TRIED_AGAIN: ContactExplanation.Decision.ValueType  # 4
     """The provider refused, and will be tried again."""
     UNCLEAR: ContactExplanation.Decision.ValueType  # 5
-    """The message was handed to the provider, and nobody knows what became of it."""
+    """The message was handed to the provider, or was about to be when a crash came, and nobody knows what became of it."""
     NOT_DELIVERED: ContactExplanation.Decision.ValueType  # 6
     """The message did not reach the person: see the reasons."""
     MESSAGED: ContactExplanation.Decision.ValueType  # 7
@@ -963,7 +963,9 @@ class ContactExplanation(_message.Message):
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContactExplanation.PersonAttempt]:
-        """The messages that were handed to a provider by time, the first 1,000."""
+        """The messages that were handed to a provider by time, the first 1,000. A try that a crash cut off is not among them, since
+        its outcome is not on record: it has the event "attempted", and the text tells of it.
+        """
 
     @_builtins.property
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
