@@ -334,6 +334,35 @@ async def test_outage_of_one_limit_writes_nobody_off_while_the_others_go_on(wood
     assert campaign.counts.signals["sent"] == 7
 
 
+async def test_outage_that_begins_with_silence_leaves_nobody_out_whose_message_may_come_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was unclear once was given up after ten refusals, although nobody else got through either."""
+    for module in (pace, sending):
+        monkeypatch.setattr(module, "back_off", lambda tries: timedelta(milliseconds=50))
+        monkeypatch.setattr(module, "HORIZON", timedelta(milliseconds=1))
+
+    async def keep_silent(messages: Messages) -> Sequence[Outcome]:
+        return [Unclear(detail="silence") for _ in messages]
+
+    async def refuse(messages: Messages) -> Sequence[Outcome]:
+        return [Refused(code="storm") for _ in messages]
+
+    async with open_loft(world, HomingChannel) as loft:
+        name = await loft.launch(2)
+        loft.channel.script = keep_silent
+        await loft.send()
+        loft.channel.script = refuse
+        while min(loft.channel.copies.values()) <= MOST_TRIES + 1:
+            await loft.pass_time()
+            await loft.send()
+        loft.channel.script = accept_all
+        while (campaign := await loft.get_campaign(name)).state != SENT:
+            await loft.pass_time()
+            await loft.send()
+    assert (campaign.counts.signals["sent"], campaign.counts.unclear) == (2, 0)
+
+
 async def test_whoever_stands_behind_people_who_have_to_wait_is_sent_to(woods: Loft) -> None:
     """A batch in which nobody could go ended the unit's turn for half an hour, with others behind it."""
     woods.channel.woods = {f"p{index}": "north" for index in range(60)}

@@ -31,7 +31,8 @@ class Progress:
         """Who is to be sent to now."""
         may_try = self.tries == self.refusals
         if idempotent:
-            may_try |= self.tries < MOST_TRIES
+            # Refusals have an end of their own; what counts here is how often nobody knows, as after a crash.
+            may_try |= self.tries - self.refusals < MOST_TRIES
         return np.flatnonzero(~self.is_done & may_try)
 
     def find_unclear(self) -> Numbers:
