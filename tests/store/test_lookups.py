@@ -22,7 +22,7 @@ from aftertouch.store.apps import create_app
 from aftertouch.store.campaigns import create_campaign, update_campaign
 from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import OTHER, Kind, load_kinds
-from aftertouch.store.tables import contact_counters
+from aftertouch.store.tables import contact_counters, erasures
 
 PEOPLE = 3_000
 BATCH = 500
@@ -126,6 +126,20 @@ async def test_long_names_take_no_more_than_others(engine: AsyncEngine) -> None:
     lookups = Lookups(engine)
     await find(lookups, app_id, np.arange(PEOPLE + 100), prefix=prefix)
     assert lookups.nbytes == measure_held(Identities) == TABLE
+
+
+async def test_people_who_were_erased_meanwhile_are_not_kept(engine: AsyncEngine) -> None:
+    """A look-up that began before may still bring them."""
+    app_id, gone = await make_app(engine, "acme"), [3, 4, 2_000]
+    async with transaction(engine) as conn:
+        await conn.execute(insert(erasures), [{"app_id": app_id, "number": number} for number in gone])
+    lookups = Lookups(engine)
+    await find(lookups, app_id, np.arange(PEOPLE))
+    async with transaction(engine) as conn:
+        await conn.execute(text("DELETE FROM contact_ids"))
+    external_ids = ExternalIds.join([f"person-{number}".encode() for number in range(PEOPLE)])
+    found = await lookups.find_numbers(app_id, external_ids)
+    assert np.flatnonzero(found < 0).tolist() == gone
 
 
 async def make_campaign(engine: AsyncEngine, app_id: int, name: str, numbers: Numbers) -> int:

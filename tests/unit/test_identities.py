@@ -25,6 +25,15 @@ def test_identities_answer_as_a_dict_would(batches: list[dict[bytes, int]], othe
     assert len(identities) == len(expected)
 
 
+@given(st.lists(texts.map(str.encode), max_size=20), st.data())
+def test_external_ids_are_the_texts_that_they_were_made_of(given_texts: list[bytes], data: st.DataObject) -> None:
+    external_ids = ExternalIds.join(given_texts)
+    assert (list(external_ids), len(external_ids)) == (given_texts, len(given_texts))
+    chosen = data.draw(st.lists(st.sampled_from(range(len(given_texts))))) if given_texts else []
+    assert list(external_ids.select(np.array(chosen, np.int64))) == [given_texts[index] for index in chosen]
+    assert not external_ids.are_ascii() or all(map(bytes.isascii, given_texts))
+
+
 def test_identities_are_still_known_after_growing() -> None:
     identities = Identities()
     external_ids = [f"person-{number}".encode() for number in range(8 * SMALLEST)]
