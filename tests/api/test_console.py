@@ -26,6 +26,7 @@ from aftertouch.console import provided
 from aftertouch.console import settings as console_settings
 from aftertouch.console.accounts import MOST_FAILURES
 from aftertouch.console.app import PAGES
+from aftertouch.console.lists import BATCH
 from aftertouch.console.words import REASONS
 from aftertouch.rolls.sql import write_roll
 from aftertouch.rpc.values import to_struct, to_timestamp
@@ -1278,12 +1279,12 @@ async def test_list_is_made_from_a_file_and_used(world: World, marketer: Visitor
     assert await marketer.post("/lists/gold/delete") == (303, "/console/lists")
 
 
-async def change_list(visitor: Visitor, path: str, file: str, **fields: str) -> dict[str, int]:
-    """Send a form with a file; the figures of the answer."""
+async def change_list(visitor: Visitor, path: str, file: str | bytes, **fields: str) -> dict[str, int]:
+    """Send a form with a file; the figures of the answer, none when it was refused."""
     form = aiohttp.FormData()
     for name, value in {"csrf": visitor.csrf, **fields}.items():
         form.add_field(name, value)
-    form.add_field("file", file.encode(), filename="people.csv")
+    form.add_field("file", file.encode() if isinstance(file, str) else file, filename="people.csv")
     _, text = await visitor.request("POST", path, data=form)
     return {label: int(count) for label, count in re.findall(r"<dt>([^<]+)</dt><dd>(\d+)</dd>", text)}
 
@@ -1299,7 +1300,7 @@ async def test_list_is_cleaned_of_those_who_failed(world: World, marketer: Visit
     _, failed = await marketer.get(gone)
     for taken_out in (exports[gone], 0):
         figures = await change_list(marketer, "/lists/to-clean/remove", failed)
-        assert figures == {"Taken out": taken_out, "Not in it": exports[gone] - taken_out}
+        assert figures == {"Taken out": taken_out, "Not in it, or named twice": exports[gone] - taken_out}
     left = {name for name, person in people.items() if "recipient_gone/131026" not in person.reasons}
     row = re.search(
         r'list=to-clean">.*?class="right num">(\d+)<.*?href="/console(/[^"]*people.csv)"', (await marketer.get("/lists"))[1]
@@ -1308,7 +1309,7 @@ async def test_list_is_cleaned_of_those_who_failed(world: World, marketer: Visit
     assert {person["external_id"] for person in await read_csv(marketer, row[2])} == left
     one, other = sorted(left)[:2]
     _, text = await marketer.post("/lists/to-clean/remove", {"contacts": f"{one}\n{other}, nobody"})
-    assert re.search(r"Taken out</dt><dd>2<.*Not in it</dt><dd>1<", text)
+    assert re.search(r"Taken out</dt><dd>2<.*Not in it, or named twice</dt><dd>1<", text)
     assert (await marketer.post("/lists/no-such/remove", {"contacts": one}))[0] == 404
     assert await marketer.post("/lists/to-clean/delete") == (303, "/console/lists")
 
@@ -1325,8 +1326,24 @@ async def test_ids_that_a_spreadsheet_would_compute_come_back_as_they_are(world:
     assert figures == {"Added": len(ids), "In it already": 0, "Left out": 0}
     _, text = await marketer.get("/lists/computed/people.csv")
     assert text.splitlines() == ["external_id", "'+34600000003", "'-1", "''=1+1", "'''@x", "'plain", '"a=b, ""c"""']
-    assert await change_list(marketer, "/lists/computed/remove", text) == {"Taken out": len(ids), "Not in it": 0}
+    assert await change_list(marketer, "/lists/computed/remove", text) == {"Taken out": len(ids), "Not in it, or named twice": 0}
+    # What somebody types is meant as it is.
+    await marketer.post("/lists/computed/add", {"contacts": "-1"})
+    await marketer.post("/lists/computed/remove", {"contacts": "'-1"})
+    _, text = await marketer.get("/lists/computed/people.csv")
+    assert text.splitlines() == ["external_id", "'-1"]
     assert await marketer.post("/lists/computed/delete") == (303, "/console/lists")
+
+
+async def test_file_that_breaks_off_takes_nobody_out(world: World, marketer: Visitor) -> None:
+    ids = [f"broken-{number}" for number in range(BATCH + 1)]
+    contacts = [contacts_pb2.Contact(external_id=external_id) for external_id in ids[:2]]
+    await world.client.contacts.UpsertContacts(contacts_pb2.UpsertContactsRequest(parent=world.client.parent, contacts=contacts))
+    await change_list(marketer, "/lists", "\n".join(ids[:2]), display_name="Broken", list_id="broken")
+    assert await change_list(marketer, "/lists/broken/remove", "\n".join(ids).encode() + b"\n\xff") == {}
+    _, text = await marketer.get("/lists/broken/people.csv")
+    assert text.splitlines()[1:] == ids[:2]
+    assert await marketer.post("/lists/broken/delete") == (303, "/console/lists")
 
 
 async def test_list_is_refused_at_its_fields(marketer: Visitor) -> None:

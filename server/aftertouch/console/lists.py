@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -80,11 +82,14 @@ async def remove(visit: Visit) -> Response:
 
 
 async def _change(visit: Visit, name: str, form: FormData, change: Change) -> Response:
-    """Have a list changed by the people of a form, a file's before those that were typed, and say what became of them."""
+    """Have a list changed by the people of a form, of its file if there is one, and say what became of them."""
     file = form.get("file")
     try:
         if isinstance(file, UploadFile) and file.filename:
             with io.TextIOWrapper(file.file, encoding="utf-8-sig", newline="") as lines:
+                # A file that breaks off in the middle changes nothing.
+                await asyncio.to_thread(lambda: sum(1 for _ in _read_ids(lines)))
+                lines.seek(0)
                 figures, rejections = await change(visit, visit.name("lists", name), _pack(_read_ids(lines)))
         else:
             typed = str(form.get("contacts", "")).replace(",", "\n").splitlines()
@@ -114,27 +119,25 @@ async def _remove(visit: Visit, name: str, batches: Iterator[list[str]]) -> Chan
         request = lists_pb2.RemoveListContactsRequest(name=name, contacts=batch)
         removed += (await visit.client.lists.RemoveListContacts(request)).removed_count
         given += len(batch)
-    return {"Taken out": removed, "Not in it": given - removed}, ()
+    return {"Taken out": removed, "Not in it, or named twice": given - removed}, ()
 
 
 def _read_ids(lines: io.TextIOWrapper) -> Iterator[str]:
-    """The column external_id where the first line names it, or else the first column."""
+    """The column external_id where the first line names it, as an export of ours does, or else the first column."""
     rows = csv.reader(lines)
     first = next(rows, [])
-    place = first.index("external_id") if "external_id" in first else 0
-    if "external_id" not in first and first:
-        yield first[0]
-    for row in rows:
-        if len(row) > place:
-            yield row[place]
+    if "external_id" in first:
+        place = first.index("external_id")
+        yield from (read_cell(row[place].strip()) for row in rows if len(row) > place)
+    else:
+        yield from (row[0] for row in itertools.chain((first,), rows) if row)
 
 
 def _pack(external_ids: Iterable[str]) -> Iterator[list[str]]:
     """As many as one message may have; one batch at least, so that the list is looked for."""
     batch: list[str] = []
     for external_id in external_ids:
-        # As an export of ours has it.
-        if text := read_cell(external_id.strip()):
+        if text := external_id.strip():
             batch.append(text)
         if len(batch) == BATCH:
             yield batch

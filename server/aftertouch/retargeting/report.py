@@ -177,16 +177,17 @@ async def find_group(
         nobody = np.zeros(count_chunks(campaign.recipients) * CHUNK_BYTES, np.uint8)
         return reduce(np.bitwise_or, [bits for kind, bits in true if is_meant(kind)], nobody)
 
-    def find() -> Bits:
+    def find() -> Group:
         found = pack_chunks(np.ones(campaign.recipients, np.bool_))
         for expression in asked:
             found &= expression.evaluate(lambda signal: join(lambda kind: kind.signal in evidence[signal]))
         if wanted.reason:
             signals = (wanted.signal,) if wanted.signal else REASONED
             found &= join(lambda kind: kind.signal in signals and kind.reason == wanted.reason)
-        return found
+        # Kept for as long as a caller takes: what is true of none of them is not.
+        return Group(campaign, evidence, [(kind, bits) for kind, bits in true if (bits & found).any()], found)
 
-    return Group(campaign, evidence, true, await asyncio.to_thread(find))
+    return await asyncio.to_thread(find)
 
 
 def _express(

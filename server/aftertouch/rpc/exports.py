@@ -1,6 +1,7 @@
 """Exports: people who were found at one moment, as bits, streamed with their names, which are read page by page.
 
-No connection is held while a caller takes its time, and ten million people are a megabyte until their page comes.
+No connection is held while a caller takes its time. Ten million people are a megabyte meanwhile, and another for each signal and
+reason of theirs where their rows tell of it.
 """
 
 from __future__ import annotations

@@ -110,9 +110,8 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
         )
         async with snapshot(call.engine) as (conn, as_of_time):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
-            funnel = await self._filter(conn, call, request, sources, selection)
+            people = _choose_group(await self._filter(conn, call, request, sources, selection), request)
         respond = retargeting_pb2.ListRetargetContactsResponse
-        people = _choose_group(funnel, request)
         async for response in stream_contacts(call, respond, people, as_of_time, question, request.resume_token):
             yield response
 

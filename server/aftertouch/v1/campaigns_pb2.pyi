@@ -1380,8 +1380,8 @@ class RecipientFilter(_message.Message):
     signal: _builtins.str
     """Of whom this is true, as in "read": a number of CampaignCounts' signals."""
     reason: _builtins.str
-    """Who failed, was skipped or clicked for this reason, class and code, as in "recipient_gone/30005"; with a signal, when it is
-    the reason of that: a number of CampaignCounts' reasons.
+    """Who failed or was skipped for this reason, class and code, as in "recipient_gone/30005", or clicked on this link, as in
+    "link/0"; with a signal, when it is the reason of that: a number of CampaignCounts' reasons.
     """
     action: _builtins.str
     """Who matches this action of the campaign's channel, as in "not_read": ActionCount's count."""

@@ -226,8 +226,8 @@ class CampaignsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportRecipients(self, request, context):
-        """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
-        or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+        """Streams the people behind a number of a campaign that has recipients, in the order of its roll, with what is true of each:
+        everybody, or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
         FIELDS_INVALID for a signal or an action that the campaign's channel has not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -93,8 +93,8 @@ class CampaignsStub:
     ListRecipients: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
     ExportRecipients: _grpc.UnaryStreamMultiCallable[_campaigns_pb2.ExportRecipientsRequest, _campaigns_pb2.ExportRecipientsResponse]
-    """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
-    or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+    """Streams the people behind a number of a campaign that has recipients, in the order of its roll, with what is true of each:
+    everybody, or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
     FIELDS_INVALID for a signal or an action that the campaign's channel has not.
     """
 
@@ -162,8 +162,8 @@ class CampaignsAsyncStub(CampaignsStub):
     ListRecipients: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.ListRecipientsRequest, _campaigns_pb2.ListRecipientsResponse]  # type: ignore[assignment]
     """Lists the people of a launched campaign, in the order of its roll, with what is true of each."""
     ExportRecipients: _aio.UnaryStreamMultiCallable[_campaigns_pb2.ExportRecipientsRequest, _campaigns_pb2.ExportRecipientsResponse]  # type: ignore[assignment]
-    """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
-    or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+    """Streams the people behind a number of a campaign that has recipients, in the order of its roll, with what is true of each:
+    everybody, or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
     FIELDS_INVALID for a signal or an action that the campaign's channel has not.
     """
 
@@ -312,8 +312,8 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.ExportRecipientsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_campaigns_pb2.ExportRecipientsResponse], _abc.AsyncIterator[_campaigns_pb2.ExportRecipientsResponse]]:
-        """Streams the people behind a number of a launched campaign, in the order of its roll, with what is true of each: everybody,
-        or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
+        """Streams the people behind a number of a campaign that has recipients, in the order of its roll, with what is true of each:
+        everybody, or those whom a filter wants. All as of one moment, whatever is heard meanwhile. Reasons: RESOURCE_NOT_FOUND,
         FIELDS_INVALID for a signal or an action that the campaign's channel has not.
         """
 

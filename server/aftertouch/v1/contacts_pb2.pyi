@@ -428,8 +428,8 @@ class ContactFilter(_message.Message):
     """Who is in this list, `apps/{app}/lists/{list}`."""
     message_id: _builtins.str
     """Who was sent the message that a provider gave this id, exactly as it wrote it: of a campaign's message the recipient, of a
-    test whoever has the address now. The log of attempts knows, for as many days as the app keeps event data; of somebody who
-    was erased it knows nothing.
+    test whoever has the address now, while its campaign is there. The log of attempts knows, for as many days as the app keeps
+    event data; of somebody who was erased it knows nothing.
     """
     @_builtins.property
     def address(self) -> Global___AddressFilter:
