@@ -8,7 +8,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy import text, update
 
 from aftertouch.retargeting import settling
 from aftertouch.rpc.values import to_struct
@@ -57,9 +60,14 @@ async def draft_wave(world: World, source: str, action: str, channel: str, **fie
     return await change(world, wave.name, content=to_struct(CONTENT[channel]))
 
 
-async def change(world: World, name: str, **fields: Any) -> Any:
-    request = campaigns_pb2.UpdateCampaignRequest(campaign=campaigns_pb2.Campaign(name=name, **fields))
+async def change(world: World, name: str, *paths: str, **fields: Any) -> Any:
+    mask = FieldMask(paths=paths)
+    request = campaigns_pb2.UpdateCampaignRequest(campaign=campaigns_pb2.Campaign(name=name, **fields), update_mask=mask)
     return await world.client.campaigns.UpdateCampaign(request)
+
+
+async def launch(world: World, name: str, **fields: Any) -> Any:
+    return await world.client.campaigns.LaunchCampaign(campaigns_pb2.LaunchCampaignRequest(name=name, **fields))
 
 
 async def preview(world: World, source: str, action: str, channel: str, percent: int) -> Any:
@@ -226,8 +234,6 @@ async def test_follow_up_waits_as_long_as_was_said_and_can_be_changed_until_then
     changed = await change(shared_world, waiting.name, content=to_struct({"body": "Other"}), holdout_percent=20)
     assert (changed.content["body"], changed.holdout_percent, changed.state) == ("Other", 20, State.SCHEDULED)
     assert changed.follow_up == waiting.follow_up
-    everybody = campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers())
-    assert (await refuse(change(shared_world, waiting.name, audience=everybody))).reason == "CAMPAIGN_STATE_WRONG"
     draft = await shared_world.client.campaigns.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=waiting.name))
     assert draft.state == State.DRAFT
     assert not draft.HasField("follow_up")
@@ -271,6 +277,172 @@ async def test_follow_ups_of_what_is_deleted_or_canceled_are_skipped(shared_worl
     assert (refusal.reason, refusal.metadata["state"]) == ("CAMPAIGN_STATE_WRONG", "CANCELED")
 
 
+def wait_seconds(seconds: int, nanos: int = 0) -> campaigns_pb2.FollowUp:
+    return campaigns_pb2.FollowUp(delay=Duration(seconds=seconds, nanos=nanos))
+
+
+async def test_follow_up_gets_another_delay_and_another_action_until_its_time(shared_world: World) -> None:
+    root = await shared_world.get_campaign("apps/acme/campaigns/root")
+    (waiting,) = await follow_up(shared_world, root.name, make_step("not_read", "sms", 86_400))
+    changed = await change(shared_world, waiting.name, "follow_up.delay", follow_up=wait_seconds(7 * 86_400))
+    assert changed.schedule_time.ToDatetime() == root.finish_time.ToDatetime() + timedelta(days=7)
+    assert (changed.follow_up.delay.seconds, changed.state) == (7 * 86_400, State.SCHEDULED)
+    assert changed.audience == waiting.audience
+    readers = campaigns_pb2.Audience(retarget=select(root.name, "read"))
+    changed = await change(shared_world, waiting.name, audience=readers)
+    assert (changed.audience.retarget.action, changed.root, changed.state) == ("read", root.name, State.SCHEDULED)
+    assert changed.follow_up.delay.seconds == 7 * 86_400
+    etag = changed.etag
+    sooner = await change(shared_world, waiting.name, etag=etag, follow_up=wait_seconds(0))
+    assert sooner.schedule_time == root.finish_time
+    assert (await refuse(change(shared_world, waiting.name, etag=etag, follow_up=wait_seconds(60)))).reason == "ETAG_MISMATCH"
+    await wait_for(shared_world, waiting.name, State.SENT)
+    people = await shared_world.read_recipients(root.name)
+    assert set(await shared_world.read_recipients(waiting.name)) <= {
+        name for name, person in people.items() if "read" in person.signals
+    }
+    for late in ({"follow_up": wait_seconds(60)}, {"audience": readers}):
+        assert (await refuse(change(shared_world, waiting.name, **late))).reason == "CAMPAIGN_STATE_WRONG"
+
+
+async def test_follow_up_of_what_is_not_launched_yet_can_be_changed_too(shared_world: World) -> None:
+    root = await create(shared_world, "sms")
+    (waiting,) = await follow_up(shared_world, root.name, make_step("delivered", "push", 86_400))
+    audience = campaigns_pb2.Audience(retarget=select(root.name, "sent"))
+    changed = await change(shared_world, waiting.name, audience=audience, follow_up=wait_seconds(0))
+    assert (changed.audience.retarget.action, changed.follow_up.delay.seconds) == ("sent", 0)
+    assert not changed.HasField("schedule_time")
+    frozen = campaigns_pb2.Audience(retarget=select(root.name, "sent"), evaluation=campaigns_pb2.Audience.AT_CREATION)
+    assert (await refuse(change(shared_world, waiting.name, audience=frozen))).reason == "SOURCE_NOT_SENT"
+    await launch(shared_world, root.name)
+    sent = await wait_for(shared_world, root.name, State.SENT)
+    followed = await wait_for(shared_world, waiting.name, State.SENT)
+    assert followed.schedule_time == sent.finish_time
+    assert followed.counts.recipients
+
+
+async def test_change_of_a_follow_up_is_refused_with_the_field_and_the_way_out(shared_world: World) -> None:
+    root, other = await shared_world.get_campaign("apps/acme/campaigns/root"), await create(shared_world, "sms")
+    await shared_world.launch(other.name)
+    (waiting,) = await follow_up(shared_world, root.name, make_step("read", "sms", 86_400))
+    both = campaigns_pb2.RetargetSelection()
+    both.any_of.selections.extend([select(root.name, "read"), select(other.name, "sent")])
+    for audience in (
+        campaigns_pb2.Audience(all_subscribers=campaigns_pb2.AllSubscribers()),
+        campaigns_pb2.Audience(retarget=select(other.name, "sent")),
+        campaigns_pb2.Audience(retarget=select(other.name, "sent"), evaluation=campaigns_pb2.Audience.AT_CREATION),
+        campaigns_pb2.Audience(retarget=both),
+        None,
+    ):
+        refusal = await refuse(change(shared_world, waiting.name, "audience", audience=audience))
+        assert list(refusal.fields) == ["campaign.audience"]
+        assert root.name in refusal.fields["campaign.audience"]
+        assert "UnscheduleCampaign" in refusal.fields["campaign.audience"]
+    unknown = campaigns_pb2.Audience(retarget=select(root.name, "clapped"))
+    refusal = await refuse(change(shared_world, waiting.name, audience=unknown))
+    assert list(refusal.fields) == ["campaign.audience.retarget.action"]
+    for rule in (wait_seconds(-1), wait_seconds(1, 1), wait_seconds(31 * 86_400), wait_seconds(1 << 60), None):
+        refusal = await refuse(change(shared_world, waiting.name, "follow_up", follow_up=rule))
+        assert list(refusal.fields) == ["campaign.follow_up.delay"]
+    last = await change(shared_world, waiting.name, "follow_up.source", "content", content=to_struct({"body": "Other"}))
+    assert last.follow_up == waiting.follow_up
+    assert (await refuse(change(shared_world, waiting.name, follow_up=wait_seconds(30 * 86_400)))).reason == "SCHEDULE_TOO_LATE"
+    draft = await draft_wave(shared_world, root.name, "read", "sms")
+    refusal = await refuse(change(shared_world, draft.name, follow_up=wait_seconds(60)))
+    assert list(refusal.fields) == ["campaign.follow_up.delay"]
+    assert (await change(shared_world, draft.name, "*", display_name="Other", audience=draft.audience)).state == State.DRAFT
+
+
+async def test_change_of_a_follow_up_meets_its_launch(shared_world: World) -> None:
+    """Whoever is launching it has its lock; the change waits, and is refused as of any launched campaign."""
+    (waiting,) = await follow_up(shared_world, "apps/acme/campaigns/root", make_step("read", "sms", 86_400))
+    async with transaction(shared_world.core.engine) as conn:
+        launched = campaigns.c.campaign == waiting.name.rpartition("/")[2]
+        await conn.execute(update(campaigns).where(launched).values(state="SENDING"))
+        changing = asyncio.create_task(refuse(change(shared_world, waiting.name, follow_up=wait_seconds(60))))
+        await wait_until_blocked(shared_world)
+    assert (await changing).reason == "CAMPAIGN_STATE_WRONG"
+
+
+async def wait_until_blocked(world: World) -> None:
+    """Wait until somebody waits for a lock."""
+    blocked = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
+    async with asyncio.timeout(60), world.core.engine.connect() as conn:
+        while not (await conn.execute(blocked)).scalar_one():
+            await conn.rollback()
+            await asyncio.sleep(0.05)
+
+
+async def test_draft_that_is_launched_with_a_delay_waits_until_its_source_is_sent(shared_world: World) -> None:
+    root = await create(shared_world, "sms", messages_per_second=1)
+    await launch(shared_world, root.name)
+    await shared_world.client.campaigns.PauseCampaign(campaigns_pb2.PauseCampaignRequest(name=root.name))
+    draft = await draft_wave(shared_world, root.name, "sent", "push")
+    checked = await launch(shared_world, draft.name, delay=Duration(seconds=3600), validate_only=True)
+    assert (checked.state, checked.HasField("follow_up")) == (State.DRAFT, False)
+    waiting = await launch(shared_world, draft.name, delay=Duration(seconds=3600))
+    assert (waiting.state, waiting.HasField("schedule_time")) == (State.SCHEDULED, False)
+    assert waiting.follow_up == campaigns_pb2.FollowUp(source=root.name, delay=Duration(seconds=3600))
+    await change(shared_world, waiting.name, follow_up=wait_seconds(0))
+    await change(shared_world, root.name, "messages_per_second")
+    await shared_world.client.campaigns.ResumeCampaign(campaigns_pb2.ResumeCampaignRequest(name=root.name))
+    sent = await wait_for(shared_world, root.name, State.SENT)
+    followed = await wait_for(shared_world, waiting.name, State.SENT)
+    assert followed.schedule_time == sent.finish_time
+    assert followed.counts.recipients
+
+
+async def test_follow_up_that_became_a_draft_waits_again_before_its_source_is_launched(
+    shared_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "FEWEST_EVENTS", 1 << 30)
+    root = await create(shared_world, "whatsapp")
+    (waiting,) = await follow_up(shared_world, root.name, make_step("not_read", "sms", 86_400))
+    await shared_world.client.campaigns.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=waiting.name))
+    assert (await refuse(launch(shared_world, waiting.name))).reason == "SOURCE_NOT_SENT"
+    checked = await launch(shared_world, waiting.name, delay=Duration(seconds=60), validate_only=True)
+    assert (checked.state, checked.counts.recipients) == (State.DRAFT, 0)
+    again = await launch(shared_world, waiting.name, delay=Duration(seconds=60))
+    assert (again.state, again.follow_up.source, again.follow_up.delay.seconds) == (State.SCHEDULED, root.name, 60)
+    assert [(found.source, found.signal) for found in again.unsettled] == [(root.name, "read")]
+
+
+async def test_launch_with_a_delay_that_is_over_is_a_launch_now(shared_world: World) -> None:
+    wave = await draft_wave(shared_world, "apps/acme/campaigns/root", "read", "push")
+    launched = await launch(shared_world, wave.name, delay=Duration())
+    assert (launched.state, launched.HasField("follow_up")) == (State.SENDING, False)
+
+
+async def test_launch_with_a_delay_is_refused_at_the_delay(shared_world: World) -> None:
+    root, other = "apps/acme/campaigns/root", await create(shared_world, "sms")
+    wave = await draft_wave(shared_world, root, "read", "sms")
+    soon, day = Timestamp(), Duration(seconds=86_400)
+    soon.FromDatetime(datetime.now(UTC) + timedelta(hours=1))
+    for fields, field in [
+        ({"delay": day, "schedule_time": soon}, "delay"),
+        ({"delay": day, "send_by_time": soon}, "send_by_time"),
+        ({"delay": Duration(seconds=31 * 86_400)}, "delay"),
+        ({"delay": Duration(seconds=-1)}, "delay"),
+        ({"delay": Duration(seconds=1 << 60)}, "delay"),
+        ({"delay": Duration(seconds=1, nanos=1)}, "delay"),
+    ]:
+        assert list((await refuse(launch(shared_world, wave.name, **fields))).fields) == [field]
+    assert (await refuse(launch(shared_world, wave.name, delay=Duration(seconds=30 * 86_400)))).reason == "SCHEDULE_TOO_LATE"
+    assert list((await refuse(launch(shared_world, other.name, delay=day))).fields) == ["delay"]
+    refusal = await refuse(launch(shared_world, wave.name, delay=day, send_by_time=soon, validate_only=True))
+    assert list(refusal.fields) == ["send_by_time"]
+    soon.FromDatetime(datetime.now(UTC) + timedelta(days=3))
+    waiting = await launch(shared_world, wave.name, delay=day, send_by_time=soon)
+    refusal = await refuse(change(shared_world, waiting.name, follow_up=wait_seconds(4 * 86_400)))
+    assert list(refusal.fields) == ["campaign.follow_up.delay"]
+    canceled = await create(shared_world, "sms", messages_per_second=1)
+    await launch(shared_world, canceled.name)
+    await shared_world.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=canceled.name))
+    wave = await draft_wave(shared_world, canceled.name, "sent", "push")
+    refusal = await refuse(launch(shared_world, wave.name, delay=day))
+    assert (refusal.reason, refusal.metadata["campaign"]) == ("CAMPAIGN_STATE_WRONG", canceled.name)
+
+
 async def test_follow_ups_are_all_made_or_none(shared_world: World) -> None:
     source = "apps/acme/campaigns/root"
     good = make_step("read", "sms", 3600, campaign_id="never-made")
@@ -281,6 +453,7 @@ async def test_follow_ups_are_all_made_or_none(shared_world: World) -> None:
         (unknown, "steps[1].channel"),
         (make_step("sent", "sms", 31 * 86_400), "steps[1].delay"),
         (make_step("sent", "sms", -1), "steps[1].delay"),
+        (make_step("sent", "sms", 1 << 60), "steps[1].delay"),
         (make_step("sent", "sms", selection=campaigns_pb2.RetargetSelection(source=source)), "steps[1].selection.source"),
         (make_step("", "sms"), "steps[1].selection.action"),
         (make_step("sent", "sms", content=to_struct({"body": "{{ x | nonsense }}"})), "steps[1].content.body"),

@@ -1,4 +1,4 @@
-"""Follow-ups: waves that are made before their source is sent, and launched so long after the end of its sending.
+"""Follow-ups: waves that wait until their source is sent, and are launched so long after the end of its sending.
 
 A follow-up is a SCHEDULED campaign like any other, except that it has no time yet. Whoever looks for campaigns that are due gives
 it one once its source is sent, so nothing has to be remembered at the end of sending, and a crash there loses no follow-up.
@@ -7,6 +7,7 @@ it one once its source is sent, so nothing has to be remembered at the end of se
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,13 +17,28 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aftertouch.declarations import ChannelType
 from aftertouch.delivery.control import check_state
-from aftertouch.errors import FieldsInvalid, NotFound, RetargetingNotEnabled, Violation
+from aftertouch.errors import FieldsInvalid, Violation
 from aftertouch.retargeting.audiences import encode_audience
-from aftertouch.retargeting.selections import Question, Source, check_source, find_faults, root_of, title_wave
+from aftertouch.retargeting.selections import Question, check_source, find_faults, find_source, root_of, title_wave
 from aftertouch.store.apps import App
 from aftertouch.store.campaigns import Campaign, lock_settled_follow_up, read_campaign, update_campaign
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a scheduled campaign waits for, as columns of it: a time, or, as a follow-up, the end of its source's sending."""
+
+    schedule_time: datetime | None
+    """None of a follow-up whose source is not sent yet."""
+    source_id: int | None = None
+    delay_seconds: int | None = None
+
+    @property
+    def earliest(self) -> datetime:
+        """When it can be over: of a follow-up whose source is not sent, if that were sent now."""
+        return self.schedule_time or datetime.now(UTC) + timedelta(seconds=self.delay_seconds or 0)
 
 
 def plan_follow_up(
@@ -35,32 +51,35 @@ def plan_follow_up(
         path: to the step, for errors.
 
     Raises:
-        NotFound: the source's channel is no longer installed.
-        CampaignStateWrong: nothing more comes of the source.
-        FieldsInvalid, RetargetingNotEnabled, or what ``check_source`` raises.
+        FieldsInvalid, or what ``find_source`` and ``plan_delay`` raise.
     """
-    check_state(app, source, "DRAFT", "SCHEDULED", "SENDING", "PAUSED", "SENT")
-    schedule_time = source.finish_time and source.finish_time + delay
-    if source.launch_time is not None:
-        check_source(app, source, schedule_time or datetime.now(UTC) + delay)
-    elif not app.retargeting_enabled:
-        raise RetargetingNotEnabled(app.name)
-    if source.channel not in channels:
-        raise NotFound(f"channels/{source.channel}")
-    channel = channels[source.channel]
-    violations = list(find_faults(question, channel, f"{path}.selection"))
-    if delay > timedelta(days=app.retention_days):
-        violations.append(Violation(f"{path}.delay", f"must be at most {app.retention_days} days: event data is kept so long"))
-    if violations:
+    asked = find_source(app, channels, source, may_wait=True)
+    if violations := list(find_faults(question, asked.channel, f"{path}.selection")):
         raise FieldsInvalid(violations)
     return {
-        "display_name": title_wave(question, {source.campaign: Source(source, channel)}),
+        "display_name": title_wave(question, {source.campaign: asked}),
         "audience": encode_audience(question),
         "root_id": root_of(source),
-        "schedule_time": schedule_time,
-        "source_id": source.campaign_id,
-        "delay_seconds": int(delay.total_seconds()),
+        **vars(plan_delay(app, source, delay, f"{path}.delay")),
     }
+
+
+def plan_delay(app: App, source: Campaign, delay: timedelta, path: str) -> Wait:
+    """Have a wave wait for so long after the end of its source's sending, when it may.
+
+    Args:
+        path: to the delay, for errors.
+
+    Raises:
+        CampaignStateWrong: nothing more comes of the source.
+        FieldsInvalid, or what ``check_source`` raises.
+    """
+    check_state(app, source, "DRAFT", "SCHEDULED", "SENDING", "PAUSED", "SENT")
+    if delay > timedelta(days=app.retention_days):
+        raise FieldsInvalid([Violation(path, f"must be at most {app.retention_days} days: event data is kept so long")])
+    wait = Wait(source.finish_time and source.finish_time + delay, source.campaign_id, int(delay.total_seconds()))
+    check_source(app, source, wait.earliest, may_wait=True)
+    return wait
 
 
 async def time_follow_up(conn: AsyncConnection) -> bool:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from aftertouch.channels import Channel
 from aftertouch.delivery.context import find_links
 from aftertouch.delivery.control import check_state
-from aftertouch.delivery.follow_ups import time_follow_up
+from aftertouch.delivery.follow_ups import Wait, plan_delay, time_follow_up
 from aftertouch.errors import (
     AftertouchError,
     AudienceEmpty,
@@ -28,18 +28,19 @@ from aftertouch.errors import (
     ContentMissing,
     DatabaseUnavailable,
     FieldsInvalid,
+    NotFound,
     Violation,
 )
 from aftertouch.plugins import Registry
 from aftertouch.retargeting.audiences import decode_audience, decode_frozen, evaluate_audience, filter_selection
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.holdouts import find_held_out, find_shares
-from aftertouch.retargeting.selections import Combination, Question, find_roots, find_sources, root_of
+from aftertouch.retargeting.selections import Combination, Question, find_roots, find_sources, list_questions, root_of
 from aftertouch.rolls.chunks import Numbers, count_chunks, holdout_of, list_numbers
 from aftertouch.rolls.sql import delete_roll, read_roll, write_roll
 from aftertouch.store.app_secrets import list_own_channels
 from aftertouch.store.apps import App, read_app
-from aftertouch.store.campaigns import Campaign, lock_chains, lock_due_campaign, update_campaign
+from aftertouch.store.campaigns import Campaign, find_campaigns, lock_chains, lock_due_campaign, update_campaign
 from aftertouch.store.units import create_units, wake_workers
 
 log = structlog.get_logger()
@@ -77,12 +78,12 @@ class People:
 
 
 async def prepare_launch(
-    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, at: datetime | None = None
+    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, wait: Wait | None = None
 ) -> People:
-    """Check that a campaign can be launched, and return whom it would go to.
+    """Check that a campaign can be launched, and return whom it would go to now.
 
     Args:
-        at: when it is to be launched; now, by default.
+        wait: after which it is launched. As long as the source of a follow-up is not, there is nobody to go to.
 
     Raises:
         CampaignStateWrong, ContentMissing, FieldsInvalid, ChannelNotReady, or what a selection's source raises.
@@ -95,18 +96,19 @@ async def prepare_launch(
     is_own = campaign.channel in registry.types and campaign.channel in await list_own_channels(conn, app.app_id)
     if campaign.channel not in registry.channels and not is_own:
         raise ChannelNotReady(campaign.channel, registry.obstacles.get(campaign.channel, ("it is not installed",)))
-    chosen, roots = await _find_people(conn, registry, app, campaign, campaign.audience, at)
+    chosen, roots = await _find_people(conn, registry, app, campaign, campaign.audience, wait)
     held_out = find_held_out(await find_shares(conn, roots, root_of(campaign), campaign.holdout_percent), chosen)
     return People(chosen[~held_out], chosen[held_out])
 
 
 async def _find_people(
-    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, stored: Mapping[str, Any], at: datetime | None
+    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, stored: Mapping[str, Any], wait: Wait | None
 ) -> tuple[Numbers, Collection[int]]:
     """The people of an audience, or those for whom it was frozen when the draft was made; and the roots of the chains it asks."""
     audience, is_frozen = decode_audience(stored), decode_frozen(stored) is not None
     if isinstance(audience, Question | Combination):
-        sources = await find_sources(conn, app, registry.types, audience, "audience.retarget", at)
+        at, is_follow_up = (wait.schedule_time, wait.source_id is not None) if wait else (None, False)
+        sources = await find_sources(conn, app, registry.types, audience, "audience.retarget", at, may_wait=is_follow_up)
         # Of two waves that are launched at once, each has to see whom the other took, and whom it held out.
         await lock_chains(conn, find_roots(sources))
         if is_frozen:
@@ -118,36 +120,62 @@ async def _find_people(
     return list_numbers(await evaluate_audience(conn, app, audience, campaign.channel)), ()
 
 
-def check_times(schedule_time: datetime | None, send_by_time: datetime | None) -> None:
-    """Raise ``FieldsInvalid`` unless a campaign can be launched at the one time and sent until the other."""
-    now = datetime.now(UTC)
-    violations = []
-    if schedule_time is not None and not now < schedule_time <= now + FURTHEST:
-        violations.append(Violation("schedule_time", f"must be in the future and at most {FURTHEST.days} days ahead"))
-    if send_by_time is not None and send_by_time <= (schedule_time or now):
+async def plan_launch(
+    conn: AsyncConnection,
+    app: App,
+    campaign: Campaign,
+    schedule_time: datetime | None,
+    delay: timedelta | None,
+    send_by_time: datetime | None,
+) -> Wait | None:
+    """What a draft would wait for, to be launched at a time or so long after its source was sent; None for now.
+
+    Raises:
+        FieldsInvalid, NotFound, or what ``plan_delay`` raises.
+    """
+    now, wait, violations = datetime.now(UTC), None, []
+    if delay is not None:
+        if schedule_time is not None:
+            raise FieldsInvalid([Violation("delay", "cannot be given together with schedule_time")])
+        wait = plan_delay(app, await _find_awaited(conn, app, campaign), delay, "delay")
+        if wait.schedule_time is not None and wait.schedule_time <= now:
+            wait = None
+    elif schedule_time is not None:
+        wait = Wait(schedule_time)
+        if not now < schedule_time <= now + FURTHEST:
+            violations.append(Violation("schedule_time", f"must be in the future and at most {FURTHEST.days} days ahead"))
+    if send_by_time is not None and send_by_time <= (wait.earliest if wait else now):
         violations.append(Violation("send_by_time", "must be after the launch"))
     if violations:
         raise FieldsInvalid(violations)
+    return wait
+
+
+async def _find_awaited(conn: AsyncConnection, app: App, campaign: Campaign) -> Campaign:
+    """The one campaign that a draft's audience asks, after whose sending it can be launched."""
+    audience = decode_audience(campaign.audience) if campaign.audience else None
+    asked = list_questions(audience) if isinstance(audience, Question | Combination) else ()
+    names = {question.source for question, _ in asked}
+    if len(names) != 1:
+        raise FieldsInvalid([Violation("delay", "is for an audience that asks one campaign; give a schedule_time instead")])
+    found = await find_campaigns(conn, app.app_id, list(names))
+    if not found:
+        raise NotFound(f"{app.name}/campaigns/{names.pop()}")
+    return found[names.pop()]
 
 
 async def schedule(
-    conn: AsyncConnection,
-    registry: Registry,
-    app: App,
-    campaign: Campaign,
-    schedule_time: datetime,
-    send_by_time: datetime | None,
+    conn: AsyncConnection, registry: Registry, app: App, campaign: Campaign, wait: Wait, send_by_time: datetime | None
 ) -> Campaign:
-    """Have a draft launched at a time, when its audience is evaluated. The caller holds the campaign's lock.
+    """Have a draft launched, and its audience evaluated, when its wait is over. The caller holds the campaign's lock.
 
     Raises:
-        FieldsInvalid, or what ``prepare_launch`` raises: what is wrong now is said now. An empty audience may fill up.
+        What ``prepare_launch`` raises: what is wrong now is said now. An empty audience may fill up.
     """
     check_state(app, campaign, "DRAFT")
-    check_times(schedule_time, send_by_time)
-    await prepare_launch(conn, registry, app, campaign, schedule_time)
+    await prepare_launch(conn, registry, app, campaign, wait)
     return await update_campaign(
-        conn, campaign.campaign_id, state="SCHEDULED", state_reason="", schedule_time=schedule_time, send_by_time=send_by_time
+        conn, campaign.campaign_id, state="SCHEDULED", state_reason="", send_by_time=send_by_time, **vars(wait)
     )
 
 

@@ -214,13 +214,14 @@ async def prepare_audience(
 
     Args:
         path: to the audience, for errors.
-        draft: that gets the audience, once it is made.
+        draft: that gets the audience, once it is made; or a follow-up, whose source need not be launched yet.
 
     Raises:
         AudienceEmpty: there is nobody to be frozen; or what ``find_sources`` raises, for a selection.
     """
     if isinstance(audience, Question | Combination):
-        sources = await find_sources(conn, app, channels, audience, f"{path}.retarget")
+        may_wait = draft is not None and draft.source_id is not None and as_of_time is None
+        sources = await find_sources(conn, app, channels, audience, f"{path}.retarget", may_wait=may_wait)
         return await prepare_selection(conn, copies, app, sources, audience, channel, draft=draft, as_of_time=as_of_time)
     evaluated = await evaluate_audience(conn, app, audience, channel) if as_of_time else None
     return await _prepare(app, audience, None, draft, evaluated, as_of_time)

@@ -89,11 +89,14 @@ async def find_sources(
     selection: Selection,
     path: str,
     at: datetime | None = None,
+    *,
+    may_wait: bool = False,
 ) -> Sources:
     """The campaigns that a selection asks, when each can be asked.
 
     Args:
         at: when the wave goes out; now, by default.
+        may_wait: the wave waits until its source is sent, which need not be launched yet.
 
     Raises:
         NotFound, FieldsInvalid, or what ``check_source`` raises.
@@ -105,30 +108,39 @@ async def find_sources(
     for name in names:
         if name not in found:
             raise NotFound(f"{app.name}/campaigns/{name}")
-        sources[name] = find_source(app, channels, found[name], at)
+        sources[name] = find_source(app, channels, found[name], at, may_wait=may_wait)
     violations = [fault for question, where in asked for fault in find_faults(question, sources[question.source].channel, where)]
     if violations:
         raise FieldsInvalid(violations)
     return sources
 
 
-def find_source(app: App, channels: Mapping[str, ChannelType], campaign: Campaign, at: datetime | None = None) -> Source:
+def find_source(
+    app: App,
+    channels: Mapping[str, ChannelType],
+    campaign: Campaign,
+    at: datetime | None = None,
+    *,
+    may_wait: bool = False,
+) -> Source:
     """A campaign with its channel, when it can be retargeted.
 
     Raises:
         NotFound: its channel is no longer installed; or what ``check_source`` raises.
     """
-    check_source(app, campaign, at)
+    check_source(app, campaign, at, may_wait=may_wait)
     if campaign.channel not in channels:
         raise NotFound(f"channels/{campaign.channel}")
     return Source(campaign, channels[campaign.channel])
 
 
-def check_source(app: App, source: Campaign, at: datetime | None = None) -> None:
-    """Raise unless the campaign can be retargeted by a wave that goes out at this time (now, by default)."""
+def check_source(app: App, source: Campaign, at: datetime | None = None, *, may_wait: bool = False) -> None:
+    """Raise unless the campaign can be retargeted by a wave that goes out at this time (now, by default), or waits for it."""
     name = f"{app.name}/campaigns/{source.campaign}"
     if not app.retargeting_enabled:
         raise RetargetingNotEnabled(app.name)
+    if source.launch_time is None and may_wait:
+        return
     if source.launch_time is None:
         raise SourceNotSent(name, source.state)
     if source.launch_time < app.retargetable_since:

@@ -20,7 +20,8 @@ from aftertouch.declarations import ChannelType
 from aftertouch.delivery.context import MessageContext
 from aftertouch.delivery.control import cancel, check_state, pause, resume, settle
 from aftertouch.delivery.estimates import Bill, estimate_campaign
-from aftertouch.delivery.launch import check_content, check_times, launch, prepare_launch, schedule, unschedule
+from aftertouch.delivery.follow_ups import Wait, plan_delay
+from aftertouch.delivery.launch import check_content, launch, plan_launch, prepare_launch, schedule, unschedule
 from aftertouch.delivery.render import find_template_errors
 from aftertouch.delivery.trial import send_test
 from aftertouch.errors import AlreadyExists, AudienceEmpty, EtagMismatch, FieldsInvalid, NotFound, ServerStopping, Violation
@@ -39,7 +40,7 @@ from aftertouch.retargeting.audiences import (
 )
 from aftertouch.retargeting.copies import Copies
 from aftertouch.retargeting.report import Recipient, Wanted, count_campaign, find_group, list_recipients
-from aftertouch.retargeting.selections import Combination, Question, find_sources
+from aftertouch.retargeting.selections import Combination, Question, find_sources, list_questions
 from aftertouch.retargeting.settling import Unsettled, find_unsettled
 from aftertouch.rolls.chunks import Numbers, count_bits
 from aftertouch.rolls.sql import delete_roll, write_roll
@@ -48,7 +49,7 @@ from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
 from aftertouch.rpc.selections import check_settled, read_selection, to_selection, to_unsettled
-from aftertouch.rpc.values import read_timestamp, to_struct, to_timestamp
+from aftertouch.rpc.values import read_delay, read_timestamp, to_struct, to_timestamp
 from aftertouch.store import campaigns as store
 from aftertouch.store.engine import snapshot, transaction
 from aftertouch.store.lists import find_list
@@ -57,7 +58,8 @@ from aftertouch.v1 import campaigns_pb2, campaigns_pb2_grpc
 
 _SETTINGS = ("display_name", "messages_per_second", "transactional", "holdout_percent")
 """Fields that are stored as they are given."""
-_CHANGEABLE = (*_SETTINGS, "content", "audience", "track_links")
+_DELAY = "follow_up.delay"
+_CHANGEABLE = (*_SETTINGS, "content", "audience", "track_links", _DELAY)
 _CHANGEABLE_BEFORE_SENDING = frozenset({"messages_per_second"})
 """In a campaign that is SCHEDULED or PAUSED."""
 WATCH_SECONDS = 1.0
@@ -133,6 +135,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         values: dict[str, Any] = {name: getattr(given, name) for name in _SETTINGS if name in paths}
         values |= _read_parts(given, found, paths)
         conn = await call.begin()
+        if _DELAY in paths and campaign.source_id is not None:
+            values |= vars(await _plan_delay(call, given, campaign))
         if "audience" in paths:
             prepared = prepared or await self._prepare_audience(call, given, found, campaign)
             await _hold_list(call, given)
@@ -140,7 +144,12 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             if prepared.roll is not None:
                 await write_roll(conn, campaign.campaign_id, prepared.roll)
             values |= prepared.values
-        return await to_campaign(call, await store.update_campaign(conn, campaign.campaign_id, **values))
+        changed = await store.update_campaign(conn, campaign.campaign_id, **values)
+        message = await to_campaign(call, changed)
+        if changed.source_id is not None and not {_DELAY, "audience"}.isdisjoint(paths):
+            wait = Wait(changed.schedule_time, changed.source_id, changed.delay_seconds)
+            message.unsettled.extend(to_unsettled(call, await self._find_unsettled(conn, call, changed, wait)))
+        return message
 
     async def _find_changeable(
         self, call: Call, request: campaigns_pb2.UpdateCampaignRequest, paths: tuple[str, ...], *, lock: bool = False
@@ -150,7 +159,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         campaign = await find(call, given.name, field="campaign.name", lock=lock)
         _check_etag(given.name, campaign, given.etag)
         is_pace_only = bool(paths) and _CHANGEABLE_BEFORE_SENDING.issuperset(paths)
-        is_waiting = campaign.source_id is not None and "audience" not in paths
+        is_waiting = campaign.source_id is not None
         check_state(
             call.app,
             campaign,
@@ -166,6 +175,10 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             raise FieldsInvalid([Violation("campaign.display_name", "is required")])
         if campaign.channel not in self._registry.types:
             raise NotFound(f"channels/{campaign.channel}")
+        if is_waiting and "audience" in paths:
+            await _check_source_kept(call, given, campaign)
+        if not is_waiting and _DELAY in paths and given.follow_up.HasField("delay"):
+            raise FieldsInvalid([Violation(f"campaign.{_DELAY}", "is of a SCHEDULED follow-up; launch this with a delay")])
         return campaign
 
     async def DeleteCampaign(self, request: campaigns_pb2.DeleteCampaignRequest, call: Call) -> Empty:  # type: ignore[override]
@@ -184,39 +197,40 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         conn = await call.begin()
         check_state(call.app, campaign, "DRAFT")
         schedule_time, send_by_time = read_timestamp(request, "schedule_time"), read_timestamp(request, "send_by_time")
-        check_times(schedule_time, send_by_time)
+        delay = read_delay(request, "delay", "delay")
+        wait = await plan_launch(conn, call.app, campaign, schedule_time, delay, send_by_time)
         if request.validate_only:
             message = await to_campaign(call, campaign)
-            people = await prepare_launch(conn, self._registry, call.app, campaign, schedule_time)
+            people = await prepare_launch(conn, self._registry, call.app, campaign, wait)
             message.counts.recipients, message.holdout_count = len(people.roll), len(people.held_out)
-            if not message.counts.recipients and schedule_time is None:
+            if not message.counts.recipients and wait is None:
                 raise AudienceEmpty(request.name)
             declared = self._registry.types[campaign.channel]
             channel = self._context.accounts.build(await self._context.accounts.choose(conn, call.app, campaign.channel))
             bill = await estimate_campaign(conn, self._context, call.app, campaign, declared, channel, people.roll)
             if bill is not None:
                 message.estimate.CopyFrom(_to_estimate(bill))
-        elif schedule_time is not None:
-            message = await to_campaign(
-                call, await schedule(conn, self._registry, call.app, campaign, schedule_time, send_by_time)
-            )
+        elif wait is not None:
+            message = await to_campaign(call, await schedule(conn, self._registry, call.app, campaign, wait, send_by_time))
         else:
             message = await to_campaign(call, await launch(conn, self._registry, call.app, campaign, send_by_time))
-        unsettled = await self._find_unsettled(conn, call, campaign, schedule_time)
+        unsettled = await self._find_unsettled(conn, call, campaign, wait)
         # What was done above is undone by a refusal.
         check_settled(call, unsettled, is_required=request.require_settled)
         message.unsettled.extend(to_unsettled(call, unsettled))
         return message
 
     async def _find_unsettled(
-        self, conn: AsyncConnection, call: Call, campaign: store.Campaign, at: datetime | None
+        self, conn: AsyncConnection, call: Call, campaign: store.Campaign, wait: Wait | None
     ) -> list[Unsettled]:
-        """Where a launch asks too early; of a frozen audience that was said when it was frozen."""
+        """Where a launch asks too early, now or after a wait; of a frozen audience that was said when it was frozen."""
         audience = decode_audience(campaign.audience) if campaign.audience else None
         if campaign.audience is None or not isinstance(audience, Question | Combination) or decode_frozen(campaign.audience):
             return []
-        sources = await find_sources(conn, call.app, self._registry.types, audience, "audience.retarget", at)
-        return await find_unsettled(conn, call.app, sources, audience, datetime.now(UTC), at)
+        is_follow_up = wait is not None and wait.source_id is not None
+        sources = await find_sources(conn, call.app, self._registry.types, audience, "audience.retarget", may_wait=is_follow_up)
+        now = datetime.now(UTC)
+        return await find_unsettled(conn, call.app, sources, audience, now, max(wait.earliest, now) if wait else now)
 
     async def _check_content(self, call: Call, name: str) -> None:
         """Have a draft's content checked by its channel. Whatever else is wrong with it, launching says."""
@@ -390,6 +404,46 @@ async def _hold_list(call: Call, given: campaigns_pb2.Campaign) -> None:
             raise NotFound(given.audience.list)
 
 
+async def _find_awaited(call: Call, follow_up: store.Campaign, path: str) -> store.Campaign:
+    """The campaign that a follow-up waits for.
+
+    Raises:
+        FieldsInvalid: it was deleted; the path is to what cannot be changed any more.
+    """
+    assert follow_up.source_id is not None, "it is a follow-up"
+    source = await store.read_campaign(await call.begin(), follow_up.source_id)
+    if source is None:
+        raise FieldsInvalid([Violation(path, "cannot be changed: the source was deleted, so the follow-up is skipped")])
+    return source
+
+
+async def _check_source_kept(call: Call, given: campaigns_pb2.Campaign, follow_up: store.Campaign) -> None:
+    """Raise ``FieldsInvalid`` unless the audience that a follow-up is to get asks the campaign that it waits for alone."""
+    source = await _find_awaited(call, follow_up, "campaign.audience")
+    audience = read_audience(call, given.audience)
+    asked = list_questions(audience) if isinstance(audience, Question | Combination) else ()
+    if {question.source for question, _ in asked} != {source.campaign}:
+        name = f"{call.app.name}/campaigns/{source.campaign}"
+        text = f"must ask {name} alone, which the follow-up waits for; UnscheduleCampaign makes a draft that can have any"
+        raise FieldsInvalid([Violation("campaign.audience", text)])
+
+
+async def _plan_delay(call: Call, given: campaigns_pb2.Campaign, follow_up: store.Campaign) -> Wait:
+    """What a follow-up waits for once it has another delay.
+
+    Raises:
+        FieldsInvalid, or what ``plan_delay`` raises.
+    """
+    path = f"campaign.{_DELAY}"
+    delay = read_delay(given.follow_up, "delay", path)
+    if delay is None:
+        raise FieldsInvalid([Violation(path, "is required of a follow-up; UnscheduleCampaign makes a draft of it")])
+    wait = plan_delay(call.app, await _find_awaited(call, follow_up, path), delay, path)
+    if follow_up.send_by_time is not None and follow_up.send_by_time <= wait.earliest:
+        raise FieldsInvalid([Violation(path, "would be over after send_by_time")])
+    return wait
+
+
 async def create_draft(call: Call, campaign_id: str, values: Mapping[str, Any], roll: Numbers | None = None) -> store.Campaign:
     """Make a draft under the chosen id, or one of ours, with the people of an audience that is frozen."""
     conn = await call.begin()
@@ -434,17 +488,23 @@ def _read_mask(request: campaigns_pb2.UpdateCampaignRequest) -> tuple[str, ...]:
     """The fields to change (AIP-134): those that are set without a mask, all with "*"."""
     paths = tuple(request.update_mask.paths)
     if not paths:
-        return tuple(field.name for field, _ in request.campaign.ListFields() if field.name in (*_CHANGEABLE, "channel"))
+        paths = tuple(field.name for field, _ in request.campaign.ListFields())
+        return tuple(path for path in map(_name_change, paths) if path in (*_CHANGEABLE, "channel"))
     if "*" in paths:
         return (*_CHANGEABLE, "channel") if request.campaign.channel else _CHANGEABLE
     known = campaigns_pb2.Campaign.DESCRIPTOR.fields_by_name
-    unknown = [path for path in paths if path not in known]
+    unknown = [path for path in paths if path not in known and path not in (_DELAY, "follow_up.source")]
     if unknown:
         raise FieldsInvalid(
             Violation("update_mask", f"{path!r} is not a field that can be named; name one of {', '.join(_CHANGEABLE)}")
             for path in unknown
         )
-    return paths
+    return tuple(map(_name_change, paths))
+
+
+def _name_change(path: str) -> str:
+    """What can be changed at a path."""
+    return _DELAY if path == "follow_up" else path
 
 
 def read_content(found: ChannelType, given: Struct, path: str) -> dict[str, Any]:

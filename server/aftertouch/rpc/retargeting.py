@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -25,7 +25,7 @@ from aftertouch.rpc.exports import stream_contacts
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import read_name
 from aftertouch.rpc.selections import check_settled, read_selection, to_unsettled
-from aftertouch.rpc.values import to_timestamp
+from aftertouch.rpc.values import read_delay, to_timestamp
 from aftertouch.store import campaigns as store
 from aftertouch.store.engine import snapshot
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2, retargeting_pb2_grpc
@@ -163,7 +163,7 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
                 "content": read_content(self._registry.types[step.channel], step.content, f"{path}.content"),
                 "holdout_percent": step.holdout_percent,
             }
-            delay = step.delay.ToTimedelta()
+            delay = read_delay(step, "delay", f"{path}.delay") or timedelta()
             values |= plan_follow_up(call.app, self._registry.types, source, question, delay, path)
             if step.display_name:
                 values["display_name"] = step.display_name
@@ -249,8 +249,6 @@ def _read_step(call: Call, step: retargeting_pb2.FollowUpStep, source: store.Cam
         Violation(f"{path}.selection.{field}", "must be empty: a step asks the people of the campaign before it")
         for field in set_fields
     ]
-    if step.delay.nanos:
-        violations.append(Violation(f"{path}.delay", "must be whole seconds"))
     if violations:
         raise FieldsInvalid(violations)
     asked = campaigns_pb2.RetargetSelection()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import protovalidate
 from google.api import field_behavior_pb2
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -17,6 +18,8 @@ from aftertouch.v1 import events_pb2
 _NUL = "contains the character U+0000, which PostgreSQL cannot store"
 TIMESTAMP_SECONDS = (-62_135_596_800, 253_402_300_799)
 """The first and the last second of google.protobuf.Timestamp: the years 1 to 9999."""
+_DURATION_SECONDS = 315_576_000_000
+"""The longest of google.protobuf.Duration: 10,000 years."""
 
 
 def check_message(message: Message) -> None:
@@ -59,6 +62,9 @@ def _find_value_faults(value: Message, path: str, *, is_part: bool) -> Iterator[
             first, last = TIMESTAMP_SECONDS
             if not (first <= value.seconds <= last and 0 <= value.nanos < 1_000_000_000):
                 yield Violation(path, "is not a time from the year 1 to 9999")
+        case Duration():
+            if abs(value.seconds) > _DURATION_SECONDS:
+                yield Violation(path, "is longer than 10,000 years")
         case _:
             yield from _find_faults(value, f"{path}.", is_part=is_part)
 

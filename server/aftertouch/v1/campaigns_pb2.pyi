@@ -166,7 +166,7 @@ class Campaign(_message.Message):
 
     @_builtins.property
     def schedule_time(self) -> _timestamp_pb2.Timestamp:
-        """When it is to be launched; set by LaunchCampaign."""
+        """When it is to be launched; set by LaunchCampaign, and of a follow-up once its source is sent."""
 
     @_builtins.property
     def send_by_time(self) -> _timestamp_pb2.Timestamp:
@@ -180,11 +180,15 @@ class Campaign(_message.Message):
 
     @_builtins.property
     def unsettled(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unsettled]:
-        """Where its selection was asked too early, or will be; only from CreateRetarget, CreateFollowUps and LaunchCampaign."""
+        """Where its selection was asked too early, or will be; only from CreateRetarget, CreateFollowUps, LaunchCampaign, and
+        UpdateCampaign of a follow-up.
+        """
 
     @_builtins.property
     def follow_up(self) -> Global___FollowUp:
-        """What it waits for, when CreateFollowUps made it."""
+        """What it waits for, or waited for, when it is a follow-up: made by CreateFollowUps, or launched with a delay. CreateCampaign
+        passes it over.
+        """
 
     @_builtins.property
     def links(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -232,7 +236,7 @@ Global___Campaign: _TypeAlias = Campaign  # noqa: Y015
 
 @_typing.final
 class FollowUp(_message.Message):
-    """When a step of follow-ups is launched."""
+    """When a follow-up is launched."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -242,7 +246,9 @@ class FollowUp(_message.Message):
     """`apps/{app}/campaigns/{campaign}`: the campaign whose people it asks. Empty when that was deleted."""
     @_builtins.property
     def delay(self) -> _duration_pb2.Duration:
-        """How long after the end of the source's sending. Until then, schedule_time is not set."""
+        """How long after the end of the source's sending, as in FollowUpStep. Until that end, schedule_time is not set. Can be
+        changed while the follow-up is SCHEDULED, and its schedule_time with it.
+        """
 
     def __init__(
         self,
@@ -881,7 +887,9 @@ class UpdateCampaignRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to change; empty means those that are set, "*" means all. Output-only fields are passed over."""
+        """Which fields to change, as in "content" or "follow_up.delay"; empty means those that are set, "*" means all. Output-only
+        fields are passed over.
+        """
 
     def __init__(
         self,
@@ -978,6 +986,7 @@ class LaunchCampaignRequest(_message.Message):
     SCHEDULE_TIME_FIELD_NUMBER: _builtins.int
     SEND_BY_TIME_FIELD_NUMBER: _builtins.int
     REQUIRE_SETTLED_FIELD_NUMBER: _builtins.int
+    DELAY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/campaigns/{campaign}`."""
     etag: _builtins.str
@@ -992,11 +1001,17 @@ class LaunchCampaignRequest(_message.Message):
     """
     @_builtins.property
     def schedule_time(self) -> _timestamp_pb2.Timestamp:
-        """When to launch, at most 366 days ahead; now when it is not set."""
+        """When to launch, at most 366 days ahead; now when neither it nor delay is set."""
 
     @_builtins.property
     def send_by_time(self) -> _timestamp_pb2.Timestamp:
         """After this nobody is sent to any more; no limit when it is not set."""
+
+    @_builtins.property
+    def delay(self) -> _duration_pb2.Duration:
+        """Instead of a schedule_time: how long after the end of the sending of the one campaign that the audience asks, which may be
+        launched or not; as in FollowUpStep. A time that is over already means now.
+        """
 
     def __init__(
         self,
@@ -1008,10 +1023,11 @@ class LaunchCampaignRequest(_message.Message):
         schedule_time: _timestamp_pb2.Timestamp | None = ...,
         send_by_time: _timestamp_pb2.Timestamp | None = ...,
         require_settled: _builtins.bool = ...,
+        delay: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["schedule_time", b"schedule_time", "send_by_time", b"send_by_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id", "require_settled", b"require_settled", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "etag", b"etag", "name", b"name", "request_id", b"request_id", "require_settled", b"require_settled", "schedule_time", b"schedule_time", "send_by_time", b"send_by_time", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -139,10 +139,11 @@ class CampaignsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateCampaign(self, request, context):
-        """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
-        CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
-        campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
-        CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+        """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
+        follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
+        source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
+        it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
+        of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,19 +158,20 @@ class CampaignsServicer:
 
     def LaunchCampaign(self, request, context):
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
-        whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
-        RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
-        RESOURCE_NOT_FOUND.
+        schedule_time it becomes SCHEDULED, and the audience is evaluated then. With a delay it becomes a follow-up, as those of
+        CreateFollowUps are: it waits until its source is sent, and for so long after that. Where the channel can, it asks its
+        provider first whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons:
+        CAMPAIGN_STATE_WRONG, of the source too when nothing more comes of it, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY,
+        SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED,
+        FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED, RESOURCE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnscheduleCampaign(self, request, context):
-        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
-        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """Makes a SCHEDULED campaign a DRAFT again; a follow-up then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG,
+        ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

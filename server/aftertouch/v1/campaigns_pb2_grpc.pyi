@@ -48,24 +48,26 @@ class CampaignsStub:
     for a root of another app.
     """
     UpdateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]
-    """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
-    CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
-    campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
-    CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+    """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
+    follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
+    source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
+    it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
+    of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
     """
     DeleteCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
-    whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
-    RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
-    RESOURCE_NOT_FOUND.
+    schedule_time it becomes SCHEDULED, and the audience is evaluated then. With a delay it becomes a follow-up, as those of
+    CreateFollowUps are: it waits until its source is sent, and for so long after that. Where the channel can, it asks its
+    provider first whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons:
+    CAMPAIGN_STATE_WRONG, of the source too when nothing more comes of it, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY,
+    SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED,
+    FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED, RESOURCE_NOT_FOUND.
     """
     UnscheduleCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]
-    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
-    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """Makes a SCHEDULED campaign a DRAFT again; a follow-up then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG,
+    ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     PauseCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
@@ -117,24 +119,26 @@ class CampaignsAsyncStub(CampaignsStub):
     for a root of another app.
     """
     UpdateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
-    CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
-    campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
-    CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+    """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
+    follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
+    source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
+    it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
+    of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
     """
     DeleteCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
     LaunchCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.LaunchCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-    schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
-    whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-    CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
-    RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
-    RESOURCE_NOT_FOUND.
+    schedule_time it becomes SCHEDULED, and the audience is evaluated then. With a delay it becomes a follow-up, as those of
+    CreateFollowUps are: it waits until its source is sent, and for so long after that. Where the channel can, it asks its
+    provider first whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons:
+    CAMPAIGN_STATE_WRONG, of the source too when nothing more comes of it, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY,
+    SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED,
+    FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED, RESOURCE_NOT_FOUND.
     """
     UnscheduleCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UnscheduleCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
-    """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
-    CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    """Makes a SCHEDULED campaign a DRAFT again; a follow-up then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG,
+    ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     PauseCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.PauseCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Holds a SENDING campaign. It answers when every provider call that had begun is over (as long as the slowest one, at
@@ -207,10 +211,11 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UpdateCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A step of
-        CreateFollowUps that is still SCHEDULED can be changed as well, except for its audience; messages_per_second also of any
-        campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is neither, ETAG_MISMATCH, and those of
-        CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+        """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
+        follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
+        source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
+        it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
+        of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -228,11 +233,12 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
         """Freezes the audience and starts sending: DRAFT becomes SENDING, and SENT when every recipient was dealt with. With a
-        schedule_time it becomes SCHEDULED, and the audience is evaluated then. Where the channel can, it asks its provider first
-        whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons: CAMPAIGN_STATE_WRONG,
-        CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY, SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN,
-        RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED, FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED,
-        RESOURCE_NOT_FOUND.
+        schedule_time it becomes SCHEDULED, and the audience is evaluated then. With a delay it becomes a follow-up, as those of
+        CreateFollowUps are: it waits until its source is sent, and for so long after that. Where the channel can, it asks its
+        provider first whether it takes the content, as an approved template; FIELDS_INVALID says why not. Reasons:
+        CAMPAIGN_STATE_WRONG, of the source too when nothing more comes of it, CONTENT_MISSING, AUDIENCE_EMPTY, CHANNEL_NOT_READY,
+        SOURCE_NOT_SENT, SOURCE_TOO_OLD, SOURCE_BEFORE_PLAN, RETARGETING_NOT_ENABLED, SCHEDULE_TOO_LATE, SELECTION_UNSETTLED,
+        FIELDS_INVALID, ETAG_MISMATCH, REQUEST_ID_REUSED, RESOURCE_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -241,8 +247,8 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
         request: _campaigns_pb2.UnscheduleCampaignRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
-        """Makes a SCHEDULED campaign a DRAFT again; a step of CreateFollowUps then waits for nobody but you. Reasons:
-        CAMPAIGN_STATE_WRONG, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        """Makes a SCHEDULED campaign a DRAFT again; a follow-up then waits for nobody but you. Reasons: CAMPAIGN_STATE_WRONG,
+        ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
