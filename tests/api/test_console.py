@@ -1088,7 +1088,14 @@ async def test_retarget_counted_again_keeps_a_delay_that_is_mistyped(marketer: V
     assert read_when(text) == {"when": "delay", "delay": "1.5", "time": ""}
 
 
-async def test_delay_after_a_campaign_that_is_still_being_sent_is_refused_at_its_field(
+async def wait_for_state(world: World, name: str, state: int) -> campaigns_pb2.Campaign:
+    async with asyncio.timeout(120):
+        while (campaign := await world.get_campaign(name)).state != state:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return campaign
+
+
+async def test_delay_after_a_campaign_that_is_still_being_sent_waits_until_it_is(
     world: World, marketer: Visitor, sent: campaigns_pb2.Campaign
 ) -> None:
     path = f"/campaigns/{read_id(sent.name)}/retarget"
@@ -1099,12 +1106,128 @@ async def test_delay_after_a_campaign_that_is_still_being_sent_is_refused_at_its
         kept = (await conn.execute(select(campaigns.c.finish_time).where(source))).scalar_one()
         await conn.execute(campaigns.update().where(source).values(finish_time=None, state="PAUSED"))
     try:
-        fields = {"display_name": "x", "content.body": "Hello", "when": "delay", "delay": "1"}
-        status, text = await marketer.post(f"{draft}/launch", fields)
+        fields = {"display_name": "x", "content.body": "Hello", "when": "delay", "delay": "0", "delay_unit": "hours"}
+        assert await marketer.post(f"{draft}/launch", fields) == (303, f"/console{draft}")
+        waiting = await world.get_campaign(f"apps/acme{draft}")
+        _, text = await marketer.get(draft)
     finally:
         async with transaction(world.core.engine) as conn:
             await conn.execute(campaigns.update().where(source).values(finish_time=kept, state="SENT"))
-    assert (status, 'id="delay-fault"' in text) == (400, True)
+    assert (waiting.state, waiting.HasField("schedule_time")) == (campaigns_pb2.Campaign.SCHEDULED, False)
+    assert waiting.follow_up.source == sent.name
+    assert "goes out as soon as Summer Sale is sent" in text
+    launched = await wait_for_state(world, waiting.name, campaigns_pb2.Campaign.SENT)
+    assert launched.schedule_time == sent.finish_time
+
+
+async def make_follow_up(world: World, delay: int = 86_400) -> campaigns_pb2.Campaign:
+    """A follow-up that waits for a draft named "First"."""
+    first = await world.create_campaign("whatsapp", display_name="First")
+    step = retargeting_pb2.FollowUpStep(
+        selection=campaigns_pb2.RetargetSelection(action="not_read"), channel="sms", content=to_struct({"body": "Hello"})
+    )
+    step.delay.seconds = delay
+    request = retargeting_pb2.CreateFollowUpsRequest(source=first.name, steps=[step])
+    return (await world.client.retargeting.CreateFollowUps(request)).campaigns[0]
+
+
+def read_etag(text: str) -> str:
+    return re.search(r'id="etag" name="etag" value="([^"]*)"', text)[1]
+
+
+async def test_follow_up_that_waits_is_shown_with_its_rule(world: World, marketer: Visitor, sent: campaigns_pb2.Campaign) -> None:
+    waiting = await make_follow_up(world)
+    page = f"/campaigns/{read_id(waiting.name)}"
+    for path in (page, f"{page}/row", f"{page}/chain", f"{page}/edit", "/campaigns?q=First"):
+        status, text = await marketer.get(path)
+        assert (status, "a day after First is sent" in text) == (200, True), path
+    assert f'href="/console{page}/edit"' in (await marketer.get(f"{page}/row"))[1]
+    _, text = await marketer.get(f"{page}/review")
+    assert "They are counted once First is sent." in text
+    step = retargeting_pb2.FollowUpStep(
+        selection=campaigns_pb2.RetargetSelection(action="not_read"), channel="sms", content=to_struct({"body": "Hello"})
+    )
+    step.delay.seconds = 90_060
+    request = retargeting_pb2.CreateFollowUpsRequest(source=sent.name, steps=[step])
+    (timed,) = (await world.client.retargeting.CreateFollowUps(request)).campaigns
+    time = sent.finish_time.ToDatetime() + timedelta(seconds=90_060)
+    for path in ("", "/row", "/edit"):
+        _, text = await marketer.get(f"/campaigns/{read_id(timed.name)}{path}")
+        assert "1501 minutes after Summer Sale was sent" in text
+        assert f'datetime="{time.isoformat(timespec="seconds")}+00:00"' in text
+    _, text = await marketer.get(f"/campaigns/{read_id(timed.name)}/review")
+    assert '<span class="num">' in text
+    await world.client.campaigns.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=timed.name))
+
+
+async def test_follow_up_that_waits_is_changed_and_stays_scheduled(world: World, marketer: Visitor) -> None:
+    waiting = await make_follow_up(world)
+    page = f"/campaigns/{read_id(waiting.name)}"
+    _, text = await marketer.get(f"{page}/edit")
+    assert ('id="save"' in text, 'id="launch"' in text, "Delete draft" in text) == (True, False, False)
+    assert re.search(r'name="delay"[^>]* value="1"', text)
+    assert "<option selected>days</option>" in text
+    fields = {"display_name": "Changed", "content.body": "Other", "when": "delay", "delay": "2", "delay_unit": "hours"}
+    etag = read_etag(text)
+    for wrong, fault in (
+        ({"delay": "1.5"}, 'id="delay-fault"'),
+        ({"delay": "40", "delay_unit": "days"}, 'id="delay-fault"'),
+        ({"content.body": ""}, 'id="field-content-body-fault"'),
+        ({"display_name": ""}, 'id="display_name-fault"'),
+    ):
+        status, text = await marketer.post(f"{page}/save", fields | wrong | {"etag": etag})
+        assert (status, fault in text, "Nothing was saved." in text) == (400, True, True), wrong
+        assert await world.get_campaign(waiting.name) == waiting, wrong
+    assert await marketer.post(f"{page}/save", fields | {"etag": etag}) == (303, f"/console{page}")
+    changed = await world.get_campaign(waiting.name)
+    assert (changed.display_name, changed.content["body"], changed.follow_up.delay.seconds) == ("Changed", "Other", 7200)
+    assert (changed.state, changed.follow_up.source) == (campaigns_pb2.Campaign.SCHEDULED, waiting.follow_up.source)
+    status, text = await marketer.post(f"{page}/save", fields | {"etag": etag, "content.body": "Too late"})
+    assert (status, "Somebody else changed this meanwhile" in text, "Too late" in text) == (400, True, True)
+    assert await marketer.post(f"{page}/save", fields | {"etag": read_etag(text)}) == (303, f"/console{page}")
+    # A tab in which it is still a draft saves while somebody types.
+    status, _ = await marketer.post(f"{page}/save", fields | {"etag": etag, "content.body": "Too l"}, **{"hx-request": "true"})
+    assert (status, (await world.get_campaign(waiting.name)).content["body"]) == (409, "Other")
+    async with transaction(world.core.engine) as conn:
+        launched = campaigns.c.campaign == read_id(waiting.name)
+        await conn.execute(campaigns.update().where(launched).values(state="SENT"))
+    status, text = await marketer.post(f"{page}/save", fields)
+    assert (status, "This campaign is sent, so this cannot be done any more." in text) == (409, True)
+
+
+async def test_follow_up_that_becomes_a_draft_keeps_its_delay_and_waits_again(world: World, marketer: Visitor) -> None:
+    waiting = await make_follow_up(world, 7200)
+    page = f"/campaigns/{read_id(waiting.name)}"
+    _, text = await marketer.get(page)
+    asked = "Make a draft of this follow-up? It no longer goes out by itself, 2 hours after First is sent, until you launch it."
+    assert f'value="unschedule" data-confirm="{asked}"' in text
+    assert 'value="cancel" data-confirm="Cancel this follow-up for good?' in text
+    assert await marketer.post(f"{page}/state", {"do": "unschedule"}) == (303, f"/console{page}")
+    assert not (await world.get_campaign(waiting.name)).HasField("follow_up")
+    _, text = await marketer.get(f"{page}/edit")
+    assert (read_when(text), "<option selected>hours</option>" in text) == ({"when": "delay", "delay": "2", "time": ""}, True)
+    _, text = await marketer.get(f"{page}/review")
+    assert ("They are counted once First is sent." in text, "disabled" in text) == (True, False)
+    fields = {"display_name": "Again", "content.body": "Hello", "when": "delay", "delay": "3", "delay_unit": "hours"}
+    assert await marketer.post(f"{page}/launch", fields) == (303, f"/console{page}")
+    again = await world.get_campaign(waiting.name)
+    assert (again.state, again.follow_up.delay.seconds) == (campaigns_pb2.Campaign.SCHEDULED, 3 * 3600)
+    await marketer.post(f"{page}/state", {"do": "cancel"})
+    assert (await world.get_campaign(waiting.name)).state == campaigns_pb2.Campaign.CANCELED
+
+
+async def test_launch_after_a_campaign_that_was_canceled_says_which_one_is_in_the_way(world: World, marketer: Visitor) -> None:
+    waiting = await make_follow_up(world)
+    page = f"/campaigns/{read_id(waiting.name)}"
+    await marketer.get(page)
+    await marketer.post(f"{page}/state", {"do": "unschedule"})
+    async with transaction(world.core.engine) as conn:
+        first = campaigns.c.campaign == read_id(waiting.follow_up.source)
+        await conn.execute(campaigns.update().where(first).values(state="CANCELED"))
+    fields = {"display_name": "x", "content.body": "Hello", "when": "delay", "delay": "3", "delay_unit": "hours"}
+    status, text = await marketer.post(f"{page}/launch", fields)
+    assert (status, "The campaign before this one is canceled, so nothing can wait for it." in text) == (400, True)
+    assert read_when(text)["when"] == "delay"
 
 
 async def test_retarget_shows_who_is_held_and_leaves_out_who_was_not_heard_of(

@@ -12,14 +12,14 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from playwright.async_api import Browser, ConsoleMessage, Page, Request, Route, expect
+from playwright.async_api import Browser, ConsoleMessage, Dialog, Page, Request, Route, expect
 from sqlalchemy import func
 
 from aftertouch.rpc.values import to_struct
 from aftertouch.sandbox import SandboxSettings
 from aftertouch.store import tables
 from aftertouch.store.engine import transaction
-from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2
+from aftertouch.v1 import campaigns_pb2, contacts_pb2, events_pb2, retargeting_pb2
 from tests.fix_console import PASSWORD, PATIENCE_MS, create_user
 from tests.fix_database import clone_database
 from tests.fix_issuer import CLIENT, run_issuer
@@ -96,6 +96,7 @@ async def world(shared_world: World) -> World:
     await shared_world.launch(wave.name)
     await send_links(shared_world)
     await draw_pictures(shared_world)
+    await make_follow_up(shared_world, made.name, "waiting")
     return shared_world
 
 
@@ -126,6 +127,19 @@ async def draw_pictures(world: World) -> None:
     campaign.audience.all_subscribers.SetInParent()
     request = campaigns_pb2.CreateCampaignRequest(parent=world.client.parent, campaign=campaign, campaign_id="pictured")
     await world.client.campaigns.CreateCampaign(request)
+
+
+async def make_follow_up(world: World, source: str, campaign_id: str) -> campaigns_pb2.Campaign:
+    """A follow-up that waits for a day after its source was sent."""
+    step = retargeting_pb2.FollowUpStep(
+        selection=campaigns_pb2.RetargetSelection(action="not_clicked"),
+        channel="sms",
+        content=to_struct({"body": "Hello"}),
+        campaign_id=campaign_id,
+    )
+    step.delay.seconds = 86_400
+    request = retargeting_pb2.CreateFollowUpsRequest(source=source, steps=[step])
+    return (await world.client.retargeting.CreateFollowUps(request)).campaigns[0]
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +223,8 @@ async def list_pages(tab: Tab, campaign: str) -> list[str]:
         "/campaigns?q=nothing-is-called-so",
         "/campaigns/new",
         f"/campaigns/{campaign}",
+        "/campaigns/waiting",
+        "/campaigns/waiting/edit",
         f"/campaigns/{campaign}/retarget",
         f"/campaigns/{campaign}/retarget?action=failed&reason_class=recipient_gone&when=delay",
         "/campaigns/linked",
@@ -580,6 +596,55 @@ async def test_delay_that_is_chosen_in_the_dialog_is_what_the_launch_waits_for(t
     assert wave.schedule_time.ToDatetime() == source.finish_time.ToDatetime() + timedelta(hours=48)
 
 
+async def test_follow_up_that_waits_is_changed_made_a_draft_and_canceled(tab: Tab, world: World) -> None:
+    page = tab.page
+    slow = await world.create_campaign("sms", display_name="Still on its way")
+    waiting = await make_follow_up(world, slow.name, "changed")
+    await tab.open(f"/campaigns?q={slow.display_name}")
+    await expect(page.locator("#row-changed")).to_contain_text("a day after Still on its way is sent")
+    await page.click("#edit-changed")
+    await expect(page.locator("#preview .bubble")).to_have_text("Hello")
+    await expect(page.locator("#review")).to_contain_text("They are counted once Still on its way is sent.")
+    assert await tab.find_violations() == []
+    await page.fill("#field-content-body", "Good evening")
+    await page.fill("#delay", "36")
+    await page.select_option("[name=delay_unit]", "hours")
+    # Nothing of it is saved while somebody types.
+    assert (await world.get_campaign(waiting.name)).content["body"] == "Hello"
+    await page.click("#save")
+    await expect(page.locator("#live .badge")).to_have_text("Scheduled")
+    await expect(page.locator(".meta")).to_contain_text("goes out 36 hours after Still on its way is sent")
+    await expect(page.locator(".tree")).to_contain_text("36 hours after Still on its way is sent")
+    assert await tab.find_violations() == []
+    changed = await world.get_campaign(waiting.name)
+    assert (changed.content["body"], changed.follow_up.delay.seconds) == ("Good evening", 36 * 3600)
+    asked: list[str] = []
+
+    async def answer(question: Dialog) -> None:
+        asked.append(question.message)
+        await (question.accept() if len(asked) > 1 else question.dismiss())
+
+    page.on("dialog", answer)
+    await page.click("text=Back to draft")
+    await expect(page.locator("#live .badge")).to_have_text("Scheduled")
+    assert (await world.get_campaign(waiting.name)).state == campaigns_pb2.Campaign.SCHEDULED
+    await page.click("text=Back to draft")
+    await page.wait_for_url("**/edit")
+    await expect(page.locator("#when-delay")).to_be_checked()
+    await expect(page.locator("#delay")).to_have_value("36")
+    await page.click("#launch")
+    await expect(page.locator("#live .badge")).to_have_text("Scheduled")
+    await page.click("button[value=cancel]")
+    await expect(page.locator("#live .badge")).to_have_text("Canceled")
+    assert [question.partition("?")[0] for question in asked] == [
+        "Make a draft of this follow-up",
+        "Make a draft of this follow-up",
+        "Cancel this follow-up for good",
+    ]
+    # The list's first page is looked at by others.
+    await world.client.campaigns.DeleteCampaign(campaigns_pb2.DeleteCampaignRequest(name=slow.name))
+
+
 async def test_earlier_message_is_begun_with_and_saved(tab: Tab, campaign: str) -> None:
     page = tab.page
     await tab.open(f"/campaigns/{campaign}/retarget?channel=whatsapp&action=read")
@@ -697,7 +762,7 @@ async def test_delay_that_is_mistyped_is_seen_and_nothing_is_sent(tab: Tab, worl
     """The page had Now chosen after the refusal, and pressing again sent to everybody at once."""
     page = tab.page
     tab.expected.append("status of 400")
-    await tab.open("/campaigns")
+    await tab.open("/campaigns?channel=whatsapp&state=SENT")
     await page.click(f"#retarget-{campaign}")
     await page.click("label[for=when-delay]")
     await page.fill("#delay", "1.5")
@@ -738,7 +803,7 @@ async def test_part_that_fails_is_told_of_each_time_until_one_succeeds(tab: Tab,
 async def test_part_of_the_dialog_that_fails_is_told_of_inside(tab: Tab, campaign: str) -> None:
     """It was told behind the dialog, where nobody could read it."""
     page = tab.page
-    await tab.open("/campaigns")
+    await tab.open("/campaigns?channel=whatsapp&state=SENT")
     await page.click(f"#retarget-{campaign}")
     await page.wait_for_selector("dialog[open] form")
     async with break_down(tab, "**/retarget?*"):

@@ -12,11 +12,13 @@ from starlette.responses import Response
 
 from aftertouch.console import words
 from aftertouch.console.charts import read_chart
+from aftertouch.console.plans import Plan
 from aftertouch.console.visits import Visit, is_recent, read_id, to_time
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
 from aftertouch.store.campaigns import find_campaigns, read_campaigns
 from aftertouch.store.engine import transaction
 from aftertouch.store.lists import find_list
+from aftertouch.store.unfinished import keep_unfinished
 from aftertouch.v1 import campaigns_pb2, retargeting_pb2
 
 PAGE_SIZE = 25
@@ -60,6 +62,8 @@ class Standing:
     audience: str
     root: str
     """The display name of the chain's root, of a wave."""
+    rule: str
+    """Of a follow-up that waits: after what it goes out, as in "2 hours after Summer Sale is sent"."""
     launch_time: datetime | None
     finish_time: datetime | None
     create_time: datetime | None
@@ -75,6 +79,11 @@ class Standing:
     def is_launched(self) -> bool:
         """True when it has recipients, who can be retargeted."""
         return self.message.state in LAUNCHED and bool(self.launch_time)
+
+    @property
+    def is_waiting(self) -> bool:
+        """True when it is a follow-up that can still be changed."""
+        return bool(self.rule)
 
     @property
     def is_moving(self) -> bool:
@@ -98,10 +107,10 @@ class Standing:
 async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> list[Standing]:
     """Campaigns with the names of what they refer to."""
     sources = {read_id(leaf.source) for c in campaigns for leaf in list_leaves(c.audience.retarget)}
-    roots = {read_id(c.root) for c in campaigns if c.root}
+    others = {read_id(name) for c in campaigns for name in (c.root, c.follow_up.source) if name}
     lists = sorted({read_id(c.audience.list) for c in campaigns if c.audience.list})
     async with transaction(visit.console.engine) as conn:
-        named = await find_campaigns(conn, visit.app.app_id, sorted(sources | roots))
+        named = await find_campaigns(conn, visit.app.app_id, sorted(sources | others))
         listed = {name: await find_list(conn, visit.app.app_id, name) for name in lists}
     types = visit.console.registry.types
 
@@ -138,6 +147,15 @@ async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> lis
             case _:
                 return "No audience"
 
+    def describe_rule(campaign: campaigns_pb2.Campaign) -> str:
+        if campaign.state != State.SCHEDULED or not campaign.HasField("follow_up"):
+            return ""
+        source = named.get(read_id(campaign.follow_up.source))
+        delay = campaign.follow_up.delay.ToTimedelta()
+        name = source.display_name if source else "a campaign that was deleted"
+        after = f"{words.span(delay)} after" if delay else "as soon as"
+        return f"{after} {name} {'was' if campaign.HasField('schedule_time') else 'is'} sent"
+
     return [
         Standing(
             id=read_id(campaign.name),
@@ -145,6 +163,7 @@ async def describe(visit: Visit, campaigns: list[campaigns_pb2.Campaign]) -> lis
             channel=types[campaign.channel].channel.label if campaign.channel in types else campaign.channel,
             audience=describe_audience(campaign.audience),
             root=found.display_name if (found := named.get(read_id(campaign.root))) else "",
+            rule=describe_rule(campaign),
             launch_time=to_time(campaign.launch_time),
             finish_time=to_time(campaign.finish_time),
             create_time=to_time(campaign.create_time),
@@ -342,7 +361,13 @@ async def change_state(visit: Visit) -> Response:
         case "cancel":
             await client.CancelCampaign(campaigns_pb2.CancelCampaignRequest(name=name))
         case "unschedule":
+            waiting = await client.GetCampaign(campaigns_pb2.GetCampaignRequest(name=name))
             await client.UnscheduleCampaign(campaigns_pb2.UnscheduleCampaignRequest(name=name))
+            if waiting.HasField("follow_up"):
+                # The draft's form still has the delay, for the next launch.
+                plan = Plan.wait_for(waiting.follow_up.delay.ToTimedelta()).store()
+                async with transaction(visit.console.engine) as conn:
+                    await keep_unfinished(conn, visit.app.app_id, read_id(name), None, plan)
         case _:
             raise FieldsInvalid([Violation("do", "is none of pause, resume, cancel and unschedule")])
     return visit.redirect(f"/campaigns/{visit.param('campaign')}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.responses import Response
 
 from aftertouch.console import words
-from aftertouch.console.campaigns import read_plain
+from aftertouch.console.campaigns import describe, read_plain
 from aftertouch.console.visits import Visit, read_id
 from aftertouch.errors import AftertouchError
 from aftertouch.signals import CORE_IMPLICATIONS
@@ -28,6 +28,8 @@ class Member:
     """For people."""
     signals: Sequence[tuple[str, int]]
     """The channel's own signals, and of how many people they are true who had done so in no campaign before."""
+    rule: str
+    """Of a follow-up that waits: after what it goes out."""
 
     @property
     def state(self) -> str:
@@ -47,7 +49,10 @@ async def show(visit: Visit) -> Response:
         report = await visit.client.retargeting.GetChainReport(retargeting_pb2.GetChainReportRequest(name=source.message.name))
     except AftertouchError as error:
         return visit.render("chain.html", refusal=words.explain(error), members=[])
-    members = arrange(visit, report)
+    wanted.state = State.SCHEDULED
+    request = campaigns_pb2.ListCampaignsRequest(parent=visit.parent, page_size=1000, filter=wanted)
+    waiting = await describe(visit, list((await visit.client.campaigns.ListCampaigns(request)).campaigns))
+    members = arrange(visit, report, {standing.message.name: standing.rule for standing in waiting})
     telling = {
         name
         for kind in visit.console.registry.types.values()
@@ -73,8 +78,12 @@ async def show(visit: Visit) -> Response:
     )
 
 
-def arrange(visit: Visit, report: retargeting_pb2.ChainReport) -> list[Member]:
-    """The campaigns of a chain, each after what it asks first, in the order of the branches."""
+def arrange(visit: Visit, report: retargeting_pb2.ChainReport, rules: Mapping[str, str]) -> list[Member]:
+    """The campaigns of a chain, each after what it asks first, in the order of the branches.
+
+    Args:
+        rules: of those that wait, by name.
+    """
     campaigns = {found.campaign: found for found in report.campaigns}
     members: list[Member] = []
 
@@ -83,7 +92,8 @@ def arrange(visit: Visit, report: retargeting_pb2.ChainReport) -> list[Member]:
         kind = visit.console.registry.types.get(found.channel)
         own = [(signal.label, signal.name) for signal in kind.channel.signals] if kind else []
         news = [(label, found.added.signals[signal]) for label, signal in own if found.added.signals[signal]]
-        members.append(Member(read_id(name), depth, found, kind.channel.label if kind else found.channel, news))
+        channel = kind.channel.label if kind else found.channel
+        members.append(Member(read_id(name), depth, found, channel, news, rules.get(name, "")))
         for wave in list(campaigns.values()):
             if wave.campaign in campaigns and next((source for source in wave.sources if source in known), "") == name:
                 walk(wave.campaign, depth + 1)

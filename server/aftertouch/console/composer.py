@@ -21,7 +21,7 @@ from aftertouch.console.retargets import Funnel, read_funnel
 from aftertouch.console.visits import Visit, name_faults, read_id
 from aftertouch.declarations import ChannelType
 from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
-from aftertouch.rpc.values import to_struct, to_timestamp
+from aftertouch.rpc.values import to_struct
 from aftertouch.store import unfinished
 from aftertouch.store.engine import transaction
 from aftertouch.v1 import campaigns_pb2, lists_pb2
@@ -42,6 +42,8 @@ class Review:
     problem: str
     estimate: campaigns_pb2.Estimate | None = None
     """What it would be billed as, on channels that know."""
+    awaited: str = ""
+    """The display name of a wave's source that is not launched yet, so that nobody can be counted."""
 
 
 # Making one
@@ -93,16 +95,26 @@ def _name_place(path: str) -> str:
 
 
 async def show(visit: Visit) -> Response:
-    """The draft's form, with what was typed when somebody left it."""
+    """The form of a draft, with what was typed when somebody left it, or of a follow-up that waits."""
     standing = await read(visit)
-    if standing.message.state != State.DRAFT:
+    if not _is_open(standing):
         return visit.redirect(f"/campaigns/{standing.id}")
     content, plan, is_stored = await _read_draft(visit, standing)
     return await _render(visit, standing, standing.message.display_name, content, plan, is_stored=is_stored)
 
 
+def _is_open(standing: Standing) -> bool:
+    return standing.message.state == State.DRAFT or standing.is_waiting
+
+
 async def _read_draft(visit: Visit, standing: Standing) -> tuple[Mapping[str, Any], Plan, bool]:
-    """A draft's content and plan as they were typed last, and whether that is a content that its channel takes."""
+    """A draft's content and plan as they were typed last, and whether that is a content that its channel takes.
+
+    What a follow-up that waits says and waits for is all stored with it.
+    """
+    if standing.is_waiting:
+        plan = Plan.wait_for(standing.message.follow_up.delay.ToTimedelta())
+        return json_format.MessageToDict(standing.message.content), plan, True
     async with transaction(visit.console.engine) as conn:
         kept = await unfinished.find_unfinished(conn, visit.app.app_id, standing.id)
     stored = json_format.MessageToDict(standing.message.content)
@@ -144,7 +156,7 @@ async def _render(
         attributes=previews.list_attributes(contact),
         preview=preview,
         has_templates=has_templates,
-        saved="Saved" if is_stored else "",
+        saved="Saved" if is_stored and not standing.is_waiting else "",
         problem=problem,
     )
 
@@ -163,7 +175,7 @@ async def _list_examples(visit: Visit, standing: Standing) -> list[tuple[str, st
 
 async def find_source(visit: Visit, standing: Standing) -> Standing | None:
     """The one campaign whose people a wave asks; None of other campaigns, of a combination, and when it was deleted."""
-    source = standing.message.audience.retarget.source
+    source = standing.message.follow_up.source or standing.message.audience.retarget.source
     try:
         return await read_plain(visit, read_id(source)) if source else None
     except NotFound:
@@ -241,9 +253,14 @@ async def show_templates(visit: Visit) -> Response:
 
 
 async def save(visit: Visit) -> Response:
-    """Save what was typed, whether it is complete or not, and show it as somebody would get it."""
+    """Save what was typed of a draft, whether it is complete or not, and show it as somebody would get it.
+
+    A follow-up that waits is saved as a whole and on demand only: what somebody is in the middle of typing might go out.
+    """
     form = await visit.read_form()
     standing = await read(visit)
+    if standing.is_waiting and not visit.is_partial:
+        return await _change(visit, standing, form)
     found = _find_type(visit, standing)
     contact = await previews.find_contact(visit, standing.message.channel, str(form.get("as", "")))
     content = _read_content(found, form)
@@ -260,15 +277,42 @@ async def save(visit: Visit) -> Response:
     return response
 
 
+async def _change(visit: Visit, standing: Standing, form: FormData) -> Response:
+    content = _read_content(_find_type(visit, standing), form)
+    try:
+        await _store(visit, standing, form, content, etag=str(form.get("etag", "")))
+    except AftertouchError as error:
+        return await _refuse(visit, standing, form, content, error, "Nothing was saved.")
+    return visit.redirect(f"/campaigns/{standing.id}")
+
+
+async def _refuse(
+    visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], error: AftertouchError, outcome: str
+) -> Response:
+    """The form with what was typed, and what is wrong with it; whatever it cannot show is raised again."""
+    violations: Sequence[Violation] = ()
+    if isinstance(error, FieldsInvalid):
+        violations, problem = error.violations, f"Something is missing or wrong. {outcome}"
+    elif error.code in ("FAILED_PRECONDITION", "ABORTED"):
+        problem = words.explain(error, standing.message.name)
+        standing = (await describe(visit, [await visit.client.campaigns.GetCampaign(_get(standing))]))[0]
+    else:
+        raise error
+    if not _is_open(standing):
+        raise error
+    name = str(form.get("display_name", ""))
+    return await _render(visit, standing, name, content, Plan.read(form), is_stored=False, violations=violations, problem=problem)
+
+
 async def _store(visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], *, etag: str) -> None:
     """Store name and content with the draft; content that is refused is kept beside it, and so is when it is to be launched.
 
-    ``standing`` has afterwards what is stored, and its etag.
+    Of a follow-up that waits, all is stored or nothing. ``standing`` has afterwards what is stored, and its etag.
 
     Raises:
         FieldsInvalid, EtagMismatch, CampaignStateWrong.
     """
-    app_id, plan = visit.app.app_id, Plan.read(form).store()
+    app_id, plan = visit.app.app_id, Plan.read(form)
     campaign = campaigns_pb2.Campaign(
         name=standing.message.name,
         display_name=str(form.get("display_name", "")),
@@ -280,17 +324,22 @@ async def _store(visit: Visit, standing: Standing, form: FormData, content: Mapp
         request = campaigns_pb2.UpdateCampaignRequest(campaign=campaign, update_mask=FieldMask(paths=paths))
         standing.message.CopyFrom(await visit.client.campaigns.UpdateCampaign(request))
 
+    if standing.is_waiting:
+        plan.check()
+        campaign.follow_up.delay.FromTimedelta(plan.wait)
+        await update("display_name", "content", "follow_up.delay")
+        return
     try:
         await update("display_name", "content")
     except FieldsInvalid as error:
         async with transaction(visit.console.engine) as conn:
-            await unfinished.keep_unfinished(conn, app_id, standing.id, content, plan)
+            await unfinished.keep_unfinished(conn, app_id, standing.id, content, plan.store())
         is_name_right = all(violation.field.startswith("campaign.content") for violation in error.violations)
         if is_name_right and campaign.display_name != standing.message.display_name:
             await update("display_name")
         raise
     async with transaction(visit.console.engine) as conn:
-        await unfinished.keep_unfinished(conn, app_id, standing.id, None, plan)
+        await unfinished.keep_unfinished(conn, app_id, standing.id, None, plan.store())
 
 
 async def show_review(visit: Visit) -> Response:
@@ -300,28 +349,34 @@ async def show_review(visit: Visit) -> Response:
 
 
 async def _review(visit: Visit, standing: Standing) -> Review:
-    audience, funnel, count = standing.message.audience, None, -1
+    audience, funnel, count, awaited = standing.message.audience, None, -1, ""
+    _, plan, _ = await _read_draft(visit, standing)
     try:
         if audience.HasField("retarget"):
             source = await find_source(visit, standing)
-            people = f"/campaigns/{standing.id}/review/people.csv?"
-            funnel = await read_funnel(visit, source or standing, audience.retarget, standing.message.channel, people)
-            count = funnel.preview.audience_count
-            if not count:
+            if source and not source.launch_time:
+                awaited = source.message.display_name
+            else:
+                people = f"/campaigns/{standing.id}/review/people.csv?"
+                funnel = await read_funnel(visit, source or standing, audience.retarget, standing.message.channel, people)
+                count = funnel.preview.audience_count
+            if not count and plan.when == "now":
                 return Review(funnel, 0, words.explain_empty())
-        if not standing.message.HasField("content"):
-            return Review(funnel, count, "")
+        if standing.is_waiting or not standing.message.HasField("content"):
+            return Review(funnel, count, "", awaited=awaited)
         # Everything that the launch asks, the provider's templates included.
         request = campaigns_pb2.LaunchCampaignRequest(name=standing.message.name, validate_only=True)
+        if plan.when == "delay" and not plan.violations:
+            request.delay.FromTimedelta(plan.wait)
         asked = await visit.client.campaigns.LaunchCampaign(request)
         estimate = asked.estimate if asked.HasField("estimate") else None
-        return Review(funnel, count if funnel else asked.counts.recipients, "", estimate)
+        return Review(funnel, count if funnel or awaited else asked.counts.recipients, "", estimate, awaited)
     except FieldsInvalid as error:
         form = _make_form(_find_type(visit, standing), json_format.MessageToDict(standing.message.content), error.violations)
         told = [f"{field.label} {fault}" for field in form.faulty for fault in field.faults]
         return Review(funnel, max(count, 0), "; ".join(told) + "." if told else words.explain(error))
     except AftertouchError as error:
-        return Review(funnel, max(count, 0), words.explain(error))
+        return Review(funnel, max(count, 0), words.explain(error, standing.message.name))
 
 
 async def launch(visit: Visit) -> Response:
@@ -331,28 +386,15 @@ async def launch(visit: Visit) -> Response:
     if standing.message.state != State.DRAFT:
         # Pressed twice: the first press launched it.
         return visit.redirect(f"/campaigns/{standing.id}")
-    name, plan = str(form.get("display_name", "")), Plan.read(form)
     content = _read_content(_find_type(visit, standing), form)
     try:
         # What is seen is what is sent: a save that is still on its way makes no conflict.
         await _store(visit, standing, form, content, etag="")
-        source = await find_source(visit, standing)
-        time = plan.find_time(source.finish_time if source else None)
-        request = campaigns_pb2.LaunchCampaignRequest(
-            name=standing.message.name,
-            etag=standing.message.etag,
-            schedule_time=to_timestamp(time) if time else None,
-            send_by_time=to_timestamp(plan.deadline) if plan.deadline else None,
-        )
+        request = campaigns_pb2.LaunchCampaignRequest(name=standing.message.name, etag=standing.message.etag)
+        Plan.read(form).fill(request)
         await visit.client.campaigns.LaunchCampaign(request)
-    except FieldsInvalid as error:
-        problem = "Something is missing or wrong. Nothing was sent."
-        return await _render(visit, standing, name, content, plan, is_stored=False, violations=error.violations, problem=problem)
     except AftertouchError as error:
-        if error.code not in ("FAILED_PRECONDITION", "ABORTED"):
-            raise
-        fresh = (await describe(visit, [await visit.client.campaigns.GetCampaign(_get(standing))]))[0]
-        return await _render(visit, fresh, name, content, plan, is_stored=False, problem=words.explain(error))
+        return await _refuse(visit, standing, form, content, error, "Nothing was sent.")
     return visit.redirect(f"/campaigns/{standing.id}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from aftertouch.errors import FieldsInvalid, Violation
+from aftertouch.v1 import campaigns_pb2
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "now": (),
@@ -19,7 +20,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "delay": ("delay", "send_by_time"),
 }
 """What can be chosen, and the fields that are seen then."""
-UNITS = {"minutes": timedelta(minutes=1), "hours": timedelta(hours=1), "days": timedelta(days=1)}
+UNITS = {"days": timedelta(days=1), "hours": timedelta(hours=1), "minutes": timedelta(minutes=1), "seconds": timedelta(seconds=1)}
+"""Longest first. Seconds are for a delay that was chosen by the API and is no number of minutes."""
 LONGEST_DELAY = timedelta(days=366)
 _TIMES = ("schedule_time", "send_by_time")
 
@@ -58,6 +60,12 @@ class Plan:
         typed = stored.get("typed", {})
         return cls(stored["when"], times["schedule_time"], stored["delay"], stored["unit"], times["send_by_time"], typed)
 
+    @classmethod
+    def wait_for(cls, delay: timedelta) -> Plan:
+        """That of a follow-up."""
+        unit = next(name for name, length in UNITS.items() if not delay % length)
+        return cls("delay", delay=delay // UNITS[unit], unit=unit)
+
     def store(self) -> dict[str, Any]:
         """To be kept."""
         times = {"schedule_time": self.schedule_time, "send_by_time": self.send_by_time}
@@ -77,30 +85,49 @@ class Plan:
         """Until when to send, where that can be chosen: what was chosen before for a launch at a time is kept, and not seen."""
         return self.send_by_time if "send_by_time" in CHOICES[self.when] else None
 
-    def find_time(self, finish_time: datetime | None) -> datetime | None:
-        """When to launch; None for at once.
-
-        Args:
-            finish_time: the end of the source's sending, of a wave.
-
-        Raises:
-            FieldsInvalid: something cannot be read, no time was chosen, or the source is still being sent, so nobody knows when
-                the delay is over.
-        """
+    def check(self) -> None:
+        """Raise ``FieldsInvalid`` when something cannot be read, or no time was chosen."""
         if self.violations:
             raise FieldsInvalid(self.violations)
+        if self.when == "later" and self.schedule_time is None:
+            raise FieldsInvalid([Violation("schedule_time", "choose a time")])
+
+    @property
+    def wait(self) -> timedelta:
+        """The delay, where it can be read."""
+        return self.delay * UNITS[self.unit]
+
+    def find_time(self, finish_time: datetime) -> datetime | None:
+        """When that is, of a wave; None for at once.
+
+        Args:
+            finish_time: the end of the source's sending.
+
+        Raises:
+            FieldsInvalid: what ``check`` raises.
+        """
+        self.check()
         match self.when:
             case "later":
-                if self.schedule_time is None:
-                    raise FieldsInvalid([Violation("schedule_time", "choose a time")])
                 return self.schedule_time
             case "delay":
-                if finish_time is None:
-                    raise FieldsInvalid([Violation("delay", "is counted from when the source was sent, which is not over yet")])
-                time = finish_time + self.delay * UNITS[self.unit]
-                return time if time > datetime.now(UTC) else None
+                return finish_time + self.wait
             case _:
                 return None
+
+    def fill(self, request: campaigns_pb2.LaunchCampaignRequest) -> None:
+        """Have a launch be then.
+
+        Raises:
+            FieldsInvalid: what ``check`` raises.
+        """
+        self.check()
+        if self.when == "later" and self.schedule_time is not None:
+            request.schedule_time.FromDatetime(self.schedule_time)
+        if self.when == "delay":
+            request.delay.FromTimedelta(self.wait)
+        if self.deadline is not None:
+            request.send_by_time.FromDatetime(self.deadline)
 
 
 def _read_delay(text: str, unit: str) -> int:
@@ -109,7 +136,7 @@ def _read_delay(text: str, unit: str) -> int:
     Raises:
         ValueError, KeyError: it is none, or too many; or there is no such unit.
     """
-    if not (text.isascii() and text.isdecimal() and len(text) < 7 and int(text) * UNITS[unit] <= LONGEST_DELAY):
+    if not (text.isascii() and text.isdecimal() and len(text) < 9 and int(text) * UNITS[unit] <= LONGEST_DELAY):
         raise ValueError(text)
     return int(text)
 

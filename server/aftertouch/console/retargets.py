@@ -130,7 +130,9 @@ async def show_funnel(visit: Visit) -> Response:
     choice = Choice(await read_plain(visit), visit.request.query_params)
     people = f"/campaigns/{choice.source.id}/retarget/people.csv?{visit.request.url.query}&"
     funnel = await read_funnel(visit, choice.source, choice.selection, choice.text("channel"), people)
-    return visit.render("retarget_funnel.html", funnel=funnel)
+    # Of a campaign that is still being sent there will be more.
+    is_empty = not funnel.preview.audience_count and choice.source.message.state not in (State.SENDING, State.PAUSED)
+    return visit.render("retarget_funnel.html", funnel=funnel, is_empty=is_empty)
 
 
 async def read_funnel(

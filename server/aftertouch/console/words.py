@@ -87,9 +87,16 @@ _REFUSALS: Mapping[str, str] = {
 }
 
 
-def explain(error: AftertouchError) -> str:
-    """A refusal in the words of the console; pages show the times in it by the filter ``times``."""
+def explain(error: AftertouchError, campaign: str = "") -> str:
+    """A refusal in the words of the console; pages show the times in it by the filter ``times``.
+
+    Args:
+        campaign: that was to be changed, where another one may be in the way.
+    """
     match error.reason:
+        case "CAMPAIGN_STATE_WRONG" if campaign not in ("", error.metadata["campaign"]):
+            state = STATES.get(error.metadata["state"], error.metadata["state"])
+            return f"The campaign before this one is {state.lower()}, so nothing can wait for it. Choose another time."
         case "CAMPAIGN_STATE_WRONG":
             state = STATES.get(error.metadata["state"], error.metadata["state"])
             return f"This campaign is {state.lower()}, so this cannot be done any more."
