@@ -387,6 +387,21 @@ async def test_unit_is_taken_up_again_when_the_first_limit_has_room(woods: Loft)
     assert await find_sent(woods, name) == {"p1"}
 
 
+async def test_short_hold_is_not_waited_for_as_long_as_another_ones(woods: Loft) -> None:
+    """Whoever could go in a second was put aside with those who could go in half an hour."""
+    south = {f"p{index}" for index in range(4)}
+    woods.channel.woods = {f"p{index}": "south" if f"p{index}" in south else "north" for index in range(16)}
+    name = await woods.launch(16)
+    async with transaction(woods.world.core.engine) as conn:
+        holds = {"north": timedelta(minutes=30), "south": timedelta(seconds=1.5)}
+        await hold_limits(conn, {name_limit("woods", wood): delay for wood, delay in holds.items()})
+    await woods.send()
+    if await find_sent(woods, name) != south:
+        await woods.pass_time(timedelta(seconds=10))
+        await woods.send()
+    assert await find_sent(woods, name) == south
+
+
 async def raise_error(messages: Messages) -> Any:
     raise RuntimeError("a defect")
 

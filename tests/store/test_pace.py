@@ -13,7 +13,7 @@ from aftertouch.channels import Limit
 from aftertouch.delivery import pace
 from aftertouch.delivery.pace import ASK_SECONDS, MOST_PROBED, Pacer
 from aftertouch.store.engine import transaction
-from aftertouch.store.paces import hold_limits
+from aftertouch.store.paces import hold_limits, take_room
 
 
 async def hold(engine: AsyncEngine, key: str) -> None:
@@ -81,3 +81,26 @@ def test_provider_that_asks_for_too_short_a_rest_gets_a_longer_one(engine: Async
     rests = [pacer.slow_down({"g": asked}, {}, time.monotonic())["g"] for _ in range(8)]
     assert rests[0] == asked
     assert rests[-1] > 20 * asked
+
+
+async def test_whoever_is_held_up_takes_no_room_of_others(engine: AsyncEngine) -> None:
+    """The room of a campaign with a rate went to people whose push service rested, and hardly anybody was sent to."""
+    pacer = Pacer(engine)
+    campaign = Limit(key="h/campaign", interval=timedelta(seconds=1))
+    await hold(engine, "h/north")
+    people = [(Limit(key=f"h/{wood}"), campaign) for wood in ("north", "south")]
+    for _ in range(2):
+        rests = (await pacer.admit(people)).rests
+        assert [rest is None for rest in rests] == [False, True]
+    async with transaction(engine) as conn:
+        (_, until) = (await take_room(conn, {"h/campaign": timedelta(0)}, timedelta(hours=1)))["h/campaign"]
+    assert until < timedelta(seconds=2.1), "room was taken for two, not for four"
+
+
+def test_limit_through_which_some_get_is_not_in_trouble(engine: AsyncEngine) -> None:
+    """A provider that took a part of each batch and asked for a second was left alone for minutes."""
+    pacer, asked = Pacer(engine), timedelta(seconds=1)
+    for _ in range(8):
+        pacer.note_success({"i"}, {"i"})
+        rests = pacer.slow_down({"i": asked}, {"i": 50}, time.monotonic())
+        assert (rests["i"], pacer.is_in_trouble("i"), pacer.is_probing("i")) == (asked, False, True)

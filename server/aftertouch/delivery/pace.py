@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -82,32 +82,23 @@ class Pacer:
         """
         if self._is_free(people):
             return Admission([None] * len(people))
-        counts: Counter[str] = Counter()
-        intervals: dict[str, timedelta] = {}
-        fits = []
-        held = self.find_held({limit.key for limits in people for limit in limits})
+        intervals = {limit.key: limit.interval for limits in people for limit in limits}
+        blocked = self.find_held(intervals)
         asked_at = time.monotonic()
-        for limits in people:
-            intervals |= {limit.key: limit.interval for limit in limits}
-            wanted = Counter(limit.key for limit in limits)
-            if wanted.keys() & held.keys():
-                fits.append(True)
-                continue
-            widths = {key: self._find_width(key, intervals[key]) for key in wanted}
-            # One person always fits, or somebody with more addresses than the width would never go.
-            fits.append(all(not counts[key] or counts[key] + n <= widths[key] for key, n in wanted.items()))
-            if fits[-1]:
-                counts += wanted
         async with transaction(self._engine) as conn:
-            room = await take_room(conn, {key: n * intervals[key] for key, n in counts.items()}, HORIZON)
+            # Asked first: whoever one of their limits holds up takes no room in another, which is everybody's.
+            asked = await take_room(conn, dict.fromkeys(intervals.keys() - blocked.keys(), _ZERO), HORIZON)
+            for key, (is_free, wait) in asked.items():
+                # Where there is no rate, whoever has to wait is held, and the others of the batch do not wait along.
+                if not is_free or (wait and not intervals[key]):
+                    blocked[key] = wait
+            fits, counts = self._fit(people, blocked)
+            rated = {key: n * intervals[key] for key, n in counts.items() if intervals[key]}
+            taken = await take_room(conn, rated, HORIZON)
+        blocked |= {key: wait for key, (is_free, wait) in taken.items() if not is_free}
         self._free_at = {key: at for key, at in self._free_at.items() if at > asked_at - ASK_SECONDS}
-        blocked = dict(held)
-        for key, (is_free, wait) in room.items():
-            # Where there is no rate, whoever has to wait is held, and the others of the batch do not wait along.
-            if not is_free or (wait and not intervals[key]):
-                blocked[key] = wait
-            elif not intervals[key] and self._find_held_at(key) < asked_at:
-                self._free_at[key] = asked_at
+        free = (key for key in asked if key not in blocked and not intervals[key] and self._find_held_at(key) < asked_at)
+        self._free_at.update(dict.fromkeys(free, asked_at))
         rests: list[timedelta | None] = []
         passed: set[str] = set()
         for fit, limits in zip(fits, people, strict=True):
@@ -115,8 +106,21 @@ class Pacer:
             rests.append(max(waits) if waits else None if fit else _ZERO)
             if rests[-1] is None:
                 passed.update(limit.key for limit in limits)
-        delay = max((room[key][1] for key in passed), default=_ZERO)
+        delay = max((taken[key][1] for key in passed & taken.keys()), default=_ZERO)
         return Admission(rests, delay, is_paced=any(intervals[key] for key in blocked))
+
+    def _fit(self, people: Sequence[Sequence[Limit]], blocked: Mapping[str, object]) -> tuple[list[bool], Counter[str]]:
+        """Who comes next by the widths of their limits, and the messages of these by limit, without those who are blocked."""
+        counts: Counter[str] = Counter()
+        fits = []
+        for limits in people:
+            wanted = Counter(limit.key for limit in limits)
+            widths = {limit.key: self._find_width(limit.key, limit.interval) for limit in limits}
+            # One person always fits, or somebody with more addresses than the width would never go.
+            fits.append(all(not counts[key] or counts[key] + n <= widths[key] for key, n in wanted.items()))
+            if fits[-1] and not wanted.keys() & blocked.keys():
+                counts += wanted
+        return fits, counts
 
     def _is_free(self, people: Sequence[Sequence[Limit]]) -> bool:
         """True when all of their limits are without a rate of their own, and had room a moment ago."""
@@ -147,12 +151,13 @@ class Pacer:
         """True from a hold until as many get through at once as before."""
         return key in self._probes
 
-    def note_success(self, keys: Iterable[str]) -> None:
-        """Messages that count against these limits got through."""
+    def note_success(self, keys: Iterable[str], held: Container[str]) -> None:
+        """Messages that count against these limits got through; of those that are ``held`` others were held back."""
         for key in keys:
             if probe := self._probes.get(key):
                 probe.streak = 0
-                probe.width *= 2
+                if key not in held:
+                    probe.width *= 2
                 if probe.width >= WIDEST:
                     del self._probes[key]
 

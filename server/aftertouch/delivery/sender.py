@@ -259,7 +259,8 @@ class Sender:
             elif rest > HORIZON:
                 self._waits.wait_until_later(rest)
             elif rest > _ZERO:
-                # Behind the others, whose limits may have room.
+                # Behind the others, whose limits may have room. The unit may be over before it comes to them.
+                self._waits.wait_until_later(rest)
                 self._todo.append(draft.within)
                 shortest = min(rest, shortest or rest)
             else:
@@ -390,7 +391,7 @@ class Sender:
                     # Whatever was wrong, the provider is there.
                     reached.update(limit.key for limit in limits)
         reached.update(limit.key for limits in passed.values() for limit in limits)
-        self._pacer.note_success(reached - holds.keys())
+        self._pacer.note_success(reached, holds)
         # One message may fail for its own reasons; several at once, or the one that was to probe, do not.
         broken = {key for key, n in lost.items() if key not in reached and (n > 1 or self._pacer.is_probing(key))}
         return dict.fromkeys(broken) | holds

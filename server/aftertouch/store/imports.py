@@ -14,6 +14,8 @@ from aftertouch.store.engine import driver
 from aftertouch.store.tables import contact_imports
 
 KEPT_FOR = timedelta(days=7)
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))
+"""At the ends of an external_id each of them is refused; SQL would cut the space alone."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ async def forget_imports(conn: AsyncConnection) -> None:
 async def forget_rejections(conn: AsyncConnection, app_id: int, external_id: str, texts: Sequence[str]) -> None:
     """Delete the rejected rows of a person, and those with one of these texts in what was wrong; they stay counted."""
     is_theirs = (
-        "(btrim(one->>'external_id') = %(external_id)s OR EXISTS"
+        "(btrim(one->>'external_id', %(blanks)s) = %(external_id)s OR EXISTS"
         " (SELECT FROM unnest(%(texts)s::text[]) AS sought (text) WHERE position(sought.text IN one->>'description') > 0))"
     )
     pg = await driver(conn)
@@ -75,7 +77,7 @@ async def forget_rejections(conn: AsyncConnection, app_id: int, external_id: str
         f" FROM jsonb_array_elements(rejections) WITH ORDINALITY AS rejected (one, place) WHERE NOT {is_theirs})"
         " WHERE app_id = %(app_id)s AND EXISTS"
         f" (SELECT FROM jsonb_array_elements(rejections) AS rejected (one) WHERE {is_theirs})",
-        {"app_id": app_id, "external_id": external_id, "texts": list(texts)},
+        {"app_id": app_id, "external_id": external_id, "texts": list(texts), "blanks": _BLANKS},
     )
 
 

@@ -85,7 +85,7 @@ def join_batches(batches: Sequence[EventBatch]) -> EventBatch:
 
 
 async def store_events(conn: AsyncConnection, batch: EventBatch) -> None:
-    """Write events into the log, the receipts, and the counts by minute."""
+    """Write events into the log, the receipts, and the counts by minute and hour."""
     await log_events(conn, batch)
     await count_events(conn, batch)
 
