@@ -344,6 +344,7 @@ async def test_change_of_a_follow_up_is_refused_with_the_field_and_the_way_out(s
     for rule in (wait_seconds(-1), wait_seconds(1, 1), wait_seconds(31 * 86_400), wait_seconds(1 << 60), None):
         refusal = await refuse(change(shared_world, waiting.name, "follow_up", follow_up=rule))
         assert list(refusal.fields) == ["campaign.follow_up.delay"]
+    assert (await refuse(change(shared_world, waiting.name, "content"))).reason == "CONTENT_MISSING"
     last = await change(shared_world, waiting.name, "follow_up.source", "content", content=to_struct({"body": "Other"}))
     assert last.follow_up == waiting.follow_up
     assert (await refuse(change(shared_world, waiting.name, follow_up=wait_seconds(30 * 86_400)))).reason == "SCHEDULE_TOO_LATE"

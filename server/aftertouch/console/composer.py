@@ -14,13 +14,13 @@ from starlette.datastructures import FormData
 from starlette.responses import Response
 
 from aftertouch.console import previews, provided, words
-from aftertouch.console.campaigns import Standing, State, describe, read, read_plain, retargetable_until
+from aftertouch.console.campaigns import Standing, State, describe, list_leaves, read, read_plain, retargetable_until
 from aftertouch.console.contents import Field, make_form, read_form
 from aftertouch.console.plans import Plan
 from aftertouch.console.retargets import Funnel, read_funnel
 from aftertouch.console.visits import Visit, name_faults, read_id
 from aftertouch.declarations import ChannelType
-from aftertouch.errors import AftertouchError, FieldsInvalid, NotFound, Violation
+from aftertouch.errors import AftertouchError, EtagMismatch, FieldsInvalid, NotFound, Violation
 from aftertouch.rpc.values import to_struct
 from aftertouch.store import unfinished
 from aftertouch.store.engine import transaction
@@ -174,10 +174,10 @@ async def _list_examples(visit: Visit, standing: Standing) -> list[tuple[str, st
 
 
 async def find_source(visit: Visit, standing: Standing) -> Standing | None:
-    """The one campaign whose people a wave asks; None of other campaigns, of a combination, and when it was deleted."""
-    source = standing.message.follow_up.source or standing.message.audience.retarget.source
+    """The one campaign whose people a wave asks; None of other campaigns, when it asks several, and when it was deleted."""
+    sources = {leaf.source for leaf in list_leaves(standing.message.audience.retarget)}
     try:
-        return await read_plain(visit, read_id(source)) if source else None
+        return await read_plain(visit, read_id(sources.pop())) if len(sources) == 1 else None
     except NotFound:
         return None
 
@@ -252,20 +252,27 @@ async def show_templates(visit: Visit) -> Response:
     )
 
 
+async def _read_form(visit: Visit) -> tuple[FormData, Standing]:
+    """A form and its campaign, of the version that was seen: whoever is refused does not get another one's etag."""
+    form = await visit.read_form()
+    standing = await read(visit)
+    standing.message.etag = str(form.get("etag", ""))
+    return form, standing
+
+
 async def save(visit: Visit) -> Response:
     """Save what was typed of a draft, whether it is complete or not, and show it as somebody would get it.
 
     A follow-up that waits is saved as a whole and on demand only: what somebody is in the middle of typing might go out.
     """
-    form = await visit.read_form()
-    standing = await read(visit)
+    form, standing = await _read_form(visit)
     if standing.is_waiting and not visit.is_partial:
         return await _change(visit, standing, form)
     found = _find_type(visit, standing)
     contact = await previews.find_contact(visit, standing.message.channel, str(form.get("as", "")))
     content = _read_content(found, form)
     try:
-        await _store(visit, standing, form, content, etag=str(form.get("etag", "")))
+        await _store(visit, standing, form, content)
     except FieldsInvalid as error:
         labels = [field.label for field in _make_form(found, content, error.violations).faulty]
         status = f"Kept. Missing or wrong: {', '.join(labels or ['Name'])}"
@@ -280,7 +287,7 @@ async def save(visit: Visit) -> Response:
 async def _change(visit: Visit, standing: Standing, form: FormData) -> Response:
     content = _read_content(_find_type(visit, standing), form)
     try:
-        await _store(visit, standing, form, content, etag=str(form.get("etag", "")))
+        await _store(visit, standing, form, content)
     except AftertouchError as error:
         return await _refuse(visit, standing, form, content, error, "Nothing was saved.")
     return visit.redirect(f"/campaigns/{standing.id}")
@@ -304,10 +311,15 @@ async def _refuse(
     return await _render(visit, standing, name, content, Plan.read(form), is_stored=False, violations=violations, problem=problem)
 
 
-async def _store(visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], *, etag: str) -> None:
+async def _store(
+    visit: Visit, standing: Standing, form: FormData, content: Mapping[str, Any], *, is_forced: bool = False
+) -> None:
     """Store name and content with the draft; content that is refused is kept beside it, and so is when it is to be launched.
 
     Of a follow-up that waits, all is stored or nothing. ``standing`` has afterwards what is stored, and its etag.
+
+    Args:
+        is_forced: whatever was stored of a draft since it was seen.
 
     Raises:
         FieldsInvalid, EtagMismatch, CampaignStateWrong.
@@ -317,7 +329,7 @@ async def _store(visit: Visit, standing: Standing, form: FormData, content: Mapp
         name=standing.message.name,
         display_name=str(form.get("display_name", "")),
         content=to_struct(content),
-        etag=etag,
+        etag="" if is_forced and not standing.is_waiting else standing.message.etag,
     )
 
     async def update(*paths: str) -> None:
@@ -325,6 +337,9 @@ async def _store(visit: Visit, standing: Standing, form: FormData, content: Mapp
         standing.message.CopyFrom(await visit.client.campaigns.UpdateCampaign(request))
 
     if standing.is_waiting:
+        if plan.when != "delay":
+            # A draft's form, of before it was launched with a delay.
+            raise EtagMismatch(campaign.name)
         plan.check()
         campaign.follow_up.delay.FromTimedelta(plan.wait)
         await update("display_name", "content", "follow_up.delay")
@@ -381,15 +396,14 @@ async def _review(visit: Visit, standing: Standing) -> Review:
 
 async def launch(visit: Visit) -> Response:
     """Save and launch; whatever is refused is shown at its field."""
-    form = await visit.read_form()
-    standing = await read(visit)
+    form, standing = await _read_form(visit)
     if standing.message.state != State.DRAFT:
         # Pressed twice: the first press launched it.
         return visit.redirect(f"/campaigns/{standing.id}")
     content = _read_content(_find_type(visit, standing), form)
     try:
         # What is seen is what is sent: a save that is still on its way makes no conflict.
-        await _store(visit, standing, form, content, etag="")
+        await _store(visit, standing, form, content, is_forced=True)
         request = campaigns_pb2.LaunchCampaignRequest(name=standing.message.name, etag=standing.message.etag)
         Plan.read(form).fill(request)
         await visit.client.campaigns.LaunchCampaign(request)
@@ -400,15 +414,14 @@ async def launch(visit: Visit) -> Response:
 
 async def send_test(visit: Visit) -> Response:
     """Save what was typed, and send it to one contact now."""
-    form = await visit.read_form()
-    standing = await read(visit)
+    form, standing = await _read_form(visit)
     name = visit.name("contacts", str(form.get("as", "")))
 
     def answer(outcomes: Sequence[tuple[str, str, str]] = (), problem: str = "") -> Response:
         return visit.render("test_part.html", etag=standing.message.etag, outcomes=outcomes, problem=problem)
 
     try:
-        await _store(visit, standing, form, _read_content(_find_type(visit, standing), form), etag="")
+        await _store(visit, standing, form, _read_content(_find_type(visit, standing), form), is_forced=True)
         request = campaigns_pb2.SendTestRequest(name=standing.message.name, contact=name, request_id=str(uuid.uuid4()))
         sent = await visit.client.campaigns.SendTest(request)
     except FieldsInvalid as error:

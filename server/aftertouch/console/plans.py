@@ -49,6 +49,9 @@ class Plan:
             try:
                 if text:
                     found[name] = _read_time(text, zone) if name in _TIMES else _read_delay(text, found["unit"])
+                elif name == when == "delay":
+                    # An emptied field is none of what was in it.
+                    typed[name] = text
             except (ValueError, OSError, OverflowError, KeyError):
                 typed[name] = text
         return cls(**found, typed=typed)

@@ -24,7 +24,16 @@ from aftertouch.delivery.follow_ups import Wait, plan_delay
 from aftertouch.delivery.launch import check_content, launch, plan_launch, prepare_launch, schedule, unschedule
 from aftertouch.delivery.render import find_template_errors
 from aftertouch.delivery.trial import send_test
-from aftertouch.errors import AlreadyExists, AudienceEmpty, EtagMismatch, FieldsInvalid, NotFound, ServerStopping, Violation
+from aftertouch.errors import (
+    AlreadyExists,
+    AudienceEmpty,
+    ContentMissing,
+    EtagMismatch,
+    FieldsInvalid,
+    NotFound,
+    ServerStopping,
+    Violation,
+)
 from aftertouch.ingest.ledger import Ledger
 from aftertouch.ingest.watch import rest
 from aftertouch.plugins import Registry
@@ -134,6 +143,8 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
         found = self._registry.types[campaign.channel]
         values: dict[str, Any] = {name: getattr(given, name) for name in _SETTINGS if name in paths}
         values |= _read_parts(given, found, paths)
+        if campaign.state == "SCHEDULED" and values.get("content", campaign.content) is None:
+            raise ContentMissing(given.name)
         conn = await call.begin()
         if _DELAY in paths and campaign.source_id is not None:
             values |= vars(await _plan_delay(call, given, campaign))

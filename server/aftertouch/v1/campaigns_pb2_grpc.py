@@ -141,9 +141,10 @@ class CampaignsServicer:
     def UpdateCampaign(self, request, context):
         """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
         follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
-        source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
-        it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
-        of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+        source, and the channel's provider is not asked about its content. messages_per_second can be changed of any campaign that
+        is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is none of these, or nothing more comes of a follow-up's
+        source, CONTENT_MISSING when a follow-up would have none, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those of
+        CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,9 +50,10 @@ class CampaignsStub:
     UpdateCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]
     """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
     follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
-    source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
-    it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
-    of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+    source, and the channel's provider is not asked about its content. messages_per_second can be changed of any campaign that
+    is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is none of these, or nothing more comes of a follow-up's
+    source, CONTENT_MISSING when a follow-up would have none, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those of
+    CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
     """
     DeleteCampaign: _grpc.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
@@ -121,9 +122,10 @@ class CampaignsAsyncStub(CampaignsStub):
     UpdateCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.UpdateCampaignRequest, _campaigns_pb2.Campaign]  # type: ignore[assignment]
     """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
     follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
-    source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
-    it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
-    of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+    source, and the channel's provider is not asked about its content. messages_per_second can be changed of any campaign that
+    is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is none of these, or nothing more comes of a follow-up's
+    source, CONTENT_MISSING when a follow-up would have none, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those of
+    CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
     """
     DeleteCampaign: _aio.UnaryUnaryMultiCallable[_campaigns_pb2.DeleteCampaignRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a draft. Reasons: CAMPAIGN_STATE_WRONG when it is no draft, ETAG_MISMATCH."""
@@ -213,9 +215,10 @@ class CampaignsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_campaigns_pb2.Campaign, _abc.Awaitable[_campaigns_pb2.Campaign]]:
         """Changes a draft: display_name, content, audience, messages_per_second, transactional, track_links, holdout_percent. A
         follow-up that is still SCHEDULED can be changed as well, with its follow_up.delay; its audience has to ask the same
-        source. messages_per_second can be changed of any campaign that is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when
-        it is none of these, or nothing more comes of a follow-up's source, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those
-        of CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
+        source, and the channel's provider is not asked about its content. messages_per_second can be changed of any campaign that
+        is SCHEDULED or PAUSED. Reasons: CAMPAIGN_STATE_WRONG when it is none of these, or nothing more comes of a follow-up's
+        source, CONTENT_MISSING when a follow-up would have none, ETAG_MISMATCH, SCHEDULE_TOO_LATE for a delay, and those of
+        CreateCampaign but for RESOURCE_ALREADY_EXISTS and REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
