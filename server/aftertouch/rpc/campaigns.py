@@ -53,7 +53,7 @@ from aftertouch.retargeting.selections import Combination, Question, find_source
 from aftertouch.retargeting.settling import Unsettled, find_unsettled
 from aftertouch.rolls.chunks import Numbers, count_bits
 from aftertouch.rolls.sql import delete_roll, write_roll
-from aftertouch.rpc.exports import page_export
+from aftertouch.rpc.exports import begin_export
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, make_campaign_id, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
@@ -341,6 +341,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
     ) -> AsyncIterator[campaigns_pb2.ExportRecipientsResponse]:
         name, given = read_name(call, request.parent, "campaigns", "parent"), request.filter
         wanted = Wanted(given.signal, given.reason, given.action, given.apart, given.pending)
+        pages = begin_export(f"{request.parent} {wanted}", request.resume_token)
         async with snapshot(call.engine) as (conn, as_of_time):
             campaign = await store.find_campaign(conn, call.app.app_id, name)
             if campaign is None:
@@ -348,7 +349,7 @@ class Campaigns(campaigns_pb2_grpc.CampaignsServicer):
             channel = self._registry.types.get(campaign.channel)
             group = await find_group(conn, self._copies, campaign, channel, wanted, "filter")
         total = count_bits(group.positions)
-        for positions, token in page_export(group.positions, f"{request.parent} {wanted}", request.resume_token):
+        for positions, token in pages(group.positions):
             async with transaction(call.engine) as conn:
                 people = await group.read(conn, positions)
             yield campaigns_pb2.ExportRecipientsResponse(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
@@ -24,34 +24,44 @@ IN_A_RESPONSE = 1_000
 R = TypeVar("R")
 
 
-def page_export(bits: Bits, question: str, resume_token: str) -> Iterator[tuple[Numbers, str]]:
-    """What is set, a response's worth at a time, each with the token to go on after it; empty once when nothing is.
+Pages: TypeAlias = Callable[[Bits], Iterator[tuple[Numbers, str]]]
+"""What is set, a response's worth at a time, each with the token to go on after it; empty once when nothing is."""
+
+
+def begin_export(question: str, resume_token: str) -> Pages:
+    """Find out where an export goes on, before people are looked for.
+
+    Args:
+        question: names the export, and what else is asked of it.
 
     Raises:
         FieldsInvalid: the token is not one for this question.
     """
     after = read_page_token(resume_token, question, int, "resume_token")
-    token = ""
-    for page in page_bits(bits, 0 if after is None else after + 1, IN_A_RESPONSE):
-        token = make_page_token(question, int(page[-1]))
-        yield page, token
-    if not token:
-        # One response at least says how many there are.
-        yield np.empty(0, np.int64), resume_token
+
+    def page(bits: Bits) -> Iterator[tuple[Numbers, str]]:
+        token = ""
+        for numbers in page_bits(bits, 0 if after is None else after + 1, IN_A_RESPONSE):
+            token = make_page_token(question, int(numbers[-1]))
+            yield numbers, token
+        if not token:
+            # One response at least says how many there are.
+            yield np.empty(0, np.int64), resume_token
+
+    return page
 
 
 async def stream_contacts(
-    call: Call, respond: Callable[..., R], people: Bits, as_of_time: datetime, question: str, resume_token: str
+    call: Call, respond: Callable[..., R], people: Bits, as_of_time: datetime, pages: Pages
 ) -> AsyncIterator[R]:
     """Responses with the names of contacts.
 
     Args:
         respond: makes one, from contacts, total_count, as_of_time and resume_token.
         people: by contact number.
-        question: names the export, and what else was asked of it.
     """
     total = count_bits(people)
-    for numbers, token in page_export(people, question, resume_token):
+    for numbers, token in pages(people):
         async with transaction(call.engine) as conn:
             names = await find_external_ids(conn, call.app.app_id, numbers)
         yield respond(

@@ -9,7 +9,7 @@ from google.protobuf.empty_pb2 import Empty
 from aftertouch.errors import AlreadyExists, FieldsInvalid, ListInUse, ListLimitReached, NotFound, Violation
 from aftertouch.retargeting.matching import count_blocks
 from aftertouch.rolls.sql import read_sets
-from aftertouch.rpc.exports import stream_contacts
+from aftertouch.rpc.exports import begin_export, stream_contacts
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import check_parent, read_name
 from aftertouch.rpc.pages import fill_page, make_page_token, read_page_token, size_page
@@ -106,14 +106,14 @@ class Lists(lists_pb2_grpc.ListsServicer):
         self, request: lists_pb2.ExportListContactsRequest, call: Call
     ) -> AsyncIterator[lists_pb2.ExportListContactsResponse]:
         app_id, name = call.app.app_id, read_name(call, request.name, "lists")
+        pages = begin_export(f"{request.name}/contacts", request.resume_token)
         async with snapshot(call.engine) as (conn, as_of_time):
             found = await store.find_list(conn, app_id, name)
             if found is None:
                 raise NotFound(request.name)
             sets = await read_sets(conn, app_id, [found.set_name], await count_blocks(conn, app_id))
-        respond, question = lists_pb2.ExportListContactsResponse, f"{request.name}/contacts"
-        people = sets[found.set_name]
-        async for response in stream_contacts(call, respond, people, as_of_time, question, request.resume_token):
+        respond, people = lists_pb2.ExportListContactsResponse, sets[found.set_name]
+        async for response in stream_contacts(call, respond, people, as_of_time, pages):
             yield response
 
     async def RemoveListContacts(  # type: ignore[override]

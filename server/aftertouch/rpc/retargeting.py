@@ -21,7 +21,7 @@ from aftertouch.retargeting.settling import find_unsettled
 from aftertouch.rolls.chunks import Bits, count_bits
 from aftertouch.rpc.campaigns import create_draft, find, read_content, to_campaign
 from aftertouch.rpc.channels import to_action
-from aftertouch.rpc.exports import stream_contacts
+from aftertouch.rpc.exports import begin_export, stream_contacts
 from aftertouch.rpc.interceptor import Call
 from aftertouch.rpc.names import read_name
 from aftertouch.rpc.selections import check_settled, read_selection, to_unsettled
@@ -108,11 +108,12 @@ class Retargeting(retargeting_pb2_grpc.RetargetingServicer):
         question = "/".join(
             map(str, (call.app.name, request.selection, request.channel, request.group, request.reason, request.holdout_percent))
         )
+        pages = begin_export(question, request.resume_token)
         async with snapshot(call.engine) as (conn, as_of_time):
             sources = await find_sources(conn, call.app, self._registry.types, selection, "selection")
             people = _choose_group(await self._filter(conn, call, request, sources, selection), request)
         respond = retargeting_pb2.ListRetargetContactsResponse
-        async for response in stream_contacts(call, respond, people, as_of_time, question, request.resume_token):
+        async for response in stream_contacts(call, respond, people, as_of_time, pages):
             yield response
 
     async def CreateRetarget(  # type: ignore[override]
