@@ -78,6 +78,26 @@ async def test_looked_up_people_are_sent_or_sent_again_or_stay_unclear(owls: Lof
     assert len(owls.channel.handed) == 4
 
 
+async def test_message_of_another_campaign_is_not_taken_for_one_that_was_cut_off(owls: Loft) -> None:
+    """The same words had gone to the same people a moment before, and whoever was never sent these was counted as sent."""
+
+    async def name_each(messages: Messages) -> Sequence[Outcome]:
+        return [Accepted(message_id=f"owl-{message.address.key}") for message in messages]
+
+    await owls.import_people(2)
+    owls.channel.script = name_each
+    await owls.relaunch()
+    await owls.send()
+    name = await owls.relaunch()
+    await crash_in_a_call(owls)
+    owls.channel.findings |= {f"p{index}-0": Accepted(message_id=f"owl-p{index}-0") for index in range(2)}
+    await owls.send()
+    await owls.pass_time(LOOK_UP_AFTER)
+    await owls.send()
+    counts = (await owls.get_campaign(name)).counts
+    assert (counts.signals["sent"], counts.unclear) == (0, 2)
+
+
 async def test_people_of_whom_nothing_can_be_asked_any_more_hold_up_no_campaign(owls: Loft) -> None:
     """A message is told by its address; whoever unsubscribed since has none."""
     name = await owls.launch(2)

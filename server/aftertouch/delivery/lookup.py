@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftertouch.channels import Accepted, Channel, NotTaken, ReasonClass
+from aftertouch.channels import Accepted, Channel, Finding, NotTaken, ReasonClass, Unclear
 from aftertouch.delivery.calls import LONGEST_CALL, look_up_messages
 from aftertouch.delivery.drafts import Drafter, Sending
 from aftertouch.delivery.outcomes import list_prices, may_try_again
 from aftertouch.delivery.progress import Progress
 from aftertouch.ingest.ledger import Fact, Ledger, Tried
+from aftertouch.store.engine import transaction
 from aftertouch.store.kinds import Kind
+from aftertouch.store.logs import find_messages
 
 log = structlog.get_logger()
 
@@ -44,7 +48,20 @@ def may_look_up(channel: Channel, progress: Progress, since: datetime | None) ->
     return is_time and channel.capabilities.look_up and len(progress.find_unclear()) > 0
 
 
-async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: Sending, progress: Progress) -> bool:
+async def _leave_out_known(engine: AsyncEngine, channel: Channel, app_id: int, findings: Sequence[Finding]) -> list[Finding]:
+    """What was found, without messages that are on record as other ones: the same words may have gone to the same person."""
+    message_ids = [finding.message_id for finding in findings if isinstance(finding, Accepted) and finding.message_id]
+    async with transaction(engine) as conn:
+        known = await find_messages(conn, channel.name, message_ids, app_id)
+    return [
+        Unclear(detail="another message") if isinstance(finding, Accepted) and finding.message_id in known else finding
+        for finding in findings
+    ]
+
+
+async def look_up(
+    engine: AsyncEngine, drafter: Drafter, ledger: Ledger, channel: Channel, sending: Sending, progress: Progress
+) -> bool:
     """Settle those people of a unit whose outcome the provider knows: sent, or certainly not, so that they are sent to again.
 
     False when there was nobody to ask about: a message is told by its address, which those who are left have no more.
@@ -58,7 +75,8 @@ async def look_up(drafter: Drafter, ledger: Ledger, channel: Channel, sending: S
         within = unclear[start : start + size]
         drafts = (await drafter.draft(sending, within, progress.tries[within], now=None)).ready
         messages = [message for draft in drafts for message in draft.messages]
-        findings = iter(await look_up_messages(channel, messages, campaign.launch_time))
+        answers = await look_up_messages(channel, messages, campaign.launch_time)
+        findings = iter(await _leave_out_known(engine, channel, campaign.app_id, answers))
         now = datetime.now(UTC)
         facts: list[Fact] = []
         tried: list[Tried] = []

@@ -176,7 +176,7 @@ class Sender:
         template = self._context.compile_content(app, campaign, self._type)
         sending = Sending(campaign, app, template, app_keys, self._unit.slot, roll, recheck)
         if self._may_ask and is_look_up_due(self._channel, self._lease.unclear_since):
-            self._may_ask = await look_up(self._drafter, self._ledger, self._channel, sending, progress)
+            self._may_ask = await look_up(self._engine, self._drafter, self._ledger, self._channel, sending, progress)
             async with transaction(self._engine) as conn:
                 progress = await read_progress(conn, self._type, self._unit.slot, len(roll))
         self._tries = progress.tries
