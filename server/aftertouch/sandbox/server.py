@@ -116,6 +116,8 @@ class _Serving:
             log_config=None,
             access_log=False,
             proxy_headers=False,
+            # As providers do. After uvicorn's own five seconds a connection may close under a request, whose fate nobody knows.
+            timeout_keep_alive=60,
             timeout_graceful_shutdown=2,
         )
         self._server = _Server(config)
