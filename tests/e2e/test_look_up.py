@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from datetime import timedelta
 
 import pytest
@@ -78,23 +79,29 @@ async def test_looked_up_people_are_sent_or_sent_again_or_stay_unclear(owls: Lof
     assert len(owls.channel.handed) == 4
 
 
-async def test_message_of_another_campaign_is_not_taken_for_one_that_was_cut_off(owls: Loft) -> None:
+@pytest.mark.parametrize("is_other_app", [False, True])
+async def test_message_of_another_campaign_is_not_taken_for_one_that_was_cut_off(
+    is_other_app: bool, world: World, owls: Loft
+) -> None:
     """The same words had gone to the same people a moment before, and whoever was never sent these was counted as sent."""
+    prefix = owls.client.parent
 
     async def name_each(messages: Messages) -> Sequence[Outcome]:
-        return [Accepted(message_id=f"owl-{message.address.key}") for message in messages]
+        return [Accepted(message_id=f"{prefix}-{message.address.key}") for message in messages]
 
-    await owls.import_people(2)
     owls.channel.script = name_each
-    await owls.relaunch()
+    await owls.launch(2)
     await owls.send()
-    name = await owls.relaunch()
-    await crash_in_a_call(owls)
-    owls.channel.findings |= {f"p{index}-0": Accepted(message_id=f"owl-p{index}-0") for index in range(2)}
-    await owls.send()
-    await owls.pass_time(LOOK_UP_AFTER)
-    await owls.send()
-    counts = (await owls.get_campaign(name)).counts
+    async with AsyncExitStack() as stack:
+        # Apps without an account of their own share the server's.
+        later = await stack.enter_async_context(open_loft(world, OwlChannel)) if is_other_app else owls
+        name = await later.launch(2)
+        await crash_in_a_call(later)
+        later.channel.findings |= {f"p{index}-0": Accepted(message_id=f"{prefix}-p{index}-0") for index in range(2)}
+        await later.send()
+        await later.pass_time(LOOK_UP_AFTER)
+        await later.send()
+        counts = (await later.get_campaign(name)).counts
     assert (counts.signals["sent"], counts.unclear) == (0, 2)
 
 
@@ -102,7 +109,7 @@ async def test_people_of_whom_nothing_can_be_asked_any_more_hold_up_no_campaign(
     """A message is told by its address; whoever unsubscribed since has none."""
     name = await owls.launch(2)
     await crash_in_a_call(owls)
-    owls.channel.findings |= {"p1-0": Accepted(message_id="owl-1")}
+    owls.channel.findings |= {"p1-0": Accepted(message_id="owl-2")}
     await owls.opt_out("p0")
     await owls.send()
     for _ in range(2):

@@ -48,11 +48,14 @@ def may_look_up(channel: Channel, progress: Progress, since: datetime | None) ->
     return is_time and channel.capabilities.look_up and len(progress.find_unclear()) > 0
 
 
-async def _leave_out_known(engine: AsyncEngine, channel: Channel, app_id: int, findings: Sequence[Finding]) -> list[Finding]:
-    """What was found, without messages that are on record as other ones: the same words may have gone to the same person."""
+async def _leave_out_known(engine: AsyncEngine, channel: Channel, findings: Sequence[Finding]) -> list[Finding]:
+    """What was found, without messages that are on record as other ones: the same words may have gone to the same person.
+
+    Of whichever app, since several may send by one account.
+    """
     message_ids = [finding.message_id for finding in findings if isinstance(finding, Accepted) and finding.message_id]
     async with transaction(engine) as conn:
-        known = await find_messages(conn, channel.name, message_ids, app_id)
+        known = await find_messages(conn, channel.name, message_ids)
     return [
         Unclear(detail="another message") if isinstance(finding, Accepted) and finding.message_id in known else finding
         for finding in findings
@@ -76,7 +79,7 @@ async def look_up(
         drafts = (await drafter.draft(sending, within, progress.tries[within], now=None)).ready
         messages = [message for draft in drafts for message in draft.messages]
         answers = await look_up_messages(channel, messages, campaign.launch_time)
-        findings = iter(await _leave_out_known(engine, channel, campaign.app_id, answers))
+        findings = iter(await _leave_out_known(engine, channel, answers))
         now = datetime.now(UTC)
         facts: list[Fact] = []
         tried: list[Tried] = []
